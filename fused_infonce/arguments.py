@@ -1,0 +1,213 @@
+"""Arguments checked and resolved into one call: every error a user can make is found here, before any work."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import noise as noise_source
+from .options import NoiseKind, Options, Reduction
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """What a backend is given."""
+
+    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # anchors, positives, negatives, queue
+    noise_rows: Tensor | None  # (M, D), where the caller gave them
+    temperature: float | Tensor
+    kappa_bound: float | None  # an upper bound of 1/τ that the host knows without waiting for a device
+    options: Options
+    dtype: torch.dtype  # of the inputs, promoted
+    product_dtype: torch.dtype  # of the matrix products
+
+
+def resolve(
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor | None,
+    *,
+    queue: Tensor | None,
+    temperature: float | Tensor,
+    min_temperature: float | None,
+    num_noise: int,
+    noise_weight: float,
+    noise: str | Tensor,
+    generator: torch.Generator | None,
+    hard_negative_weight: float,
+    ids: Tensor | None,
+    negative_ids: Tensor | None,
+    symmetric: bool,
+    reduction: Reduction,
+    group: None,
+    workspace_bytes: int | None,
+) -> Call:
+    """The arguments of gs_infonce as a Call; ValueError, TypeError or NotImplementedError name what is wrong."""
+    tensors = _check_inputs(anchors, positives, negatives, queue)
+    N = anchors.shape[0]
+    H = 0 if negatives is None else negatives.shape[0]
+    kind, M, noise_rows = _check_noise(noise, num_noise, noise_weight, anchors)
+    _check_temperature(temperature, min_temperature, anchors.device)
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    if not isinstance(symmetric, bool):
+        raise TypeError(f"symmetric must be True or False, not {symmetric!r}")
+    if group is not None:
+        raise NotImplementedError(f"group: {group!r} came, but one process is all there is yet; pass None")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, not {type(generator).__name__}")
+    if workspace_bytes is not None and (not isinstance(workspace_bytes, int) or workspace_bytes <= 0):
+        raise ValueError(f"workspace_bytes must be a positive number of bytes or None, not {workspace_bytes!r}")
+    own = _finite("hard_negative_weight", hard_negative_weight)
+    if own and H % N:
+        raise ValueError(
+            f"negatives: {H} rows came, but with hard_negative_weight they must be a multiple of the {N} anchors, "
+            "row hN + i belonging to anchor i"
+        )
+    _check_ids("ids", ids, N, anchors.device)
+    _check_ids("negative_ids", negative_ids, H, anchors.device)
+    if negative_ids is not None and (ids is None or negatives is None):
+        raise ValueError("negative_ids needs both ids and negatives: it is compared with the anchors' ids")
+
+    options = Options(
+        num_anchors=N,
+        num_negatives=H,
+        num_queue=0 if queue is None else queue.shape[0],
+        noise=kind,
+        num_noise=M,
+        log_noise_weight=math.log(noise_weight) if kind != "none" else 0.0,
+        own_log_weight=own if H else 0.0,
+        ids=ids,
+        negative_ids=negative_ids,
+        symmetric=symmetric,
+        reduction=reduction,
+        seed=noise_source.draw_seed(generator) if kind == "sampled" else None,
+        workspace_bytes=workspace_bytes,
+    )
+    dtype = tensors[0].dtype
+    for x in tensors[1:]:
+        dtype = torch.promote_types(dtype, x.dtype)
+    product_dtype = dtype
+    if dtype != torch.float64 and torch.is_autocast_enabled(anchors.device.type):
+        product_dtype = torch.get_autocast_dtype(anchors.device.type)
+    bound = _kappa_bound(temperature, min_temperature)
+    inputs = (anchors, positives, negatives, queue)
+    return Call(inputs, noise_rows, temperature, bound, options, dtype, product_dtype)
+
+
+def _kappa_bound(temperature: float | Tensor, min_temperature: float | None) -> float | None:
+    if isinstance(temperature, Tensor):
+        if temperature.device.type != "cpu":
+            return None if min_temperature is None else 1 / min_temperature
+        temperature = temperature.item()
+    return 1 / temperature if temperature > 0 else None
+
+
+def _check_inputs(*inputs: Tensor | None) -> list[Tensor]:
+    names = ("anchors", "positives", "negatives", "queue")
+    present = [(name, x) for name, x in zip(names, inputs, strict=True) if x is not None or name in names[:2]]
+    for name, x in present:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, not {type(x).__name__}")
+        if x.dtype not in _DTYPES:
+            raise TypeError(
+                f"{name} must be float64, float32, bfloat16 or float16, not {x.dtype}; convert it first"
+            )
+        if x.ndim != 2 or 0 in x.shape:
+            raise ValueError(
+                f"{name} must be a matrix (rows, features) with at least one of each, not {_shape(x)}"
+            )
+    anchors, positives = present[0][1], present[1][1]
+    assert anchors is not None and positives is not None
+    if anchors.shape[0] != positives.shape[0]:
+        raise ValueError(
+            f"positives must have one row for each of the {anchors.shape[0]} anchors, not {positives.shape[0]}; "
+            "further columns go to negatives or queue"
+        )
+    for name, x in present[1:]:
+        assert x is not None
+        if x.shape[1] != anchors.shape[1]:
+            raise ValueError(f"{name} must have the anchors' {anchors.shape[1]} features, not {x.shape[1]}")
+        _check_device(name, x, anchors.device)
+    return [x for _, x in present if x is not None]
+
+
+def _check_noise(
+    noise: Any, num_noise: Any, noise_weight: Any, anchors: Tensor
+) -> tuple[NoiseKind, int, Tensor | None]:
+    if _finite("noise_weight", noise_weight) < 0:
+        raise ValueError(f"noise_weight must be >= 0, not {noise_weight}")
+    if isinstance(noise, Tensor):
+        if noise.ndim != 2 or noise.shape[1] != anchors.shape[1]:
+            raise ValueError(
+                f"noise must be a matrix (M, {anchors.shape[1]}) like the anchors, not {_shape(noise)}"
+            )
+        if not noise.is_floating_point():
+            raise TypeError(f"noise must hold floating-point vectors, not {noise.dtype}")
+        _check_device("noise", noise, anchors.device)
+        if noise.shape[0] == 0 or noise_weight == 0:
+            return "none", 0, None
+        return "given", noise.shape[0], noise.detach()
+    check_choice("noise", noise, ("sampled", "expected"), "or a tensor (M, D)")
+    if isinstance(num_noise, bool) or not isinstance(num_noise, int):
+        raise TypeError(f"num_noise must be an integer, not {num_noise!r}")
+    if num_noise < 0:
+        raise ValueError(f"num_noise must be >= 0, not {num_noise}")
+    if num_noise == 0 or noise_weight == 0:
+        return "none", 0, None
+    return noise, num_noise, None
+
+
+def _check_temperature(temperature: Any, min_temperature: Any, device: torch.device) -> None:
+    if isinstance(temperature, Tensor):
+        if temperature.numel() != 1 or temperature.ndim > 1 or not temperature.is_floating_point():
+            raise ValueError(
+                "temperature must be a float or a floating-point tensor of one element, "
+                f"not {temperature.dtype} {_shape(temperature)}"
+            )
+        if temperature.device.type != "cpu":
+            _check_device("temperature", temperature, device)
+    elif not _finite("temperature", temperature) > 0:
+        raise ValueError(f"temperature must be > 0, not {temperature}")
+    if min_temperature is not None and not _finite("min_temperature", min_temperature) > 0:
+        raise ValueError(f"min_temperature must be > 0 or None, not {min_temperature}")
+
+
+def _check_ids(name: str, ids: Any, count: int, device: torch.device) -> None:
+    if ids is None:
+        return
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be an integer tensor ({count},), not {type(ids).__name__}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"{name} must be an integer tensor ({count},), not {ids.dtype}")
+    if ids.shape != (count,):
+        raise ValueError(f"{name} must have shape ({count},), one id a row, not {_shape(ids)}")
+    _check_device(name, ids, device)
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...], others: str = "") -> None:
+    if not isinstance(value, str) or value not in choices:
+        expected = ", ".join(map(repr, choices))
+        raise ValueError(f"{name} must be one of {expected}{' ' + others if others else ''}, not {value!r}")
+
+
+def _check_device(name: str, x: Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device}, but the anchors are on {device}; move it there")
+
+
+def _finite(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, not {value}")
+    return value
+
+
+def _shape(x: Tensor) -> str:
+    return f"a tensor of shape {tuple(x.shape)}"

@@ -1,0 +1,75 @@
+"""Random directions: M Gaussian vectors, or the closed form of what infinitely many of them would add.
+
+The noise of a call is a function of a seed and a row number, so any block of it can be generated alone, and again
+in the backward pass: nothing of size M×D is ever kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+NOISE_BLOCK = 1024  # rows that one seeded generator draws
+_TERMS = 2048  # of the series; enough for κ up to 1800
+
+
+def draw_seed(generator: torch.Generator | None) -> int:
+    """A fresh seed from ``generator`` (default: torch's CPU generator, so ``torch.manual_seed`` decides it).
+
+    Nothing waits for a device: a device generator's state lives on the host.
+    """
+    if generator is None or generator.device.type == "cpu":
+        return int(torch.randint(0, 2**62, (), generator=generator))
+    state = generator.get_state().numpy().tobytes()
+    torch.empty(1, device=generator.device).normal_(generator=generator)  # moves the state on
+    return int.from_bytes(hashlib.blake2b(state, digest_size=8).digest(), "little") >> 2
+
+
+def sample_block(
+    seed: int, block: int, num_noise: int, D: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Rows [block·NOISE_BLOCK, …) of the ``num_noise`` standard normal vectors that ``seed`` stands for."""
+    rows = min(NOISE_BLOCK, num_noise - block * NOISE_BLOCK)
+    generator = torch.Generator(device).manual_seed(seed ^ (block * 0x9E3779B97F4A7C15 & (2**62 - 1)))
+    return torch.randn(rows, D, generator=generator, dtype=dtype, device=device)
+
+
+def sample_all(seed: int, num_noise: int, D: int, device: torch.device) -> Tensor:
+    """All the vectors at once, (M, D): for the reference."""
+    blocks = range(num_blocks(num_noise))
+    return torch.cat([sample_block(seed, b, num_noise, D, torch.float32, device) for b in blocks])
+
+
+def num_blocks(num_noise: int) -> int:
+    return -(-num_noise // NOISE_BLOCK)
+
+
+def log_mean_exp_cosine(kappa: float | Tensor, D: int) -> tuple[Tensor, Tensor]:
+    """log c_D(κ) and its derivative ρ, where c_D(κ) = E[e^(κ cos)] over directions uniform on the sphere in R^D.
+
+    c_D(κ) = ₀F₁(; D/2; κ²/4), ρ = I_{D/2}(κ) / I_{D/2−1}(κ). Summed as a series in float64, where scipy's ``ive``
+    underflows and ``hyp0f1`` overflows: errors below 2e-12 for D from 2 to 4096 and κ from 0.1 to 1800.
+    Returns 0-dim float64 tensors on κ's device, differentiable in a tensor κ.
+    """
+    if isinstance(kappa, Tensor):
+        return _series(kappa.to(torch.float64), D)
+    return _series_of_float(kappa, D)
+
+
+def _series(kappa: Tensor, D: int) -> tuple[Tensor, Tensor]:
+    n = torch.arange(1, _TERMS + 1, dtype=torch.float64, device=kappa.device)
+    log_terms = (2 * (kappa / 2).log() - (n * (n + (D / 2 - 1))).log()).cumsum(0)
+    log_c = torch.logaddexp(log_terms.logsumexp(0), torch.zeros_like(kappa))
+    mean_n = (n * (log_terms - log_c).exp()).sum()
+    return log_c, mean_n * 2 / kappa
+
+
+@functools.lru_cache(maxsize=64)
+def _series_of_float(kappa: float, D: int) -> tuple[Tensor, Tensor]:
+    if not 0 < kappa < math.inf:  # a temperature that a tensor held: NaN out, as everywhere
+        return torch.tensor(math.nan, dtype=torch.float64), torch.tensor(math.nan, dtype=torch.float64)
+    return _series(torch.tensor(kappa, dtype=torch.float64), D)

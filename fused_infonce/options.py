@@ -1,0 +1,59 @@
+"""What a call of the loss asks for, checked and resolved: the part of it that carries no gradient."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+Reduction = Literal["mean", "sum", "none"]
+NoiseKind = Literal["none", "sampled", "expected", "given"]
+
+# The exponents that one sweep keeps inside the range of fp32: design choice explained in docs/numerics.md.
+_EXPONENT_TOP = 75.0
+_EXPONENT_SPAN = 162.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Options:
+    num_anchors: int  # N, also the number of positives
+    num_negatives: int  # H
+    num_queue: int  # Q
+    noise: NoiseKind
+    num_noise: int  # M
+    log_noise_weight: float  # log λ
+    own_log_weight: float  # hard_negative_weight
+    ids: Tensor | None  # (N,)
+    negative_ids: Tensor | None  # (H,)
+    symmetric: bool
+    reduction: Reduction
+    seed: int | None  # of sampled noise
+    workspace_bytes: int | None
+
+    @property
+    def has_noise_columns(self) -> bool:
+        return self.noise in ("sampled", "given")
+
+    @property
+    def log_columns(self) -> float:
+        """log of the number of terms in a row's denominator besides the positive's."""
+        M = 0 if self.noise == "none" else self.num_noise
+        return math.log(max(1, self.num_anchors - 1 + self.num_negatives + self.num_queue + M))
+
+    @property
+    def _biases(self) -> tuple[float, float]:
+        noise = 0.0 if self.noise == "none" else self.log_noise_weight
+        own = self.own_log_weight if self.num_negatives else 0.0
+        return min(0.0, noise, own), max(0.0, noise, own)
+
+    def fits_one_sweep(self, kappa: float) -> bool:
+        """Whether fixed row offsets keep every term that matters inside the range of fp32 (design, "Range")."""
+        low, high = self._biases
+        return 2 * kappa + self.log_columns + high - low <= _EXPONENT_SPAN
+
+    @property
+    def offset_margin(self) -> float:
+        """o_i = max(0, κ(1 − s_ii) + offset_margin) is the row offset of one sweep."""
+        return self._biases[1] + self.log_columns - _EXPONENT_TOP

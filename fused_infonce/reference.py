@@ -1,0 +1,88 @@
+"""The loss as the formula says it, with the whole N×M matrix, in float64: the ground truth of every test.
+
+Written to be read, not to be fast. It keeps to the ratio form log1p(Σ e^(z_ij)), z_ij = (s_ij − s_ii)/τ, since
+``F.cross_entropy`` cancels for trained rows even in float64; autograd gives its gradients, of any order.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .arguments import Call
+from .noise import log_mean_exp_cosine, sample_all
+from .options import Options
+
+
+def reference_loss(call: Call) -> Tensor:
+    """The loss in nats, (N,) or reduced to 0-dim; computed in float64, float32 out unless an input is float64."""
+    options = call.options
+    anchors, positives, negatives, queue = call.inputs
+    noise = call.noise_rows
+    if options.seed is not None:
+        noise = sample_all(options.seed, options.num_noise, anchors.shape[1], anchors.device)
+    q = _unit(anchors)
+    k = _unit(positives)
+    extra = [_unit(x) for x in (negatives, queue) if x is not None]
+    g = None if noise is None else _unit(noise.detach())
+    tau = torch.as_tensor(call.temperature, device=q.device).to(torch.float64).reshape(())
+    kappa = torch.where(tau > 0, 1 / tau, math.nan)
+
+    pairs = _pair_bias(options, q.device)
+    columns = torch.cat([k, *extra])
+    rows = _direction(q, columns, k, g, torch.cat([pairs, _extra_bias(options, q.device)], 1), kappa, options)
+    losses = rows
+    if options.symmetric:
+        losses = (rows + _direction(k, q, q, g, pairs, kappa, options)) / 2
+    reduced = {"none": losses, "mean": losses.mean(), "sum": losses.sum()}[options.reduction]
+    return reduced.to(torch.promote_types(call.dtype, torch.float32))
+
+
+def _direction(
+    q: Tensor,  # (N, D), unit rows
+    columns: Tensor,  # (T, D)
+    positives: Tensor,  # (N, D)
+    noise: Tensor | None,  # (M, D)
+    bias: Tensor,  # (N, T), −inf where a column is the row's positive or masked
+    kappa: Tensor,
+    options: Options,
+) -> Tensor:
+    """log1p of the sum of the ratios e^z over every column but the positive."""
+    positive = (q * positives).sum(1, keepdim=True)  # (N, 1)
+    z = torch.where(bias.isinf(), bias, kappa * (q @ columns.T - positive) + bias)
+    if noise is not None:
+        z = torch.cat([z, kappa * (q @ noise.T - positive) + options.log_noise_weight], 1)
+    if options.noise == "expected":
+        log_c, _ = log_mean_exp_cosine(kappa, q.shape[1])
+        z = torch.cat([z, options.log_noise_weight + math.log(options.num_noise) + log_c - kappa * positive], 1)
+    z = z + 0 * kappa * positive  # NaN reaches a row whose every negative is masked, too
+    m = z.detach().amax(1).clamp(min=0)
+    ratios = (z - m[:, None]).exp().sum(1)
+    return torch.where(m > 0, m + ((-m).exp() + ratios).log(), ratios.log1p())
+
+
+def _pair_bias(options: Options, device: torch.device) -> Tensor:  # (N, N)
+    bias = torch.zeros(options.num_anchors, options.num_anchors, dtype=torch.float64, device=device)
+    if options.ids is not None:
+        bias.masked_fill_(options.ids[:, None] == options.ids[None, :], -math.inf)
+    return bias.fill_diagonal_(-math.inf)
+
+
+def _extra_bias(options: Options, device: torch.device) -> Tensor:  # (N, H + Q)
+    N, H, Q = options.num_anchors, options.num_negatives, options.num_queue
+    bias = torch.zeros(N, H + Q, dtype=torch.float64, device=device)
+    if options.own_log_weight:
+        own = torch.arange(N)[:, None] == torch.arange(H)[None, :] % N
+        bias[:, :H].masked_fill_(own.to(device), options.own_log_weight)
+    if options.ids is not None and options.negative_ids is not None:
+        bias[:, :H].masked_fill_(options.ids[:, None] == options.negative_ids[None, :], -math.inf)
+    return bias
+
+
+def _unit(x: Tensor) -> Tensor:
+    x = x.to(torch.float64)
+    zero = (x == 0).all(1, keepdim=True)
+    return F.normalize(torch.where(zero, torch.ones_like(x), x), dim=1, eps=0).masked_fill(zero, 0)
