@@ -63,10 +63,11 @@ def gs_infonce(
         num_noise: M, how many random directions. The paper's code uses 3N.
         noise_weight: λ >= 0. The paper's code declares λ and never uses it: its λ is 1.
         noise: ``"sampled"`` draws M standard normal vectors at each call. ``"expected"`` replaces their sum by its
-            expectation λ M c_D(1/τ), c_D(κ) = ₀F₁(; D/2; κ²/4): no sampling, no variance, no product. It stands for
-            M samples while M is large against e^(1/(τ²D)): at D = 768, M = 192 the sum's relative deviation is 0.06
-            at τ = 0.05, 0.35 at 0.02, 34 at 0.01. A tensor (M, D) gives the vectors (``num_noise`` is ignored). The
-            scale of the noise (the paper's ``std``) has no effect under cosine similarity. Noise gets no gradient.
+            expectation λ M c_D(1/τ), c_D(κ) = ₀F₁(; D/2; κ²/4): no sampling, no variance, no product. It stands
+            for M samples while M is large against e^(1/(τ²D)): at D = 768, M = 192 the sum's relative deviation
+            is 0.06 at τ = 0.05, 0.35 at 0.02, 34 at 0.01. A tensor (M, D) gives the vectors (``num_noise`` is
+            ignored). The scale of the noise (the paper's ``std``) has no effect under cosine similarity. Noise
+            gets no gradient.
         generator: source of sampled noise; default: torch's CPU generator, so ``torch.manual_seed`` reproduces a
             call. Backends need not draw the same bits.
         hard_negative_weight: natural logarithm of the weight of an anchor's *own* hard negatives, the columns j of

@@ -123,7 +123,8 @@ def _check_inputs(*inputs: Tensor | None) -> list[Tensor]:
                 f"{name} must be a matrix (rows, features) with at least one of each, not {_shape(x)}"
             )
     anchors, positives = present[0][1], present[1][1]
-    assert anchors is not None and positives is not None
+    assert anchors is not None
+    assert positives is not None
     if anchors.shape[0] != positives.shape[0]:
         raise ValueError(
             f"positives must have one row for each of the {anchors.shape[0]} anchors, not {positives.shape[0]}; "

@@ -38,19 +38,20 @@ class _FusedInfoNCE(torch.autograd.Function):
         options = call.options
         ctx.needs = Needs(*ctx.needs_input_grad[:5])
         # Tensors go through save_for_backward: freed with the graph, and watched for changes in place.
-        ctx.call = replace(call, inputs=(), temperature=None, noise_rows=None)
+        ctx.call = replace(call, inputs=(), temperature=None, noise_rows=None)  # type: ignore[arg-type]
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         ctx.temperature = None if isinstance(temperature, Tensor) else temperature
+        bound = call.kappa_bound
         ctx.one_sweep = (
-            not options.symmetric
+            bound is not None
+            and options.fits_one_sweep(bound)
             and options.reduction != "none"
-            and call.kappa_bound is not None
-            and options.fits_one_sweep(call.kappa_bound)
+            and not options.symmetric
         )
         with _outside_autocast(anchors.device.type):
             sweep = sweep_of(call)
-            if ctx.one_sweep:
-                losses, gradients = sweep.one_sweep(ctx.needs)
+            if bound is not None and ctx.one_sweep:
+                losses, gradients = sweep.one_sweep(ctx.needs, bound)
                 of_temperature = _of_temperature(gradients.kappa, sweep.kappa, temperature)
                 ctx.save_for_backward(*gradients.inputs, of_temperature)
                 return _reduced(losses, None, options.reduction)
@@ -65,7 +66,8 @@ class _FusedInfoNCE(torch.autograd.Function):
             grads = _one_sweep_backward(ctx, upstream) if ctx.one_sweep else _two_sweep_backward(ctx, upstream)
         if torch.is_grad_enabled():
             present = [g for g in grads if g is not None]
-            marked = iter(_FirstDerivativeOnly.apply(upstream, *present))  # type: ignore[no-untyped-call]
+            graph = torch.zeros((), requires_grad=True)
+            marked = iter(_FirstDerivativeOnly.apply(graph, *present))  # type: ignore[no-untyped-call]
             grads = [None if g is None else next(marked) for g in grads]
         return *grads, None
 
@@ -108,8 +110,8 @@ class _FirstDerivativeOnly(torch.autograd.Function):
     """Passes gradients on, and says why there is no derivative of them."""
 
     @staticmethod
-    def forward(ctx, upstream: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
-        return tuple(g.view_as(g) for g in grads)
+    def forward(ctx, graph: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
+        return tuple(g.clone() for g in grads)
 
     @staticmethod
     def backward(ctx, *_: Tensor):  # type: ignore[no-untyped-def]

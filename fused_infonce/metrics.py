@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor
 from .api import info_nce
 from .arguments import resolve
 from .function import sweep_of
-from .sweep import LOG2_E
 
 
 def alignment(x: Tensor, y: Tensor, alpha: float = 2.0) -> Tensor:
@@ -28,7 +26,8 @@ def alignment(x: Tensor, y: Tensor, alpha: float = 2.0) -> Tensor:
         )
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     x, y = F.normalize(x.to(dtype), dim=1), F.normalize(y.to(dtype), dim=1)
-    return (x - y).norm(dim=1).pow(alpha).mean()
+    distances: Tensor = torch.linalg.vector_norm(x - y, dim=1)
+    return distances.pow(alpha).mean()
 
 
 def uniformity(x: Tensor, t: float = 2.0) -> Tensor:

@@ -8,12 +8,13 @@ keys centred by c (k̃ = k̂ − c), s_ij − s_ii = q̂_i·k̃_j − q̂_i·k̃
 - ``losses`` and ``gradients``: running maxima and sums first, then the tile G of weighted shares. One product and
   three. Right for every temperature, for both directions and for a weight a row.
 
-Gradients of unit rows, in both:  dq̂_i = κ [Σ_j G_ij k̃_j − h_i k̃_i + (Σ_j G_ij − h_i) c], h_i the share of all ratios,
-and the mirror image for the keys. docs/numerics.md derives all of it.
+Gradients of unit rows, in both:  dq̂_i = κ [Σ_j G_ij k̃_j − h_i k̃_i + (Σ_j G_ij − h_i) c], h_i the share of all
+ratios, and the mirror image for the keys. docs/numerics.md derives all of it.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from . import noise
 from .options import Options
-from .torch_ops import Columns, TorchOps, merge_ratios
+from .torch_ops import Columns, Rows, TorchOps, cut, merge_ratios
 
 LOG2_E = 1 / math.log(2)
 COLUMN_BLOCK = 8192  # columns of a tile of the two sweeps
@@ -61,11 +62,10 @@ class Gradients:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Span:
-    """One of the tensors whose rows are columns of the similarity matrix."""
+    """One of the inputs whose rows are columns of the similarity matrix, and where they lie."""
 
     name: str
-    x: Tensor  # (n, D)
-    r: Tensor  # (n,)
+    rows: Rows
     columns: slice
 
 
@@ -84,47 +84,50 @@ class Sweep:
         noise_rows: Tensor | None,  # (M, D)
     ) -> None:
         self.ops, self.options = ops, options
-        self.anchors, self.positives, self.noise_rows = anchors, positives, noise_rows
+        self.noise_rows = noise_rows
         self.N, self.D = anchors.shape
         sums = ops.precision.sums
         self.kappa_given = kappa
-        if isinstance(kappa, Tensor):
-            self.kappa = kappa.to(sums)
-        else:
-            self.kappa = torch.full((), kappa, dtype=sums, device=ops.device)
-        self.bits = self.kappa * LOG2_E
+        if not isinstance(kappa, Tensor):
+            kappa = torch.full((), kappa, dtype=sums, device=ops.device)
+        self.kappa = kappa.to(sums)
+        self.bits = self.kappa * LOG2_E  # κ in base 2
 
-        self.r_q = ops.reciprocal_norms(anchors)
-        self.r_k = ops.reciprocal_norms(positives)
-        self.center_q = ops.center(anchors, self.r_q)
-        self.center_k = ops.center(positives, self.r_k)
-        # q̂_i·k̃_i and s_ii
-        self.dots, self.cosines = ops.pair_dots(anchors, self.r_q, positives, self.r_k, self.center_k)
-        self.spans = list(self._spans(positives, negatives, queue))
+        self.anchors, self.positives = ops.rows(anchors), ops.rows(positives)
+        self.center_q, self.center_k = self.anchors.center, self.positives.center
+        self.spans = list(self._spans(negatives, queue))
         self.T = self.spans[-1].columns.stop
-        self.queries = self._queries(anchors, self.r_q)
+        self.queries = ops.queries(self.anchors, self.bits)
         self.keys = self._keys()
+        self.dots = ops.pair_dots(self.anchors, self.positives)  # q̂_i·k̃_i, (N,)
 
-    def _spans(self, positives: Tensor, negatives: Tensor | None, queue: Tensor | None) -> Iterator[Span]:
-        start = 0
-        for name, x in (("positives", positives), ("negatives", negatives), ("queue", queue)):
+    @functools.cached_property
+    def cosines(self) -> Tensor:
+        """s_ii, (N,)"""
+        return self.ops.cosines(self.anchors, self.positives)
+
+    def _spans(self, negatives: Tensor | None, queue: Tensor | None) -> Iterator[Span]:
+        yield Span("positives", self.positives, slice(0, self.N))
+        start = self.N
+        for name, x in (("negatives", negatives), ("queue", queue)):
             if x is not None:
-                r = self.r_k if x is positives else self.ops.reciprocal_norms(x)
-                yield Span(name, x, r, slice(start, start + x.shape[0]))
+                yield Span(name, self.ops.rows(x, self.center_k), slice(start, start + x.shape[0]))
                 start += x.shape[0]
-
-    def _queries(self, x: Tensor, r: Tensor) -> Tensor:
-        """κ log2(e) x̂ in the product dtype. (N, D)"""
-        return self.ops.unit_rows(x, r, self.ops.precision.product, factor=self.bits.expand(self.N))
 
     def _keys(self) -> Columns:
         options, precision = self.options, self.ops.precision
         copies = []
         for dtype in dict.fromkeys((precision.product, precision.gradient)):
-            rows = torch.empty(self.T, self.D, dtype=dtype, device=self.ops.device)
-            for span in self.spans:
-                self.ops.unit_rows(span.x, span.r, dtype, self.center_k, out=rows[span.columns])
+            if len(self.spans) == 1:
+                rows = self.ops.centered_rows(self.positives, slice(0, self.N), dtype)
+            else:
+                rows = torch.empty(self.T, self.D, dtype=dtype, device=self.ops.device)
+                for span in self.spans:
+                    self.ops.centered_rows(span.rows, slice(0, len(span.rows)), dtype, out=rows[span.columns])
             copies.append(rows)
+        if precision.product == precision.sums:
+            for span in self.spans:
+                span.rows.keep_centered(copies[0][span.columns])
         ids = options.ids
         if ids is not None and options.negative_ids is not None:
             ids = torch.cat([ids, options.negative_ids])
@@ -151,9 +154,9 @@ class Sweep:
                 x = noise.sample_block(
                     options.seed, block, options.num_noise, self.D, precision.sums, self.ops.device
                 )
-            r = self.ops.reciprocal_norms(x)
+            rows = self.ops.rows(x, center)
             copies = [
-                self.ops.unit_rows(x, r, dtype, center)
+                self.ops.centered_rows(rows, slice(0, len(rows)), dtype)
                 for dtype in dict.fromkeys((precision.product, precision.gradient))
             ]
             yield Columns(copies[0], copies[-1], bias=options.log_noise_weight * LOG2_E)
@@ -163,8 +166,8 @@ class Sweep:
         if self.options.has_noise_columns:
             yield self.queries, self.bits * self.dots, self.center_k
             if self.options.symmetric:
-                dots, _ = self.ops.pair_dots(self.positives, self.r_k, self.anchors, self.r_q, self.center_q)
-                yield self._queries(self.positives, self.r_k), self.bits * dots, self.center_q
+                dots = self.ops.pair_dots(self.positives, self.anchors)
+                yield self.ops.queries(self.positives, self.bits), self.bits * dots, self.center_q
 
     def _log_constant(self) -> tuple[Tensor, Tensor] | None:
         """Expected noise: log T_i = log(λ M c_D(κ)) − κ s_ii, (N,), and ρ = d log c_D/dκ."""
@@ -194,75 +197,73 @@ class Sweep:
 
     # ------------------------------------------------------------------ one sweep
 
-    def one_sweep(self, needs: Needs) -> tuple[Tensor, Gradients]:
+    def one_sweep(self, needs: Needs, kappa_bound: float) -> tuple[Tensor, Gradients]:
         """Losses in nats, (N,), and the gradients of their sum."""
         ops, dtype = self.ops, self.ops.precision.gradient
-        offset = (self.kappa * (1 - self.cosines)).add_(self.options.offset_margin).clamp_(min=0)
-        shift = self.bits * self.dots + offset * LOG2_E
-        own = (-offset).exp_()  # the positive's term
-        sums = ops.zeros(self.N)
+        shift = self.bits * self.dots
+        own = torch.ones_like(shift)  # the positive's term, e^(−o_i), and the constant's
+        offset = None
+        if 2 * kappa_bound + self.options.offset_margin > 0:
+            offset = (self.kappa * (1 - self.cosines)).add_(self.options.offset_margin).clamp_(min=0)
+            shift += offset * LOG2_E
+            own = (-offset).exp_()
         constant = self._log_constant()
         if constant is not None:
-            t = (constant[0] - offset).exp_()
-            own = own + t
+            t = (constant[0] if offset is None else constant[0] - offset).exp()
+            own += t
+        sums = ops.zeros(self.N)
+        alpha = torch.empty_like(sums)  # 1/(own + Σ_j E_ij)
         acc_rows = ops.zeros(self.N, self.D) if needs.rows else None
         wanted = [span for span in self.spans if getattr(needs, span.name)]
-        accs = [ops.zeros(span.x.shape[0], self.D) for span in wanted]
-        weights = [ops.zeros(span.x.shape[0]) for span in wanted]  # A_j = Σ_i α_i E_ij
+        accs = [ops.zeros(len(span.rows), self.D) for span in wanted]
+        weights = [ops.zeros(len(span.rows)) for span in wanted]  # A_j = Σ_i α_i E_ij
 
         for columns in self._noise(self.center_k):
             for rows in self._row_chunks(columns.rows.shape[0]):
                 self._exp_tile(rows, columns, shift, sums, acc_rows)
         for rows in self._row_chunks(self.T):
             tile = self._exp_tile(rows, self.keys, shift, sums, acc_rows)
+            factor = torch.add(cut(own, rows), cut(sums, rows), out=cut(alpha, rows)).reciprocal_()
             if wanted:
-                alpha = (own[rows] + sums[rows]).reciprocal_()
-                q = ops.unit_rows(self.anchors[rows], self.r_q[rows], dtype, self.center_q, factor=alpha)
+                q = ops.centered_rows(self.anchors, rows, dtype, factor)
                 for span, acc, weight in zip(wanted, accs, weights, strict=True):
-                    ops.grad_columns(tile[:, span.columns], q, acc)
-                    ops.column_sums(tile[:, span.columns], alpha, weight)
+                    part = tile if len(self.spans) == 1 else tile[:, span.columns]
+                    ops.grad_columns(part, q, acc)
+                    ops.column_sums(part, factor, weight)
 
-        alpha = (own + sums).reciprocal_()
         total = sums if constant is None else sums + t
-        share = alpha * total  # R/(1 + R)
         d_kappa = None
         if acc_rows is not None:
-            center_weight = alpha * (sums - total)
-            pair = (self.positives, self.r_k, share)
-            dots = ops.finish(
-                acc_rows,
-                self.anchors,
-                self.r_q,
-                self.kappa,
-                self.center_k,
-                center_weight,
-                pair,
-                row_factor=alpha,
-            )
-            d_kappa = dots.sum() if constant is None else (dots - center_weight * constant[1]).sum()
-        self._finish_columns(wanted, accs, weights, share, self.kappa)
-        losses = torch.where(offset > 0, torch.logaddexp(ops.zeros(), offset + total.log()), total.log1p())
+            of_center = None if constant is None else (self.center_k, -t)
+            dots = ops.finish(acc_rows, self.anchors, self.kappa * alpha, (self.positives, total), of_center)
+            if needs.temperature:
+                d_kappa = alpha.dot(dots if constant is None else dots + t * constant[1])
+        self._finish_columns(wanted, accs, weights, alpha * total, self.kappa)
+        losses = total.log1p()
+        if offset is not None:
+            losses = torch.where(offset > 0, torch.logaddexp(ops.zeros(), offset + total.log()), losses)
         gradients = {span.name: acc for span, acc in zip(wanted, accs, strict=True)}
         return losses, Gradients(acc_rows if needs.anchors else None, **gradients, kappa=d_kappa)
 
     def _exp_tile(
         self, rows: slice, columns: Columns, shift: Tensor, sums: Tensor, acc_rows: Tensor | None
     ) -> Tensor:
-        tile, tile_sums = self.ops.exp_similarity(self.queries[rows], columns, rows.start, shift[rows])
-        sums[rows] += tile_sums
+        tile, tile_sums = self.ops.exp_similarity(cut(self.queries, rows), columns, rows.start, cut(shift, rows))
+        cut(sums, rows).add_(tile_sums)
         if acc_rows is not None:
-            self.ops.grad_rows(tile, columns.grad_rows, acc_rows[rows])
+            self.ops.grad_rows(tile, columns.grad_rows, cut(acc_rows, rows))
         return tile
 
     def _finish_columns(
         self, wanted: list[Span], accs: list[Tensor], weights: list[Tensor], share: Tensor, scale: Tensor
     ) -> None:
+        """Of the keys' unit rows: the weights' sums are A, ``share`` is what the positives lose."""
         for span, acc, weight in zip(wanted, accs, weights, strict=True):
             pair = None
             if span.name == "positives":
-                pair = (self.anchors, self.r_q, share)
+                pair = (self.anchors, share)
                 weight = weight - share
-            self.ops.finish(acc, span.x, span.r, scale, self.center_q, weight, pair)
+            self.ops.finish(acc, span.rows, scale, pair, (self.center_q, weight))
 
     # ------------------------------------------------------------------ two sweeps
 
@@ -307,7 +308,7 @@ class Sweep:
 
         acc_rows = ops.zeros(self.N, self.D) if needs.rows else None
         wanted = [span for span in self.spans if getattr(needs, span.name)]
-        accs = [ops.zeros(span.x.shape[0], self.D) for span in wanted]
+        accs = [ops.zeros(len(span.rows), self.D) for span in wanted]
         row_sums, column_sums = ops.zeros(self.N), ops.zeros(self.T)
 
         # The noise of the column direction goes to the positives' gradient, before any key does.
@@ -335,16 +336,14 @@ class Sweep:
                     ops.grad_rows(tile, columns.grad_rows, acc[rows])
         d_kappa = ops.zeros()
         if needs.temperature and acc_keys is not None and column_loss is not None:
-            d_kappa += ops.unit_dots(
-                acc_keys, self.positives, self.r_k, self.center_q, column_sums[: self.N]
-            ).sum()
+            d_kappa += ops.unit_dots(acc_keys, self.positives, (self.center_q, column_sums[: self.N])).sum()
 
         shift = self.bits * self.dots + row_loss * LOG2_E
         row_bias, column_shift = self._column_direction()
         if column_loss is not None:
             column_shift = column_shift + column_loss * LOG2_E
         for rows in self._row_chunks(min(COLUMN_BLOCK, self.T)):
-            q = ops.unit_rows(self.anchors[rows], self.r_q[rows], dtype, self.center_q) if wanted else None
+            q = ops.centered_rows(self.anchors, rows, dtype) if wanted else None
             for block in self._column_blocks(split=column_loss is not None):
                 other = None
                 if column_loss is not None and block.start < self.N:
@@ -366,10 +365,9 @@ class Sweep:
                         ops.grad_columns(tile[:, first - block.start : last - block.start], q, part)
 
         if acc_rows is not None:
-            pair = (self.positives, self.r_k, share)
-            d_kappa += ops.finish(
-                acc_rows, self.anchors, self.r_q, self.kappa * scale, self.center_k, row_sums - share, pair
-            ).sum()
+            of_center = (self.center_k, row_sums - share)
+            dots = ops.finish(acc_rows, self.anchors, self.kappa * scale, (self.positives, share), of_center)
+            d_kappa += dots.sum()
             d_kappa += self._constant_share(row_loss, column_loss, weights)
         column_parts = [column_sums[span.columns] for span in wanted]
         self._finish_columns(wanted, accs, column_parts, share, self.kappa * scale)

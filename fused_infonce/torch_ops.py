@@ -50,6 +50,38 @@ class Columns:
         return replace(self, rows=self.rows[columns], grad_rows=self.grad_rows[columns])
 
 
+class Rows:
+    """One of the inputs, its rows' reciprocal norms and a centre; unit rows are made a piece at a time."""
+
+    def __init__(self, x: Tensor, r: Tensor) -> None:
+        self.x, self.r = x, r  # (n, D), (n,)
+        self.center: Tensor  # (D,), set by TorchOps.rows
+        self._unit: Tensor | None = None  # all of them, where that is little
+        self._centered: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.x.shape[0]
+
+    def unit(self, piece: slice) -> Tensor:
+        """x̂_i = x_i r_i, not to be written to. → (rows, D)"""
+        if self._unit is not None:
+            return cut(self._unit, piece)
+        return cut(self.x, piece).to(self.r.dtype) * cut(self.r, piece)[:, None]
+
+    def centered(self, piece: slice) -> Tensor:
+        """x̂_i − center, not to be written to. → (rows, D)"""
+        if self._centered is not None:
+            return cut(self._centered, piece)
+        return self.unit(piece) - self.center
+
+    def keep_unit(self) -> None:
+        self._unit = self.unit(slice(0, len(self)))
+
+    def keep_centered(self, rows: Tensor | None = None) -> None:
+        """Keeps ``rows``, which hold them already, or makes them."""
+        self._centered = self.centered(slice(0, len(self))) if rows is None else rows
+
+
 class TorchOps:
     """One call's operations: its precision, its workspace and the scratch memory they share."""
 
@@ -86,60 +118,76 @@ class TorchOps:
 
     # ------------------------------------------------------------------ rows
 
-    def reciprocal_norms(self, x: Tensor) -> Tensor:
-        """1/‖x_i‖, 0 for a zero row, NaN where the norm is not finite. (N, D) → (N,)"""
-        norms: Tensor = torch.linalg.vector_norm(x, dim=1, dtype=self.precision.sums)
-        return norms.reciprocal().add_(norms, alpha=0).masked_fill_(norms == 0, 0)
+    def rows(self, x: Tensor, center: Tensor | None = None) -> Rows:
+        """x with 1/‖x_i‖, 0 for a zero row, centred by ``center`` or else by its own mean. (N, D)"""
+        r: Tensor = torch.linalg.vector_norm(x, dim=1, dtype=self.precision.sums)
+        rows = Rows(x, r.reciprocal_().nan_to_num_(nan=math.nan, posinf=0.0))
+        small = x.numel() <= self.tile_elements
+        if small:
+            rows.keep_unit()
+        rows.center = self._mean(rows) if center is None else center
+        if small:
+            rows.keep_centered()
+        return rows
 
-    def center(self, x: Tensor, r: Tensor) -> Tensor:
-        """Mean of up to CENTER_ROWS evenly spaced unit rows. (N, D), (N,) → (D,)"""
-        step = -(-x.shape[0] // CENTER_ROWS)
-        some = x[::step].to(self.precision.sums)
-        return torch.mv(some.T, r[::step]).div_(some.shape[0])
+    def _mean(self, rows: Rows) -> Tensor:
+        """Mean of up to CENTER_ROWS evenly spaced unit rows. → (D,)"""
+        n = len(rows)
+        if n <= CENTER_ROWS:
+            return rows.unit(slice(0, n)).mean(0)
+        step = -(-n // CENTER_ROWS)
+        some = rows.x[::step].to(self.precision.sums)
+        return torch.mv(some.T, rows.r[::step]).div_(some.shape[0])
 
-    def unit_rows(
-        self,
-        x: Tensor,
-        r: Tensor,
-        dtype: torch.dtype,
-        center: Tensor | None = None,
-        factor: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """factor_i (x_i r_i − center) in ``dtype``. (N, D), (N,), (D,), (N,) → (N, D)"""
-        if out is None:
-            out = torch.empty(x.shape, dtype=dtype, device=self.device)
-        for piece in self._pieces(*x.shape):
-            unit = self._unit(x[piece], r[piece])
-            if center is not None:
-                unit.sub_(center)
-            if factor is not None:
-                unit.mul_(factor[piece, None])
-            out[piece].copy_(unit)
+    def queries(self, rows: Rows, factor: Tensor) -> Tensor:
+        """factor · x̂ in the product dtype. 0-dim → (N, D)"""
+        dtype = self.precision.product
+        if len(rows) * rows.x.shape[1] <= self.tile_elements:
+            return (rows.unit(slice(0, len(rows))) * factor).to(dtype)
+        out = torch.empty(rows.x.shape, dtype=dtype, device=self.device)
+        for piece in self._pieces(*rows.x.shape):
+            out[piece].copy_(rows.unit(piece) * factor)
         return out
 
-    def pair_dots(self, q: Tensor, r_q: Tensor, k: Tensor, r_k: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
-        """q̂_i·(k̂_i − center) and q̂_i·k̂_i, from unrounded rows. → (N,), (N,)"""
-        dots, cosines = torch.empty_like(r_q), torch.empty_like(r_q)
-        for piece in self._pieces(*q.shape):
-            unit_q, unit_k = self._unit(q[piece], r_q[piece]), self._unit(k[piece], r_k[piece])
-            torch.sum(unit_q * unit_k, 1, out=cosines[piece])
-            torch.sum(unit_q.mul_(unit_k.sub_(center)), 1, out=dots[piece])
-        return dots, cosines
+    def centered_rows(
+        self, rows: Rows, chunk: slice, dtype: torch.dtype, factor: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """factor_i (x̂_i − center) of a chunk of n rows in ``dtype``; factor: (n,). → (n, D)"""
+        n, D = chunk.stop - chunk.start, rows.x.shape[1]
+        if out is None and n * D <= self.tile_elements:
+            centered = rows.centered(chunk)
+            return (centered if factor is None else centered * factor[:, None]).to(dtype)
+        if out is None:
+            out = torch.empty(n, D, dtype=dtype, device=self.device)
+        for piece in self._pieces(n, D):
+            centered = rows.centered(slice(chunk.start + piece.start, chunk.start + piece.stop))
+            out[piece].copy_(centered if factor is None else centered * cut(factor, piece)[:, None])
+        return out
 
-    def _unit(self, x: Tensor, r: Tensor) -> Tensor:
-        return x.to(self.precision.sums) * r[:, None]
+    def pair_dots(self, q: Rows, k: Rows) -> Tensor:
+        """q̂_i·(k̂_i − center), from unrounded rows. → (N,)"""
+        dots = torch.empty_like(q.r)
+        for piece in self._pieces(*q.x.shape):
+            torch.sum(q.unit(piece) * k.centered(piece), 1, out=cut(dots, piece))
+        return dots
+
+    def cosines(self, q: Rows, k: Rows) -> Tensor:
+        """q̂_i·k̂_i, from unrounded rows. → (N,)"""
+        dots = torch.empty_like(q.r)
+        for piece in self._pieces(*q.x.shape):
+            torch.sum(q.unit(piece) * k.unit(piece), 1, out=cut(dots, piece))
+        return dots
 
     # ------------------------------------------------------------------ similarity
 
     def exp_similarity(self, queries: Tensor, columns: Columns, i0: int, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """The tile E_ij = 2^(q_i·k_j + bias_ij − shift_i) of rows i0, i0 + 1, … and its row sums. → (C, T), (C,)"""
+        """The tile E_ij = 2^(q_i·k_j + bias_ij − shift_i) of rows i0, i0 + 1, … and its row sums."""
         out = self.workspace(queries.shape[0], columns.rows.shape[0])
         sums = torch.empty_like(shift)
         for piece, tile in self.similarity(queries, columns, i0, 0):
-            tile.sub_(shift[piece, None]).exp2_()
-            torch.sum(tile, 1, out=sums[piece])
-            self._store(tile, out[piece])
+            tile.sub_(cut(shift, piece)[:, None]).exp2_()
+            torch.sum(tile, 1, out=cut(sums, piece))
+            self._store(tile, cut(out, piece))
         return out, sums
 
     def add_ratios(
@@ -161,9 +209,9 @@ class TorchOps:
             if cols is not None:
                 row_bias, column_shift, maximum, total = cols
                 other = self.buffer("other", tile.shape, self.precision.sums)
-                torch.add(tile, row_bias[piece, None], out=other)
+                torch.add(tile, cut(row_bias, piece)[:, None], out=other)
                 merge_ratios(other, column_shift, 0, maximum, total)
-            merge_ratios(tile, shift[piece], 1, rows[0][piece], rows[1][piece])
+            merge_ratios(tile, cut(shift, piece), 1, cut(rows[0], piece), cut(rows[1], piece))
 
     def weighted_ratios(
         self,
@@ -184,17 +232,17 @@ class TorchOps:
             if cols is not None:
                 row_bias, column_shift, column_weights = cols
                 other = self.buffer("other", tile.shape, self.precision.sums)
-                torch.add(tile, row_bias[piece, None], out=other).sub_(column_shift).exp2_()
+                torch.add(tile, cut(row_bias, piece)[:, None], out=other).sub_(column_shift).exp2_()
                 if column_weights is not None:
                     other.mul_(column_weights)
-            tile.sub_(shift[piece, None]).exp2_()
+            tile.sub_(cut(shift, piece)[:, None]).exp2_()
             if weights is not None:
-                tile.mul_(weights[piece, None])
+                tile.mul_(cut(weights, piece)[:, None])
             if other is not None:
                 tile.add_(other)
-            sums[0][piece] += tile.sum(1)
+            cut(sums[0], piece).add_(tile.sum(1))
             sums[1].add_(tile.sum(0))
-            self._store(tile, out[piece])
+            self._store(tile, cut(out, piece))
         return out
 
     def similarity(self, queries: Tensor, columns: Columns, i0: int, j0: int) -> Iterator[tuple[slice, Tensor]]:
@@ -202,7 +250,7 @@ class TorchOps:
         product = self.workspace(queries.shape[0], columns.rows.shape[0]).view(self.precision.product)
         torch.mm(queries, columns.rows.T, out=product)
         for piece in self._pieces(*product.shape):
-            tile = product[piece]
+            tile = cut(product, piece)
             if tile.dtype != self.precision.sums:
                 tile = self.buffer("scratch", tile.shape, self.precision.sums).copy_(tile)
             _mask_(tile, columns, i0 + piece.start, j0)
@@ -236,48 +284,49 @@ class TorchOps:
     def column_sums(self, tile: Tensor, weights: Tensor, out: Tensor) -> None:
         """out += tileᵀ @ weights, in the sums' dtype. (C, T), (C,), (T,)"""
         for piece in self._pieces(*tile.shape):
-            part = tile[piece]
+            part = cut(tile, piece)
             if part.dtype != out.dtype:
                 part = self.buffer("scratch", part.shape, out.dtype).copy_(part)
-            out.addmv_(part.T, weights[piece])
+            out.addmv_(part.T, cut(weights, piece))
 
     def finish(
         self,
         acc: Tensor,  # (N, D), overwritten with the gradient
-        x: Tensor,  # (N, D)
-        r: Tensor,  # (N,)
-        scale: Tensor,  # 0-dim
-        center: Tensor,  # (D,) of the other side
-        center_weight: Tensor,  # (N,)
-        pair: tuple[Tensor, Tensor, Tensor] | None,  # the other side's x (N, D), r (N,) and weight (N,)
-        row_factor: Tensor | None = None,  # (N,)
+        rows: Rows,  # (N, D)
+        factors: Tensor,  # (N,) or 0-dim
+        pair: tuple[Rows, Tensor] | None,  # the other side's rows (N, D) and their weights (N,)
+        center: tuple[Tensor, Tensor] | None,  # the other side's centre (D,) and its weights (N,)
     ) -> Tensor:
         """The gradient of the inputs from the sums over tiles, in place; returns ⟨x̂_i, v_i⟩. → (N,)
 
-        v_i = row_factor_i acc_i − weight_i (pair_i − center) + center_weight_i center is the unit row's gradient,
-        dx_i = scale r_i (v_i − x̂_i ⟨x̂_i, v_i⟩) the row's.
+        v_i = acc_i − weight_i p̃_i + center_weight_i center, p̃_i the centred row of the pair, is the unit row's
+        gradient but for its factor, dx_i = factor_i r_i (v_i − x̂_i ⟨x̂_i, v_i⟩) the row's.
         """
-        dots = torch.empty_like(r)
-        for piece in self._pieces(*x.shape):
-            v = acc[piece]
-            if row_factor is not None:
-                v.mul_(row_factor[piece, None])
+        dots = torch.empty_like(rows.r)
+        factors = rows.r * factors
+        for piece in self._pieces(*rows.x.shape):
+            v = cut(acc, piece)
             if pair is not None:
-                other, r_other, weight = (part[piece] for part in pair)
-                v.addcmul_(self._unit(other, r_other).sub_(center), weight[:, None], value=-1)
-            v.addr_(center_weight[piece], center)
-            unit = self._unit(x[piece], r[piece])
-            dot = torch.sum(unit * v, 1, out=dots[piece])
-            v.addcmul_(unit, dot[:, None], value=-1).mul_((r[piece] * scale)[:, None])
+                v.addcmul_(pair[0].centered(piece), cut(pair[1], piece)[:, None], value=-1)
+            if center is not None:
+                v.addr_(cut(center[1], piece), center[0])
+            unit = rows.unit(piece)
+            dot = torch.sum(unit * v, 1, out=cut(dots, piece))
+            v.addcmul_(unit, dot[:, None], value=-1).mul_(cut(factors, piece)[:, None])
         return dots
 
-    def unit_dots(self, acc: Tensor, x: Tensor, r: Tensor, center: Tensor, center_weight: Tensor) -> Tensor:
-        """⟨x̂_i, acc_i + center_weight_i center⟩. → (N,)"""
-        dots = torch.empty_like(r)
-        for piece in self._pieces(*x.shape):
-            v = torch.addr(acc[piece], center_weight[piece], center)
-            torch.sum(v.mul_(self._unit(x[piece], r[piece])), 1, out=dots[piece])
+    def unit_dots(self, acc: Tensor, rows: Rows, center: tuple[Tensor, Tensor]) -> Tensor:
+        """⟨x̂_i, acc_i + weight_i center⟩. → (N,)"""
+        dots = torch.empty_like(rows.r)
+        for piece in self._pieces(*rows.x.shape):
+            v = torch.addr(cut(acc, piece), cut(center[1], piece), center[0])
+            torch.sum(v.mul_(rows.unit(piece)), 1, out=cut(dots, piece))
         return dots
+
+
+def cut(x: Tensor, rows: slice) -> Tensor:
+    """x[rows], without the price of a view where that is all of x."""
+    return x if rows.stop - rows.start == x.shape[0] else x[rows]
 
 
 def _mask_(tile: Tensor, columns: Columns, i0: int, j0: int) -> None:
