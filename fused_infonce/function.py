@@ -25,8 +25,10 @@ def fused_loss(call: Call) -> Tensor:
 
 def sweep_of(call: Call) -> Sweep:
     """The call's operands, normalised, on its backend."""
-    precision = Precision.of(call.product_dtype)
-    ops = TorchOps(precision, call.inputs[0].device, call.options.workspace_bytes)
+    anchors = call.inputs[0]
+    columns = sum(x.shape[0] for x in call.inputs[1:] if x is not None)
+    precision = Precision.of(call.product_dtype, anchors.device, columns * anchors.numel())
+    ops = TorchOps(precision, anchors.device, call.options.workspace_bytes)
     kappa = _kappa(call.temperature, precision.sums)
     return Sweep(ops, call.options, kappa, *call.inputs, call.noise_rows)
 

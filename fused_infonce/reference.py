@@ -28,7 +28,7 @@ def reference_loss(call: Call) -> Tensor:
     k = _unit(positives)
     extra = [_unit(x) for x in (negatives, queue) if x is not None]
     g = None if noise is None else _unit(noise.detach())
-    tau = torch.as_tensor(call.temperature, device=q.device).to(torch.float64).reshape(())
+    tau = torch.as_tensor(call.temperature, dtype=torch.float64, device=q.device).reshape(())
     kappa = torch.where(tau > 0, 1 / tau, math.nan)
 
     pairs = _pair_bias(options, q.device)

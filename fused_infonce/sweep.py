@@ -148,7 +148,7 @@ class Sweep:
         options, precision = self.options, self.ops.precision
         for block in range(noise.num_blocks(options.num_noise) if options.has_noise_columns else 0):
             if self.noise_rows is not None:
-                x = self.noise_rows[block * noise.NOISE_BLOCK : (block + 1) * noise.NOISE_BLOCK]
+                x = self.noise_rows[block * noise.NOISE_BLOCK : (block + 1) * noise.NOISE_BLOCK].to(precision.sums)
             else:
                 assert options.seed is not None
                 x = noise.sample_block(

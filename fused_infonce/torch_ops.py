@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-TILE = 1 << 20  # elements that one pass of elementwise operations works on: 4 MiB of fp32
+TILE = 1 << 19  # elements that one pass of elementwise operations works on: 2 MiB of fp32
 CENTER_ROWS = 1024  # rows that a centre is the mean of; any constant is exact, a mean is the most useful one
+SMALL_PRODUCT = 1 << 24
 DEFAULT_WORKSPACE = {"cpu": 64 << 20}
 DEFAULT_DEVICE_WORKSPACE = 256 << 20
 
@@ -26,9 +27,15 @@ class Precision:
     gradient: torch.dtype  # operands of the gradient products, and the stored exponentials
 
     @staticmethod
-    def of(dtype: torch.dtype) -> Precision:
-        """For products in ``dtype``; fp16 has not the range for exponentials, so its gradients use bf16."""
+    def of(dtype: torch.dtype, device: torch.device, size: int) -> Precision:
+        """For products in ``dtype`` of ``size`` multiply-adds.
+
+        Small ones run in the sums' dtype on a CPU, where bf16 products are no faster and round their results.
+        fp16 has not the range for exponentials, so its gradients use bf16.
+        """
         sums = torch.float64 if dtype == torch.float64 else torch.float32
+        if device.type == "cpu" and size <= SMALL_PRODUCT:
+            dtype = sums
         return Precision(sums, dtype, torch.bfloat16 if dtype == torch.float16 else dtype)
 
 
@@ -89,9 +96,9 @@ class TorchOps:
         self.precision = precision
         self.device = device
         budget = workspace_bytes or DEFAULT_WORKSPACE.get(device.type, DEFAULT_DEVICE_WORKSPACE)
-        # A quarter goes to the scratch of elementwise passes and to products that wait for their fp32 sum.
-        self.tile_elements = min(TILE, max(1024, budget // 64))
-        self.workspace_elements = budget * 3 // 4 // precision.gradient.itemsize
+        # Half is for tiles; the rest for the scratch of elementwise passes and what the libraries keep.
+        self.tile_elements = min(TILE, max(1024, budget // 128))
+        self.workspace_elements = budget // 2 // precision.gradient.itemsize
         self._buffers: dict[str, Tensor] = {}
 
     # ------------------------------------------------------------------ memory

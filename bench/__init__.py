@@ -1,0 +1,1 @@
+"""How fast, how lean, how exact: run ``python -m bench.speed``, ``bench.memory`` or ``bench.accuracy``."""

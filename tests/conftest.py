@@ -1,0 +1,28 @@
+"""Uninitialised memory is NaN in every test: what reads it before writing shows."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    was = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(was[0])
+    torch.utils.deterministic.fill_uninitialized_memory = was[1]
+
+
+@pytest.fixture(scope="session")
+def simcse_data() -> Path:
+    """The folder of real data that SIMCSE_DATA names."""
+    folder = os.environ.get("SIMCSE_DATA")
+    if not folder:
+        pytest.skip("SIMCSE_DATA is not set: no real data here")
+    return Path(folder)
