@@ -15,7 +15,7 @@ from .options import NoiseKind, Options, Reduction
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Call:
     """What a backend is given."""
 

@@ -16,7 +16,7 @@ _EXPONENT_TOP = 75.0
 _EXPONENT_SPAN = 162.0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Options:
     num_anchors: int  # N, also the number of positives
     num_negatives: int  # H

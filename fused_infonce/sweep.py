@@ -31,7 +31,7 @@ LOG2_E = 1 / math.log(2)
 COLUMN_BLOCK = 8192  # columns of a tile of the two sweeps
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Needs:
     """Which gradients are asked for."""
 
@@ -47,7 +47,7 @@ class Needs:
         return self.anchors or self.temperature
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Gradients:
     anchors: Tensor | None = None
     positives: Tensor | None = None
@@ -60,7 +60,7 @@ class Gradients:
         return self.anchors, self.positives, self.negatives, self.queue
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Span:
     """One of the inputs whose rows are columns of the similarity matrix, and where they lie."""
 
@@ -97,9 +97,10 @@ class Sweep:
         self.center_q, self.center_k = self.anchors.center, self.positives.center
         self.spans = list(self._spans(negatives, queue))
         self.T = self.spans[-1].columns.stop
-        self.queries = ops.queries(self.anchors, self.bits)
-        self.keys = self._keys()
-        self.dots = ops.pair_dots(self.anchors, self.positives)  # q̂_i·k̃_i, (N,)
+        rows = torch.empty(self.T, self.D, dtype=ops.precision.product, device=ops.device)
+        # κ log2(e) q̂_i, (N, D), and q̂_i·k̃_i, (N,)
+        self.queries, self.dots = ops.normalise_pairs(self.anchors, self.positives, self.bits, rows[: self.N])
+        self.keys = self._keys(rows)
 
     @functools.cached_property
     def cosines(self) -> Tensor:
@@ -114,26 +115,27 @@ class Sweep:
                 yield Span(name, self.ops.rows(x, self.center_k), slice(start, start + x.shape[0]))
                 start += x.shape[0]
 
-    def _keys(self) -> Columns:
-        options, precision = self.options, self.ops.precision
-        copies = []
-        for dtype in dict.fromkeys((precision.product, precision.gradient)):
-            if len(self.spans) == 1:
-                rows = self.ops.centered_rows(self.positives, slice(0, self.N), dtype)
-            else:
-                rows = torch.empty(self.T, self.D, dtype=dtype, device=self.ops.device)
-                for span in self.spans:
-                    self.ops.centered_rows(span.rows, slice(0, len(span.rows)), dtype, out=rows[span.columns])
-            copies.append(rows)
+    def _keys(self, rows: Tensor) -> Columns:
+        """All columns but the noise; ``rows`` holds the positives' already."""
+        ops, options, precision = self.ops, self.options, self.ops.precision
+        for span in self.spans[1:]:
+            ops.centered_rows(span.rows, slice(0, len(span.rows)), rows.dtype, out=rows[span.columns])
+        grad_rows = rows
+        if precision.gradient != precision.product:
+            grad_rows = torch.empty_like(rows, dtype=precision.gradient)
+            for span in self.spans:
+                ops.centered_rows(
+                    span.rows, slice(0, len(span.rows)), grad_rows.dtype, out=grad_rows[span.columns]
+                )
         if precision.product == precision.sums:
             for span in self.spans:
-                span.rows.keep_centered(copies[0][span.columns])
+                span.rows.keep_centered(rows[span.columns])
         ids = options.ids
         if ids is not None and options.negative_ids is not None:
             ids = torch.cat([ids, options.negative_ids])
         return Columns(
-            copies[0],
-            copies[-1],
+            rows,
+            grad_rows,
             num_positives=self.N,
             num_negatives=options.num_negatives,
             own_bias=options.own_log_weight * LOG2_E,
@@ -166,8 +168,9 @@ class Sweep:
         if self.options.has_noise_columns:
             yield self.queries, self.bits * self.dots, self.center_k
             if self.options.symmetric:
-                dots = self.ops.pair_dots(self.positives, self.anchors)
-                yield self.ops.queries(self.positives, self.bits), self.bits * dots, self.center_q
+                unused = torch.empty_like(self.queries)
+                queries, dots = self.ops.normalise_pairs(self.positives, self.anchors, self.bits, unused)
+                yield queries, self.bits * dots, self.center_q
 
     def _log_constant(self) -> tuple[Tensor, Tensor] | None:
         """Expected noise: log T_i = log(λ M c_D(κ)) − κ s_ii, (N,), and ρ = d log c_D/dκ."""

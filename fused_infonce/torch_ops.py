@@ -20,7 +20,7 @@ DEFAULT_WORKSPACE = {"cpu": 64 << 20}
 DEFAULT_DEVICE_WORKSPACE = 256 << 20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Precision:
     sums: torch.dtype  # sums, exponentials, positives and gradients' accumulators
     product: torch.dtype  # operands of the similarity product
@@ -39,7 +39,7 @@ class Precision:
         return Precision(sums, dtype, torch.bfloat16 if dtype == torch.float16 else dtype)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Columns:
     """Columns of the similarity matrix and what is special about some of its entries."""
 
@@ -75,11 +75,15 @@ class Rows:
             return cut(self._unit, piece)
         return cut(self.x, piece).to(self.r.dtype) * cut(self.r, piece)[:, None]
 
-    def centered(self, piece: slice) -> Tensor:
-        """x̂_i − center, not to be written to. → (rows, D)"""
+    def centered(self, piece: slice, factor: Tensor | None = None) -> Tensor:
+        """factor_i (x̂_i − center), not to be written to; factor: (rows,). → (rows, D)"""
         if self._centered is not None:
-            return cut(self._centered, piece)
-        return self.unit(piece) - self.center
+            kept = cut(self._centered, piece)
+            return kept if factor is None else kept * factor[:, None]
+        if factor is None:
+            return self.unit(piece).sub(self.center)
+        scaled = cut(self.x, piece).to(self.r.dtype) * (cut(self.r, piece) * factor)[:, None]
+        return scaled.addr_(factor, self.center, alpha=-1)
 
     def keep_unit(self) -> None:
         self._unit = self.unit(slice(0, len(self)))
@@ -96,9 +100,10 @@ class TorchOps:
         self.precision = precision
         self.device = device
         budget = workspace_bytes or DEFAULT_WORKSPACE.get(device.type, DEFAULT_DEVICE_WORKSPACE)
-        # Half is for tiles; the rest for the scratch of elementwise passes and what the libraries keep.
+        # The rest is for the scratch of elementwise passes and what the libraries keep. glibc's allocator reuses a
+        # tile of 28 MiB; from 32 MiB on each call would fault its pages in anew.
         self.tile_elements = min(TILE, max(1024, budget // 128))
-        self.workspace_elements = budget // 2 // precision.gradient.itemsize
+        self.workspace_elements = budget * 7 // 16 // precision.gradient.itemsize
         self._buffers: dict[str, Tensor] = {}
 
     # ------------------------------------------------------------------ memory
@@ -146,15 +151,19 @@ class TorchOps:
         some = rows.x[::step].to(self.precision.sums)
         return torch.mv(some.T, rows.r[::step]).div_(some.shape[0])
 
-    def queries(self, rows: Rows, factor: Tensor) -> Tensor:
-        """factor · x̂ in the product dtype. 0-dim → (N, D)"""
-        dtype = self.precision.product
-        if len(rows) * rows.x.shape[1] <= self.tile_elements:
-            return (rows.unit(slice(0, len(rows))) * factor).to(dtype)
-        out = torch.empty(rows.x.shape, dtype=dtype, device=self.device)
-        for piece in self._pieces(*rows.x.shape):
-            out[piece].copy_(rows.unit(piece) * factor)
-        return out
+    def normalise_pairs(self, q: Rows, k: Rows, factor: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """factor · q̂ in the product dtype, q̂_i·(k̂_i − center) from unrounded rows, and k̂ − center in ``keys``.
+
+        (N, D), (N, D), 0-dim → (N, D), (N,); keys: (N, D) in the product dtype
+        """
+        dots = torch.empty_like(q.r)
+        queries = torch.empty_like(keys)
+        for piece in self._pieces(*q.x.shape):
+            unit, centered = q.unit(piece), k.centered(piece)
+            torch.sum(unit * centered, 1, out=cut(dots, piece))
+            cut(keys, piece).copy_(centered)
+            torch.mul(unit, factor, out=cut(queries, piece))
+        return queries, dots
 
     def centered_rows(
         self, rows: Rows, chunk: slice, dtype: torch.dtype, factor: Tensor | None = None, out: Tensor | None = None
@@ -162,21 +171,13 @@ class TorchOps:
         """factor_i (x̂_i − center) of a chunk of n rows in ``dtype``; factor: (n,). → (n, D)"""
         n, D = chunk.stop - chunk.start, rows.x.shape[1]
         if out is None and n * D <= self.tile_elements:
-            centered = rows.centered(chunk)
-            return (centered if factor is None else centered * factor[:, None]).to(dtype)
+            return rows.centered(chunk, factor).to(dtype)
         if out is None:
             out = torch.empty(n, D, dtype=dtype, device=self.device)
         for piece in self._pieces(n, D):
-            centered = rows.centered(slice(chunk.start + piece.start, chunk.start + piece.stop))
-            out[piece].copy_(centered if factor is None else centered * cut(factor, piece)[:, None])
+            of_input = slice(chunk.start + piece.start, chunk.start + piece.stop)
+            cut(out, piece).copy_(rows.centered(of_input, None if factor is None else cut(factor, piece)))
         return out
-
-    def pair_dots(self, q: Rows, k: Rows) -> Tensor:
-        """q̂_i·(k̂_i − center), from unrounded rows. → (N,)"""
-        dots = torch.empty_like(q.r)
-        for piece in self._pieces(*q.x.shape):
-            torch.sum(q.unit(piece) * k.centered(piece), 1, out=cut(dots, piece))
-        return dots
 
     def cosines(self, q: Rows, k: Rows) -> Tensor:
         """q̂_i·k̂_i, from unrounded rows. → (N,)"""
@@ -309,7 +310,7 @@ class TorchOps:
         v_i = acc_i − weight_i p̃_i + center_weight_i center, p̃_i the centred row of the pair, is the unit row's
         gradient but for its factor, dx_i = factor_i r_i (v_i − x̂_i ⟨x̂_i, v_i⟩) the row's.
         """
-        dots = torch.empty_like(rows.r)
+        dots = rows.r.new_empty(len(rows), 1)
         factors = rows.r * factors
         for piece in self._pieces(*rows.x.shape):
             v = cut(acc, piece)
@@ -318,9 +319,9 @@ class TorchOps:
             if center is not None:
                 v.addr_(cut(center[1], piece), center[0])
             unit = rows.unit(piece)
-            dot = torch.sum(unit * v, 1, out=cut(dots, piece))
-            v.addcmul_(unit, dot[:, None], value=-1).mul_(cut(factors, piece)[:, None])
-        return dots
+            dot = torch.sum(unit * v, 1, keepdim=True, out=cut(dots, piece))
+            v.addcmul_(unit, dot, value=-1).mul_(cut(factors, piece)[:, None])
+        return dots[:, 0]
 
     def unit_dots(self, acc: Tensor, rows: Rows, center: tuple[Tensor, Tensor]) -> Tensor:
         """⟨x̂_i, acc_i + weight_i center⟩. → (N,)"""
