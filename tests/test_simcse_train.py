@@ -138,6 +138,19 @@ def test_loss_is_gs_infonce_between_the_two_views(folder, tmp_path):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_noise_does_not_change_the_dropout_that_a_seed_draws(folder, tmp_path):
+    trainer = train.prepare(flags(folder, tmp_path, num_noise=0))
+    batch = next(iter(trainer.get_train_dataloader()))
+    seen = {}
+    for trainer.loss.num_noise in (0, 100):
+        torch.manual_seed(3)
+        loss, vectors = trainer.compute_loss(trainer.model.train(), batch, return_outputs=True)
+        seen[trainer.loss.num_noise] = loss.item(), vectors, torch.get_rng_state()
+    assert seen[100][0] > seen[0][0]
+    assert torch.equal(seen[100][1], seen[0][1])
+    assert torch.equal(seen[100][2], seen[0][2])
+
+
 def test_bf16_training_is_evaluated_in_fp32(folder, tmp_path):
     exact = train.prepare(flags(folder, tmp_path / "a"))
     exact = exact.evaluate()
@@ -164,6 +177,29 @@ def test_every_pooler_trains_and_a_new_mlp_is_saved(folder, tmp_path, capsys):
         flags(folder, tmp_path / "again", model_name_or_path=tmp_path / "mlp")
     ).model  # goes on from the saved MLP
     assert torch.equal(encoder.mlp[0].weight, again.mlp[0].weight)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"activation_checkpointing": True},
+        {"neftune_noise_alpha": 5.0},
+        {"gradient_accumulation_steps": 2},
+        {"num_train_epochs": 2, "max_steps": -1, "eval_strategy": "epoch", "per_device_train_batch_size": 40},
+        {"lr_scheduler_type": "constant", "optim": "sgd", "eval_steps": 0.5},
+        {"metric_for_best_model": "uniformity"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_training_arguments_of_transformers_work(folder, tmp_path, capsys, change):
+    train.main(flags(folder, tmp_path / "run", **change))
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    points = evaluations(state["log_history"])
+    metric, pick = ("uniformity", min) if "metric_for_best_model" in change else ("spearman", max)
+    best = pick(points[1:], key=lambda point: point[metric])
+    assert state["best_metric"] == pytest.approx(best[metric])
+    if "num_train_epochs" in change:  # 96 sentences: two batches of 40, the rest left out
+        assert [point["step"] for point in points] == [0, 2, 4]
 
 
 def test_training_without_pairs_saves_the_last_model(folder, tmp_path, capsys):
@@ -195,7 +231,7 @@ REFUSED = {
     "missing file": ({"train_file": "nowhere.txt"}, "nowhere.txt"),
     "missing pairs": ({"sts_data": "nowhere.tsv"}, "nowhere.tsv"),
     "missing model": ({"model_name_or_path": "./nowhere"}, "./nowhere"),
-    "batch": ({"per_device_train_batch_size": 200}, "200 sentences is more than the 96"),
+    "batch": ({"per_device_train_batch_size": 200}, "200 sentences is more than the 96 in"),
     "length": ({"max_seq_length": 1000}, "512 tokens"),
     "no length": ({"max_seq_length": 2}, "max_seq_length"),
     "temperature": ({"temp": 0}, "--temp"),
@@ -295,8 +331,8 @@ def test_simcse_improves_sts_b_on_real_sentences(tmp_path, capsys):
         "per_device_train_batch_size": 64,
         "learning_rate": 3e-5,
         "bf16": True,
-        "max_steps": 15,
-        "eval_steps": 15,
+        "max_steps": 10,
+        "eval_steps": 10,
     }
     train.main(flags(None, tmp_path / "run", **settings))
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())

@@ -1,0 +1,192 @@
+"""The flags of ``python -m simcse.train``: ours, and every one of ``transformers.TrainingArguments``."""
+
+import difflib
+from argparse import SUPPRESS, Action, HelpFormatter
+from dataclasses import dataclass, field
+from typing import Any, Literal, NoReturn
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
+
+from simcse.errors import UserError
+from simcse.model import PoolerType
+
+POOLERS = (
+    "'cls': last-layer [CLS] through an MLP; 'cls_before_pooler': last-layer [CLS] as it is; 'avg': mean "
+    "over tokens, last layer; 'avg_top2': last two layers; 'avg_first_last': embedding layer and last."
+)
+
+
+def flag(default: Any, help: str, **options: Any) -> Any:
+    """A dataclass field that is a flag; ``options`` go to argparse."""
+    return field(default=default, metadata={"help": help, **options})
+
+
+@dataclass
+class ModelArguments:
+    _argument_group_name = "model"
+
+    model_name_or_path: str = flag(
+        "minilm",
+        "A model folder, a name on the Hugging Face hub, or 'minilm', the encoder of the extra 'demo'.",
+    )
+    pooler_type: PoolerType | None = flag(  # noqa: RUF009 (a field, as its neighbours)
+        None,
+        f"The sentence vector. {POOLERS} Default: what the folder was saved with, else cls_before_pooler.",
+    )
+    mlp_only_train: bool | None = flag(
+        None,
+        "With 'cls': leave the MLP out at evaluation. Default: what the folder was saved with, else False.",
+        nargs="?",
+        const=True,
+    )
+
+
+@dataclass
+class DataArguments:
+    _argument_group_name = "data"
+
+    train_file: str | None = flag(
+        None, "Training sentences, .txt or .txt.gz, one a line, UTF-8. Default: the sentences in the package."
+    )
+    sts_data: str | None = flag(
+        None,
+        "Graded pairs to watch training on: TSV with the columns task, subset, split, score, sentence1, "
+        "sentence2; the rows STSB/dev, else the first task with a split dev. Default: the pairs in the "
+        "package where --train_file is left out too, else no scores.",
+    )
+    max_seq_length: int = flag(
+        32, "Tokens a training sentence is cut to. Evaluation cuts nothing the model can read."
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_seq_length < 3:
+            raise ValueError(f"--max_seq_length {self.max_seq_length} leaves no room for a word; 32 is usual")
+
+
+@dataclass
+class LossArguments:
+    _argument_group_name = "loss"
+
+    temp: float = flag(0.05, "Temperature τ; similarities are cosine / τ.")
+    num_noise: int = flag(
+        192, "Gaussian noise vectors that serve as further negatives (GS-InfoNCE); 0 is InfoNCE."
+    )
+    noise_weight: float = flag(1.0, "Weight λ of the noise in the denominator; 0 is InfoNCE.")
+    noise: Literal["sampled", "expected"] = flag(
+        "sampled",
+        "'sampled': new noise vectors at every step; 'expected': their expectation, a constant for each row, "
+        "which costs nothing.",
+    )
+
+    def __post_init__(self) -> None:
+        if not self.temp > 0:
+            raise ValueError(f"--temp is {self.temp}; wanted is a positive number, 0.05 is usual")
+        if self.num_noise < 0 or not self.noise_weight >= 0:
+            raise ValueError(
+                f"--num_noise is {self.num_noise} and --noise_weight {self.noise_weight}; wanted is 0 or more"
+            )
+
+
+@dataclass
+class SimCSETrainingArguments(TrainingArguments):
+    """``TrainingArguments`` with defaults for unsupervised SimCSE."""
+
+    _argument_group_name = "training"
+
+    output_dir: str = flag("runs/simcse", "Folder for the best model, the checkpoints, the log and the plot.")
+    per_device_train_batch_size: int = flag(64, "Sentences a batch on each device; the others are its negatives.")
+    per_device_eval_batch_size: int = flag(64, "Sentences a batch at evaluation.")
+    learning_rate: float = flag(3e-5, "AdamW's peak learning rate.")
+    num_train_epochs: float = flag(1.0, "Passes over the sentences.")
+    logging_steps: float = flag(10, "Log every so many steps; below 1: a share of all steps.")
+    eval_strategy: str = flag("steps", "When to evaluate: 'no', 'steps', 'epoch'.")
+    eval_steps: float | None = flag(0.1, "Evaluate every so many steps; below 1: a share of all steps.")
+    eval_on_start: bool = flag(True, "Evaluate before the first step.")
+    save_strategy: str = flag(
+        "best", "When to write a checkpoint: 'best' (when the score improves), 'steps', 'epoch', 'no'."
+    )
+    save_total_limit: int | None = flag(2, "Checkpoints to keep; the best is always among them.")
+    load_best_model_at_end: bool = flag(True, "End with the best checkpoint, not the last.")
+    metric_for_best_model: str = flag(
+        "stsb_spearman",
+        "What makes a checkpoint the best: '<task>_spearman' of the dev pairs (where their task is not STSB, "
+        "it takes its place), 'alignment' or 'uniformity'.",
+    )
+    dataloader_drop_last: bool = flag(True, "Leave out the last, smaller batch of an epoch.")
+    remove_unused_columns: bool = flag(False, "Without effect: sentences have no columns.")
+
+    def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # or transformers refuses bf16, which a CPU can do
+        self.metric_for_best_model = (self.metric_for_best_model or "stsb_spearman").removeprefix("eval_")
+        if self.greater_is_better is None:
+            self.greater_is_better = self.metric_for_best_model.endswith("_spearman")
+        super().__post_init__()
+        checks = {
+            "learning_rate": (self.learning_rate >= 0, "0 or more; 3e-5 is usual"),
+            "train_sampling_strategy": (
+                self.train_sampling_strategy in ("random", "sequential"),
+                "random or sequential",
+            ),
+            "bf16_full_eval": (not self.bf16_full_eval, "False: evaluation is in fp32"),
+            "fp16_full_eval": (not self.fp16_full_eval, "False: evaluation is in fp32"),
+            "per_device_train_batch_size": (self.per_device_train_batch_size > 0, "1 or more"),
+            "per_device_eval_batch_size": (self.per_device_eval_batch_size > 0, "1 or more"),
+            "gradient_accumulation_steps": (self.gradient_accumulation_steps > 0, "1 or more"),
+            "num_train_epochs": (self.num_train_epochs > 0 or self.max_steps > 0, "a positive number"),
+        }
+        for name, (good, wanted) in checks.items():
+            if not good:
+                raise ValueError(f"--{name} is {getattr(self, name)}; wanted is {wanted}")
+
+
+def parse(dataclasses: Any, program: str, description: str, argv: list[str] | None = None) -> tuple[Any, ...]:
+    """The command line as instances of ``dataclasses``; ``UserError`` for an unknown flag or value."""
+    parser = _Parser(
+        dataclasses,
+        prog=f"python -m {program}",
+        usage="%(prog)s [--flag value ...]",
+        description=description,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    try:
+        *parsed, rest = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{error} (--help lists the flags)") from None
+    if rest:
+        known = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(rest[0].split("=")[0], known, n=1)
+        hint = f"is it {near[0]}? " if near else ""
+        raise UserError(f"unknown argument {rest[0]}; {hint}--help lists the flags")
+    return tuple(parsed)
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+VALUES = {int: "INTEGER", float: "NUMBER", string_to_bool: "true|false"}
+
+
+class _HelpFormatter(HelpFormatter):
+    """One spelling of each flag, and its default where it says something."""
+
+    def _format_action_invocation(self, action: Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        option = action.option_strings[0]
+        if action.nargs in (0, "?"):  # a switch
+            return option
+        if action.choices:
+            return f"{option} {{{','.join(map(str, action.choices))}}}"
+        return f"{option} {VALUES.get(action.type, 'TEXT')}"
+
+    def _get_help_string(self, action: Action) -> str:
+        shown = action.default not in (None, SUPPRESS, "", []) and action.nargs != 0
+        return (action.help or "") + (" (default: %(default)s)" if shown else "")

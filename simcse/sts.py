@@ -1,0 +1,153 @@
+"""Semantic textual similarity: the file of graded pairs, and what an encoder scores on it."""
+
+import csv
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from scipy.stats import spearmanr
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from fused_infonce import alignment, uniformity
+from simcse.errors import UserError
+from simcse.model import SentenceEncoder, max_tokens
+
+COLUMNS = ("task", "subset", "split", "score", "sentence1", "sentence2")
+
+
+@dataclass
+class Pairs:
+    """The graded pairs of one task and split, its subsets one after the other: SentEval's 'all' setting."""
+
+    task: str
+    split: str
+    first: list[str] = field(default_factory=list)
+    second: list[str] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """``STSB`` for the test split, as tables name it; ``STSB-dev`` for another."""
+        return self.task if self.split == "test" else f"{self.task}-{self.split}"
+
+    @property
+    def sentences(self) -> list[str]:
+        """Both sentences of every pair, repeats included."""
+        return self.first + self.second
+
+
+def read_sts(path: str | Path) -> list[Pairs]:
+    """The tasks of a TSV file with the columns ``task, subset, split, score, sentence1, sentence2``.
+
+    A header row, tabs, quoted as Python's ``csv`` does, UTF-8. One ``Pairs`` for each task and split, in the
+    order of the file.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"there is no file {path}; --sts_data takes TSV with the columns {', '.join(COLUMNS)}")
+    tasks: dict[tuple[str, str], Pairs] = {}
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file, delimiter="\t", strict=True)
+        try:
+            absent = [column for column in COLUMNS if column not in (rows.fieldnames or [])]
+            if absent:
+                raise UserError(f"the first line of {path} lacks the columns {', '.join(absent)} (TSV, a header)")
+            for row in rows:
+                if None in row or None in row.values():
+                    raise UserError(
+                        f"{path}, line {rows.line_num}: {len(rows.fieldnames)} tab-separated cells wanted"
+                    )
+                task, split = row["task"], row["split"]
+                pairs = tasks.setdefault((task, split), Pairs(task, split))
+                pairs.first.append(row["sentence1"])
+                pairs.second.append(row["sentence2"])
+                pairs.scores.append(_score(row["score"], path, rows.line_num))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not text: {error.reason} in UTF-8; save it as UTF-8") from None
+        except csv.Error as error:
+            raise UserError(
+                f"{path}, line {rows.reader.line_num}: {error}; quote it as Python's csv does"
+            ) from None
+    if not tasks:
+        raise UserError(f"{path} holds no pair; it has a header and nothing below")
+    return list(tasks.values())
+
+
+def watched_pairs(tasks: list[Pairs]) -> Pairs | None:
+    """What training is watched on: the dev split of STS-B, else the first dev split, else None."""
+    dev = [pairs for pairs in tasks if pairs.split == "dev"]
+    return next((pairs for pairs in dev if pairs.task == "STSB"), dev[0] if dev else None)
+
+
+def encode(
+    encoder: SentenceEncoder,
+    tokenizer: PreTrainedTokenizerBase,
+    sentences: Iterable[str],
+    batch_size: int = 64,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """Each distinct sentence → its vector (D,), on the CPU; fp32, no dropout.
+
+    Cut only at the model's own limit. Sentences of like length share a batch, to save padding.
+    """
+    sentences = list(dict.fromkeys(sentences))
+    tokens = tokenizer(
+        sentences, truncation=True, max_length=max_tokens(encoder, tokenizer), return_attention_mask=True
+    )
+    lengths = [len(ids) for ids in tokens["input_ids"]]
+    order = sorted(range(len(sentences)), key=lengths.__getitem__, reverse=True)
+
+    training = encoder.training
+    encoder.eval()
+    vectors: dict[str, Tensor] = {}
+    with torch.no_grad(), torch.autocast(encoder.device.type, enabled=False):
+        starts = range(0, len(order), batch_size)
+        for start in tqdm(starts, desc="encoding", unit="batch", leave=False, disable=not progress):
+            chosen = order[start : start + batch_size]
+            batch = tokenizer.pad(
+                {name: [rows[i] for i in chosen] for name, rows in tokens.items()}, return_tensors="pt"
+            )
+            rows = encoder.embed(**batch.to(encoder.device)).float().cpu()  # (B, D)
+            vectors.update((sentences[i], row) for i, row in zip(chosen, rows, strict=True))
+    encoder.train(training)
+    return vectors
+
+
+def spearman(pairs: Pairs, vectors: dict[str, Tensor]) -> float:
+    """Spearman's rank correlation × 100 between cosine similarity and the grades; NaN where undefined."""
+    first = torch.stack([vectors[sentence] for sentence in pairs.first])  # (P, D)
+    second = torch.stack([vectors[sentence] for sentence in pairs.second])
+    cosine = F.cosine_similarity(first.double(), second.double())  # (P,)
+    if len(cosine) < 2 or cosine.isnan().any() or cosine.max() == cosine.min() or len(set(pairs.scores)) == 1:
+        return math.nan
+    return 100 * float(spearmanr(cosine.numpy(), pairs.scores).statistic)
+
+
+def geometry(pairs: Pairs, vectors: dict[str, Tensor]) -> dict[str, float]:
+    """Alignment over the pairs graded above 4 (of 5), uniformity over all sentences; lower is better.
+
+    Wang & Isola 2020, measured as SimCSE does on STS-B. No alignment where no pair is above 4.
+    """
+    result = {}
+    alike = [i for i, score in enumerate(pairs.scores) if score > 4]
+    if alike:
+        first = torch.stack([vectors[pairs.first[i]] for i in alike])  # (P, D)
+        second = torch.stack([vectors[pairs.second[i]] for i in alike])
+        result["alignment"] = float(alignment(first, second))
+    result["uniformity"] = float(uniformity(torch.stack([vectors[sentence] for sentence in pairs.sentences])))
+    return result
+
+
+def _score(cell: str, path: Path, line: int) -> float:
+    try:
+        score = float(cell)
+    except ValueError:
+        score = math.nan
+    if not math.isfinite(score):
+        raise UserError(f"{path}, line {line}: the score is {cell!r}; a number is wanted")
+    return score

@@ -1,0 +1,126 @@
+"""``python -m simcse.train``: unsupervised SimCSE on a file of sentences, watched on STS pairs."""
+
+import sys
+from pathlib import Path
+
+from simcse.errors import UserError, exit_cleanly
+
+with exit_cleanly("simcse.train"):  # these take seconds, and Ctrl-C has to be clean in them too
+    from transformers import set_seed
+    from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+    from transformers.utils import logging
+
+    from simcse.arguments import DataArguments, LossArguments, ModelArguments, SimCSETrainingArguments, parse
+    from simcse.dataset import read_sentences, shipped
+    from simcse.model import load_encoder, max_tokens
+    from simcse.plot import plot_path
+    from simcse.report import closing_table, evaluations
+    from simcse.sts import read_sts, watched_pairs
+    from simcse.trainer import SimCSETrainer
+
+DESCRIPTION = (
+    "Train a sentence encoder with SimCSE and GS-InfoNCE. Without arguments it runs on what is at hand, "
+    "in minutes on a CPU: the encoder of the extra 'demo', sentences and graded pairs in the package."
+)
+# What the few sentences in the package need, put before the user's own flags.
+DEMO_FLAGS = ["--num_train_epochs", "3"]
+PLOT_FILE = "alignment_uniformity.png"
+
+
+def main(argv: list[str] | None = None) -> None:
+    with exit_cleanly("simcse.train"):
+        logging.disable_progress_bar()  # of loading weights; training has its own
+        trainer = prepare(argv)
+        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+        trainer.save_model()
+        trainer.save_state()
+        if trainer.is_world_process_zero():
+            conclude(trainer)
+
+
+def prepare(argv: list[str] | None = None) -> SimCSETrainer:
+    """The trainer that a command line asks for. Checks every input before anything is written."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not any(arg.startswith(("--train_file", "--train-file")) for arg in argv):
+        argv = [*DEMO_FLAGS, *argv]
+    model_args, data_args, loss_args, args = parse(
+        (ModelArguments, DataArguments, LossArguments, SimCSETrainingArguments),
+        "simcse.train",
+        DESCRIPTION,
+        argv,
+    )
+    sentences = read_sentences(data_args.train_file or shipped("sentences.txt"))
+    sts_file = data_args.sts_data or (None if data_args.train_file else shipped("sts.tsv"))
+    pairs = watched_pairs(read_sts(sts_file)) if sts_file else None
+    if sts_file and pairs is None:
+        raise UserError(f"{sts_file} has no rows of the split 'dev' to watch; add some, or leave --sts_data out")
+
+    batch = args.train_batch_size * args.world_size
+    if batch > len(sentences):
+        raise UserError(
+            f"a batch of {batch} sentences is more than the {len(sentences)} in "
+            f"{data_args.train_file or 'the package'}; lower --per_device_train_batch_size, or train on more"
+        )
+    if args.resume_from_checkpoint and not Path(args.resume_from_checkpoint, "trainer_state.json").is_file():
+        raise UserError(f"{args.resume_from_checkpoint} is no checkpoint: it has no trainer_state.json")
+    if pairs is None:
+        args.eval_strategy = IntervalStrategy.NO
+        args.eval_on_start = args.load_best_model_at_end = False
+        args.metric_for_best_model = None
+        if args.save_strategy == SaveStrategy.BEST:
+            args.save_strategy = SaveStrategy.STEPS
+    else:
+        watched = f"{pairs.task.lower()}_spearman"
+        if args.metric_for_best_model == "stsb_spearman":
+            args.metric_for_best_model = watched
+        measured = [watched, "uniformity"] + ["alignment"] * (max(pairs.scores) > 4)
+        if args.metric_for_best_model not in measured:
+            raise UserError(
+                f"--metric_for_best_model {args.metric_for_best_model} is not measured on {pairs.name}; "
+                f"choose from {', '.join(measured)}"
+            )
+
+    set_seed(args.seed)  # a new MLP draws its weights
+    encoder, tokenizer = load_encoder(
+        model_args.model_name_or_path,
+        model_args.pooler_type,
+        model_args.mlp_only_train,
+        new_mlp=True,
+        default_pooler="cls_before_pooler",
+    )
+    limit = max_tokens(encoder, tokenizer)
+    if data_args.max_seq_length > limit:
+        raise UserError(
+            f"--max_seq_length {data_args.max_seq_length} is more than the {limit} tokens the model reads"
+        )
+    try:  # transformers checks what the flags ask of this machine, then makes the folder
+        trainer = SimCSETrainer(encoder, tokenizer, args, loss_args, sentences, pairs, data_args.max_seq_length)
+    except OSError as error:
+        raise UserError(f"cannot write to --output_dir {args.output_dir}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{error} (--help lists the flags)") from None
+    print(
+        f"{model_args.model_name_or_path}, {encoder.pooler_type}: {len(sentences):,} sentences, "
+        f"{batch} a batch" + (f"; {len(pairs.scores):,} pairs of {pairs.name}" if pairs else ", no pairs")
+    )
+    return trainer
+
+
+def conclude(trainer: SimCSETrainer) -> None:
+    """Print the table before → after and where everything is; draw the plot."""
+    output = Path(trainer.args.output_dir)
+    points = evaluations(trainer.state.log_history)
+    best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
+    if len(points) > 1:
+        title = f"{trainer.eval_dataset.name}, {trainer.model.pooler_type}"
+        after = next((point for point in points if point["step"] == best), points[-1])
+        print("\n" + closing_table(title, points[0], after) + "\n")
+        if "alignment" in points[0]:
+            plot_path(points, title, output / PLOT_FILE, best)
+            print(f"plot   {output / PLOT_FILE}")
+    print(f"model  {output}" + (f" (the best, step {best})" if best else ""))
+    print(f"try    python -m simcse.evaluate --model_name_or_path {output}")
+
+
+if __name__ == "__main__":
+    main()
