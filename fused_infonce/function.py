@@ -51,13 +51,14 @@ class _FusedInfoNCE(torch.autograd.Function):
             and not options.symmetric
         )
         with _outside_autocast(anchors.device.type):
-            sweep = sweep_of(call)
             if bound is not None and ctx.one_sweep:
-                losses, gradients = sweep.one_sweep(ctx.needs, bound)
+                with torch.inference_mode():  # spares dozens of small operations their bookkeeping
+                    sweep = sweep_of(call)
+                    losses, gradients = sweep.one_sweep(ctx.needs, bound)
                 of_temperature = _of_temperature(gradients.kappa, sweep.kappa, temperature)
                 ctx.save_for_backward(*gradients.inputs, of_temperature)
                 return _reduced(losses, None, options.reduction)
-            row_loss, column_loss = sweep.losses()
+            row_loss, column_loss = sweep_of(call).losses()
             tau = temperature if isinstance(temperature, Tensor) else None
             ctx.save_for_backward(*inputs, tau, call.noise_rows, row_loss, column_loss)
             return _reduced(row_loss, column_loss, options.reduction)

@@ -69,6 +69,8 @@ def _series(kappa: Tensor, D: int) -> tuple[Tensor, Tensor]:
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+@torch.no_grad()
 def _series_of_float(kappa: float, D: int) -> tuple[Tensor, Tensor]:
     if not 0 < kappa < math.inf:  # a temperature that a tensor held: NaN out, as everywhere
         return torch.tensor(math.nan, dtype=torch.float64), torch.tensor(math.nan, dtype=torch.float64)

@@ -216,9 +216,9 @@ class Sweep:
             own += t
         sums = ops.zeros(self.N)
         alpha = torch.empty_like(sums)  # 1/(own + Σ_j E_ij)
-        acc_rows = ops.zeros(self.N, self.D) if needs.rows else None
+        acc_rows = ops.accumulator(self.N, self.D) if needs.rows else None
         wanted = [span for span in self.spans if getattr(needs, span.name)]
-        accs = [ops.zeros(len(span.rows), self.D) for span in wanted]
+        accs = [ops.accumulator(len(span.rows), self.D) for span in wanted]
         weights = [ops.zeros(len(span.rows)) for span in wanted]  # A_j = Σ_i α_i E_ij
 
         for columns in self._noise(self.center_k):
@@ -309,15 +309,15 @@ class Sweep:
         if weights is not None:
             share *= weights
 
-        acc_rows = ops.zeros(self.N, self.D) if needs.rows else None
+        acc_rows = ops.accumulator(self.N, self.D) if needs.rows else None
         wanted = [span for span in self.spans if getattr(needs, span.name)]
-        accs = [ops.zeros(len(span.rows), self.D) for span in wanted]
+        accs = [ops.accumulator(len(span.rows), self.D) for span in wanted]
         row_sums, column_sums = ops.zeros(self.N), ops.zeros(self.T)
 
         # The noise of the column direction goes to the positives' gradient, before any key does.
         acc_keys = accs[0] if needs.positives else None
         if acc_keys is None and needs.temperature and column_loss is not None and self.options.has_noise_columns:
-            acc_keys = ops.zeros(self.N, self.D)
+            acc_keys = ops.accumulator(self.N, self.D)
         sides = zip(
             self._noise_sides(),
             (row_loss, column_loss),

@@ -123,6 +123,11 @@ class TorchOps:
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.precision.sums, device=self.device)
 
+    @torch.inference_mode(False)
+    def accumulator(self, rows: int, columns: int) -> Tensor:
+        """Zeros that autograd may keep, inside inference mode too."""
+        return self.zeros(rows, columns)
+
     def _pieces(self, rows: int, columns: int) -> Iterator[slice]:
         step = max(1, self.tile_elements // columns)
         for start in range(0, rows, step):
