@@ -1,4 +1,7 @@
-"""Peak memory beyond inputs, gradients and normalised rows, of fresh processes: python -m bench.memory"""
+"""Peak memory of one loss, forward + backward, in a fresh process on a CPU: python -m bench.memory
+
+"beyond" leaves out what scales with N·D alone: the gradients, their accumulators and the normalised rows.
+"""
 
 from __future__ import annotations
 
@@ -45,15 +48,15 @@ def child(way: str, N: int, D: int, autocast: bool) -> None:
         before = int(statm.read().split()[1]) * resource.getpagesize()
     run(q, k)
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    matrix = N * D * 4
-    product = 2 if autocast else 4
-    # accumulators and gradients of both sides; normalised rows of both sides in the products' dtype
-    unavoidable = (4 * matrix if needs else 0) + 2 * N * D * product
+    # Alive at once at the least, in fp32: two accumulators beside the normalised rows, or beside two gradients.
+    unavoidable = (4 if needs else 2) * N * D * 4
     print(json.dumps({"all": used / 2**20, "beyond": (used - unavoidable) / 2**20}))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--n", type=int, nargs="+", default=[4096, 16384, 65536], help="anchors (default: %(default)s)"
     )
@@ -64,7 +67,7 @@ def main() -> None:
         way, n, d, autocast = args.child
         child(way, int(n), int(d), autocast == "1")
         return
-    print(f"{'way':10} {'products':9} {'N':>7} {'D':>5} {'MiB in all':>11} {'MiB beyond rows and gradients':>30}")
+    print(f"{'way':10} {'products':9} {'N':>7} {'D':>5} {'MiB in all':>11} {'beyond':>8}")
     for n in args.n:
         for way in WAYS:
             if way == "usual" and n > 20_000:
@@ -73,7 +76,7 @@ def main() -> None:
                 found = measure(way, n, args.d, autocast)
                 name = "bf16" if autocast else "fp32"
                 print(
-                    f"{way:10} {name:9} {n:7} {args.d:5} {found['all']:11.0f} {found['beyond']:30.0f}", flush=True
+                    f"{way:10} {name:9} {n:7} {args.d:5} {found['all']:11.0f} {found['beyond']:8.0f}", flush=True
                 )
 
 

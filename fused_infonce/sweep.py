@@ -221,17 +221,18 @@ class Sweep:
         accs = [ops.accumulator(len(span.rows), self.D) for span in wanted]
         weights = [ops.zeros(len(span.rows)) for span in wanted]  # A_j = Σ_i α_i E_ij
 
-        for columns in self._noise(self.center_k):
+        for block, columns in enumerate(self._noise(self.center_k)):
             for rows in self._row_chunks(columns.rows.shape[0]):
-                self._exp_tile(rows, columns, shift, sums, acc_rows)
+                self._exp_tile(rows, columns, shift, sums, acc_rows, add=block > 0)
         for rows in self._row_chunks(self.T):
-            tile = self._exp_tile(rows, self.keys, shift, sums, acc_rows)
+            add = self.options.has_noise_columns
+            tile = self._exp_tile(rows, self.keys, shift, sums, acc_rows, add)
             factor = torch.add(cut(own, rows), cut(sums, rows), out=cut(alpha, rows)).reciprocal_()
             if wanted:
                 q = ops.centered_rows(self.anchors, rows, dtype, factor)
                 for span, acc, weight in zip(wanted, accs, weights, strict=True):
                     part = tile if len(self.spans) == 1 else tile[:, span.columns]
-                    ops.grad_columns(part, q, acc)
+                    ops.grad_columns(part, q, acc, add=rows.start > 0)
                     ops.column_sums(part, factor, weight)
 
         total = sums if constant is None else sums + t
@@ -249,12 +250,12 @@ class Sweep:
         return losses, Gradients(acc_rows if needs.anchors else None, **gradients, kappa=d_kappa)
 
     def _exp_tile(
-        self, rows: slice, columns: Columns, shift: Tensor, sums: Tensor, acc_rows: Tensor | None
+        self, rows: slice, columns: Columns, shift: Tensor, sums: Tensor, acc_rows: Tensor | None, add: bool
     ) -> Tensor:
         tile, tile_sums = self.ops.exp_similarity(cut(self.queries, rows), columns, rows.start, cut(shift, rows))
         cut(sums, rows).add_(tile_sums)
         if acc_rows is not None:
-            self.ops.grad_rows(tile, columns.grad_rows, cut(acc_rows, rows))
+            self.ops.grad_rows(tile, columns.grad_rows, cut(acc_rows, rows), add)
         return tile
 
     def _finish_columns(
@@ -309,15 +310,15 @@ class Sweep:
         if weights is not None:
             share *= weights
 
-        acc_rows = ops.accumulator(self.N, self.D) if needs.rows else None
+        acc_rows = ops.zeros(self.N, self.D) if needs.rows else None
         wanted = [span for span in self.spans if getattr(needs, span.name)]
-        accs = [ops.accumulator(len(span.rows), self.D) for span in wanted]
+        accs = [ops.zeros(len(span.rows), self.D) for span in wanted]
         row_sums, column_sums = ops.zeros(self.N), ops.zeros(self.T)
 
         # The noise of the column direction goes to the positives' gradient, before any key does.
         acc_keys = accs[0] if needs.positives else None
         if acc_keys is None and needs.temperature and column_loss is not None and self.options.has_noise_columns:
-            acc_keys = ops.accumulator(self.N, self.D)
+            acc_keys = ops.zeros(self.N, self.D)
         sides = zip(
             self._noise_sides(),
             (row_loss, column_loss),

@@ -101,9 +101,9 @@ class TorchOps:
         self.device = device
         budget = workspace_bytes or DEFAULT_WORKSPACE.get(device.type, DEFAULT_DEVICE_WORKSPACE)
         # The rest is for the scratch of elementwise passes and what the libraries keep. glibc's allocator reuses a
-        # tile of 28 MiB; from 32 MiB on each call would fault its pages in anew.
+        # tile of 24 MiB; from 32 MiB on each call would fault its pages in anew.
         self.tile_elements = min(TILE, max(1024, budget // 128))
-        self.workspace_elements = budget * 7 // 16 // precision.gradient.itemsize
+        self.workspace_elements = budget * 3 // 8 // precision.gradient.itemsize
         self._buffers: dict[str, Tensor] = {}
 
     # ------------------------------------------------------------------ memory
@@ -125,8 +125,8 @@ class TorchOps:
 
     @torch.inference_mode(False)
     def accumulator(self, rows: int, columns: int) -> Tensor:
-        """Zeros that autograd may keep, inside inference mode too."""
-        return self.zeros(rows, columns)
+        """Uninitialised memory for a gradient, which autograd may keep, inside inference mode too."""
+        return torch.empty(rows, columns, dtype=self.precision.sums, device=self.device)
 
     def _pieces(self, rows: int, columns: int) -> Iterator[slice]:
         step = max(1, self.tile_elements // columns)
@@ -276,23 +276,23 @@ class TorchOps:
 
     # ------------------------------------------------------------------ gradients
 
-    def grad_rows(self, tile: Tensor, rows: Tensor, out: Tensor) -> None:
-        """out += tile @ rows. (C, T), (T, D), (C, D)"""
-        self._add_product(tile, rows, out)
+    def grad_rows(self, tile: Tensor, rows: Tensor, out: Tensor, add: bool = True) -> None:
+        """out = tile @ rows, or out += with ``add``. (C, T), (T, D), (C, D)"""
+        self._product(tile, rows, out, add)
 
-    def grad_columns(self, tile: Tensor, rows: Tensor, out: Tensor) -> None:
-        """out += tileᵀ @ rows. (C, T), (C, D), (T, D)"""
-        self._add_product(tile.T, rows, out)
+    def grad_columns(self, tile: Tensor, rows: Tensor, out: Tensor, add: bool = True) -> None:
+        """out = tileᵀ @ rows, or out += with ``add``. (C, T), (C, D), (T, D)"""
+        self._product(tile.T, rows, out, add)
 
-    def _add_product(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+    def _product(self, a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
         if a.dtype == out.dtype:
-            out.addmm_(a, b)
+            torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
             return
         step = max(1, 2 * self.tile_elements // b.shape[1])
         for start in range(0, a.shape[0], step):
-            some = a[start : start + step]
-            product = self.buffer("product", (some.shape[0], b.shape[1]), a.dtype)
-            out[start : start + step].add_(torch.mm(some, b, out=product))
+            some, part = a[start : start + step], out[start : start + step]
+            product = torch.mm(some, b, out=self.buffer("product", (some.shape[0], b.shape[1]), a.dtype))
+            part.add_(product) if add else part.copy_(product)
 
     def column_sums(self, tile: Tensor, weights: Tensor, out: Tensor) -> None:
         """out += tileᵀ @ weights, in the sums' dtype. (C, T), (C,), (T,)"""
