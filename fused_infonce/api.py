@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from .arguments import check_choice, resolve
 from .function import fused_loss
@@ -115,7 +116,7 @@ def gs_infonce(
     )
     if _choose_backend(backend, anchors.device) == "reference":
         return reference_loss(call)
-    return fused_loss(call)
+    return _outside_compiler(call) if torch.compiler.is_compiling() else fused_loss(call)
 
 
 def info_nce(
@@ -158,6 +159,8 @@ def info_nce(
     )
 
 
+# Under torch.compile the loss is a graph break: a compiler would take its workspace apart again.
+_outside_compiler = _disable_dynamo(fused_loss)
 _logged: set[str] = set()
 
 

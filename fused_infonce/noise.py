@@ -48,12 +48,12 @@ def num_blocks(num_noise: int) -> int:
     return -(-num_noise // NOISE_BLOCK)
 
 
-def log_mean_exp_cosine(kappa: float | Tensor, D: int) -> tuple[Tensor, Tensor]:
+def log_mean_exp_cosine(kappa: float | Tensor, D: int) -> tuple[float, float] | tuple[Tensor, Tensor]:
     """log c_D(κ) and its derivative ρ, where c_D(κ) = E[e^(κ cos)] over directions uniform on the sphere in R^D.
 
     c_D(κ) = ₀F₁(; D/2; κ²/4), ρ = I_{D/2}(κ) / I_{D/2−1}(κ). Summed as a series in float64, where scipy's ``ive``
     underflows and ``hyp0f1`` overflows: errors below 2e-12 for D from 2 to 4096 and κ from 0.1 to 1800.
-    Returns 0-dim float64 tensors on κ's device, differentiable in a tensor κ.
+    Floats of a float; of a tensor 0-dim float64 tensors on its device, differentiable.
     """
     if isinstance(kappa, Tensor):
         return _series(kappa.to(torch.float64), D)
@@ -69,9 +69,8 @@ def _series(kappa: Tensor, D: int) -> tuple[Tensor, Tensor]:
 
 
 @functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)
-@torch.no_grad()
-def _series_of_float(kappa: float, D: int) -> tuple[Tensor, Tensor]:
+def _series_of_float(kappa: float, D: int) -> tuple[float, float]:
     if not 0 < kappa < math.inf:  # a temperature that a tensor held: NaN out, as everywhere
-        return torch.tensor(math.nan, dtype=torch.float64), torch.tensor(math.nan, dtype=torch.float64)
-    return _series(torch.tensor(kappa, dtype=torch.float64), D)
+        return math.nan, math.nan
+    log_c, rho = _series(torch.tensor(kappa, dtype=torch.float64), D)
+    return log_c.item(), rho.item()

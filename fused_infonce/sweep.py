@@ -87,7 +87,7 @@ class Sweep:
         self.noise_rows = noise_rows
         self.N, self.D = anchors.shape
         sums = ops.precision.sums
-        self.kappa_given = kappa
+        self.kappa_given = kappa  # a float has its constants without a device
         if not isinstance(kappa, Tensor):
             kappa = torch.full((), kappa, dtype=sums, device=ops.device)
         self.kappa = kappa.to(sums)
@@ -172,15 +172,17 @@ class Sweep:
                 queries, dots = self.ops.normalise_pairs(self.positives, self.anchors, self.bits, unused)
                 yield queries, self.bits * dots, self.center_q
 
-    def _log_constant(self) -> tuple[Tensor, Tensor] | None:
+    def _log_constant(self) -> tuple[Tensor, float | Tensor] | None:
         """Expected noise: log T_i = log(λ M c_D(κ)) − κ s_ii, (N,), and ρ = d log c_D/dκ."""
         options = self.options
         if options.noise != "expected":
             return None
         log_c, rho = noise.log_mean_exp_cosine(self.kappa_given, self.D)
-        log_c = log_c + (options.log_noise_weight + math.log(options.num_noise))
-        log_c, rho = (c.to(self.ops.device, self.ops.precision.sums) for c in (log_c, rho))
-        return log_c - self.kappa * self.cosines, rho
+        log_weight = options.log_noise_weight + math.log(options.num_noise)
+        if isinstance(log_c, Tensor) and isinstance(rho, Tensor):
+            sums = self.ops.precision.sums
+            return (log_c + log_weight).to(sums) - self.kappa * self.cosines, rho.to(sums)
+        return log_c + log_weight - self.kappa * self.cosines, rho
 
     # ------------------------------------------------------------------ chunks
 

@@ -10,7 +10,7 @@ import torch
 from helpers import loss_and_grads, relative_error, rows
 
 from bench.cases import naive
-from fused_infonce import gs_infonce, info_nce
+from fused_infonce import arguments, gs_infonce, info_nce
 
 N, D, H, Q, M = 37, 24, 74, 11, 19
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5}
@@ -283,3 +283,29 @@ def test_auto_says_once_what_it_chose(caplog):
         info_nce(rows(3, 4), rows(3, 4))
     assert len(caplog.records) == 1
     assert "torch" in caplog.text
+
+
+def test_a_promised_bound_licenses_one_sweep_without_asking_the_device():
+    """Only a device tensor's value is not read; "meta" stands for a device here."""
+    tau = torch.empty((), device="meta")
+    assert arguments._kappa_bound(tau, None) is None
+    assert arguments._kappa_bound(tau, 0.015) == 1 / 0.015
+    assert arguments._kappa_bound(torch.tensor(0.5), 0.015) == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"noise": "expected"}], ids=str)
+def test_inside_a_compiled_step(options):
+    """A graph break, and the same numbers with fresh noise at each call."""
+    q, k = rows(16, 8, seed=1).requires_grad_(), rows(16, 8, seed=2)
+
+    def step(q, k):
+        return 2 * gs_infonce(1.0 * q, k, temperature=0.5, **options)
+
+    compiled = torch.compile(step, backend="eager")
+    for _ in range(2):
+        state = torch.get_rng_state()
+        got = compiled(q, k)
+        torch.set_rng_state(state)
+        want = step(q, k)
+        assert torch.equal(got, want)
+        assert torch.equal(*(torch.autograd.grad(loss, q)[0] for loss in (got, want)))
