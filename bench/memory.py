@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -44,13 +43,20 @@ def child(way: str, N: int, D: int, autocast: bool) -> None:
     needs = way != "forward"
     run(*(torch.randn(300, 300, requires_grad=needs) for _ in "qk"))  # loads the libraries
     q, k = (torch.randn(N, D, requires_grad=needs) for _ in "qk")
-    with open("/proc/self/statm") as statm:
-        before = int(statm.read().split()[1]) * resource.getpagesize()
+    before = _status("VmRSS")
     run(q, k)
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    used = _status("VmHWM") - before
     # Alive at once at the least, in fp32: two accumulators beside the normalised rows, or beside two gradients.
     unavoidable = (4 if needs else 2) * N * D * 4
     print(json.dumps({"all": used / 2**20, "beyond": (used - unavoidable) / 2**20}))
+
+
+def _status(field: str) -> int:
+    """Bytes, of this process alone: ru_maxrss would begin with what the parent held when it forked."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 def main() -> None:
