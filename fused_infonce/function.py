@@ -39,8 +39,7 @@ class _FusedInfoNCE(torch.autograd.Function):
         inputs = (anchors, positives, negatives, queue)
         options = call.options
         ctx.needs = Needs(*ctx.needs_input_grad[:5])
-        # Tensors go through save_for_backward: freed with the graph, and watched for changes in place.
-        ctx.call = replace(call, inputs=(), temperature=None, noise_rows=None)  # type: ignore[arg-type]
+        ctx.options = options
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         ctx.temperature = None if isinstance(temperature, Tensor) else temperature
         bound = call.kappa_bound
@@ -52,12 +51,15 @@ class _FusedInfoNCE(torch.autograd.Function):
         )
         with _outside_autocast(anchors.device.type):
             if bound is not None and ctx.one_sweep:
+                memory = _gradient_memory(ctx.needs, call)
                 with torch.inference_mode():  # spares dozens of small operations their bookkeeping
                     sweep = sweep_of(call)
-                    losses, gradients = sweep.one_sweep(ctx.needs, bound)
+                    losses, gradients = sweep.one_sweep(ctx.needs, bound, memory)
                 of_temperature = _of_temperature(gradients.kappa, sweep.kappa, temperature)
                 ctx.save_for_backward(*gradients.inputs, of_temperature)
                 return _reduced(losses, None, options.reduction)
+            # Tensors go through save_for_backward: freed with the graph, and watched for changes in place.
+            ctx.call = replace(call, inputs=(), temperature=None, noise_rows=None)  # type: ignore[arg-type]
             row_loss, column_loss = sweep_of(call).losses()
             tau = temperature if isinstance(temperature, Tensor) else None
             ctx.save_for_backward(*inputs, tau, call.noise_rows, row_loss, column_loss)
@@ -75,15 +77,27 @@ class _FusedInfoNCE(torch.autograd.Function):
         return *grads, None
 
 
+def _gradient_memory(needs: Needs, call: Call) -> dict[str, Tensor]:
+    """Uninitialised accumulators, made outside of inference mode: autograd is to keep them."""
+    dtype = torch.promote_types(call.product_dtype, torch.float32)
+    wanted = (needs.rows, needs.positives, needs.negatives, needs.queue)
+    names = ("anchors", "positives", "negatives", "queue")
+    return {
+        name: torch.empty(x.shape, dtype=dtype, device=x.device)
+        for name, want, x in zip(names, wanted, call.inputs, strict=True)
+        if want and x is not None
+    }
+
+
 def _one_sweep_backward(ctx, upstream: Tensor) -> list[Tensor | None]:  # type: ignore[no-untyped-def]
-    scale = upstream / ctx.call.options.num_anchors if ctx.call.options.reduction == "mean" else upstream
+    scale = upstream / ctx.options.num_anchors if ctx.options.reduction == "mean" else upstream
     *of_inputs, of_temperature = ctx.saved_tensors
     grads = [None if g is None else (g * scale).to(dtype) for g, dtype in zip(of_inputs, ctx.dtypes, strict=True)]
     return [*grads, None if of_temperature is None else of_temperature * scale.to(of_temperature)]
 
 
 def _two_sweep_backward(ctx, upstream: Tensor) -> list[Tensor | None]:  # type: ignore[no-untyped-def]
-    options = ctx.call.options
+    options = ctx.options
     *inputs, temperature, noise_rows, row_loss, column_loss = ctx.saved_tensors
     if temperature is None:
         temperature = ctx.temperature

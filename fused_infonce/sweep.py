@@ -97,9 +97,14 @@ class Sweep:
         self.center_q, self.center_k = self.anchors.center, self.positives.center
         self.spans = list(self._spans(negatives, queue))
         self.T = self.spans[-1].columns.stop
-        rows = torch.empty(self.T, self.D, dtype=ops.precision.product, device=ops.device)
+        product = ops.precision.product
+        rows = self.positives.kept_centered(product) if self.T == self.N else None
+        made = rows is not None
+        if rows is None:
+            rows = torch.empty(self.T, self.D, dtype=product, device=ops.device)
         # κ log2(e) q̂_i, (N, D), and q̂_i·k̃_i, (N,)
-        self.queries, self.dots = ops.normalise_pairs(self.anchors, self.positives, self.bits, rows[: self.N])
+        out = None if made else rows[: self.N]
+        self.queries, self.dots = ops.normalise_pairs(self.anchors, self.positives, self.bits, out)
         self.keys = self._keys(rows)
 
     @functools.cached_property
@@ -168,8 +173,7 @@ class Sweep:
         if self.options.has_noise_columns:
             yield self.queries, self.bits * self.dots, self.center_k
             if self.options.symmetric:
-                unused = torch.empty_like(self.queries)
-                queries, dots = self.ops.normalise_pairs(self.positives, self.anchors, self.bits, unused)
+                queries, dots = self.ops.normalise_pairs(self.positives, self.anchors, self.bits, None)
                 yield queries, self.bits * dots, self.center_q
 
     def _log_constant(self) -> tuple[Tensor, float | Tensor] | None:
@@ -202,8 +206,8 @@ class Sweep:
 
     # ------------------------------------------------------------------ one sweep
 
-    def one_sweep(self, needs: Needs, kappa_bound: float) -> tuple[Tensor, Gradients]:
-        """Losses in nats, (N,), and the gradients of their sum."""
+    def one_sweep(self, needs: Needs, kappa_bound: float, memory: dict[str, Tensor]) -> tuple[Tensor, Gradients]:
+        """Losses in nats, (N,), and the gradients of their sum, in ``memory``: by name, of the inputs' shapes."""
         ops, dtype = self.ops, self.ops.precision.gradient
         shift = self.bits * self.dots
         own = torch.ones_like(shift)  # the positive's term, e^(−o_i), and the constant's
@@ -218,9 +222,9 @@ class Sweep:
             own += t
         sums = ops.zeros(self.N)
         alpha = torch.empty_like(sums)  # 1/(own + Σ_j E_ij)
-        acc_rows = ops.accumulator(self.N, self.D) if needs.rows else None
+        acc_rows = memory.get("anchors")
         wanted = [span for span in self.spans if getattr(needs, span.name)]
-        accs = [ops.accumulator(len(span.rows), self.D) for span in wanted]
+        accs = [memory[span.name] for span in wanted]
         weights = [ops.zeros(len(span.rows)) for span in wanted]  # A_j = Σ_i α_i E_ij
 
         for block, columns in enumerate(self._noise(self.center_k)):

@@ -88,6 +88,10 @@ class Rows:
     def keep_unit(self) -> None:
         self._unit = self.unit(slice(0, len(self)))
 
+    def kept_centered(self, dtype: torch.dtype) -> Tensor | None:
+        """All centred rows, where they are kept in this dtype."""
+        return self._centered if self._centered is not None and self._centered.dtype == dtype else None
+
     def keep_centered(self, rows: Tensor | None = None) -> None:
         """Keeps ``rows``, which hold them already, or makes them."""
         self._centered = self.centered(slice(0, len(self))) if rows is None else rows
@@ -105,6 +109,7 @@ class TorchOps:
         self.tile_elements = min(TILE, max(1024, budget // 128))
         self.workspace_elements = budget * 3 // 8 // precision.gradient.itemsize
         self._buffers: dict[str, Tensor] = {}
+        self._tile: Tensor | None = None
 
     # ------------------------------------------------------------------ memory
 
@@ -118,15 +123,12 @@ class TorchOps:
 
     def workspace(self, rows: int, columns: int) -> Tensor:
         """A tile's memory, overwritten by the next one's. → (rows, columns)"""
-        return self.buffer("workspace", (rows, columns), self.precision.gradient)
+        if self._tile is None or self._tile.shape != (rows, columns):
+            self._tile = self.buffer("workspace", (rows, columns), self.precision.gradient)
+        return self._tile
 
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.precision.sums, device=self.device)
-
-    @torch.inference_mode(False)
-    def accumulator(self, rows: int, columns: int) -> Tensor:
-        """Uninitialised memory for a gradient, which autograd may keep, inside inference mode too."""
-        return torch.empty(rows, columns, dtype=self.precision.sums, device=self.device)
 
     def _pieces(self, rows: int, columns: int) -> Iterator[slice]:
         step = max(1, self.tile_elements // columns)
@@ -156,17 +158,18 @@ class TorchOps:
         some = rows.x[::step].to(self.precision.sums)
         return torch.mv(some.T, rows.r[::step]).div_(some.shape[0])
 
-    def normalise_pairs(self, q: Rows, k: Rows, factor: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def normalise_pairs(self, q: Rows, k: Rows, factor: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
         """factor · q̂ in the product dtype, q̂_i·(k̂_i − center) from unrounded rows, and k̂ − center in ``keys``.
 
         (N, D), (N, D), 0-dim → (N, D), (N,); keys: (N, D) in the product dtype
         """
         dots = torch.empty_like(q.r)
-        queries = torch.empty_like(keys)
+        queries = torch.empty(q.x.shape, dtype=self.precision.product, device=self.device)
         for piece in self._pieces(*q.x.shape):
             unit, centered = q.unit(piece), k.centered(piece)
             torch.sum(unit * centered, 1, out=cut(dots, piece))
-            cut(keys, piece).copy_(centered)
+            if keys is not None:
+                cut(keys, piece).copy_(centered)
             torch.mul(unit, factor, out=cut(queries, piece))
         return queries, dots
 
@@ -260,7 +263,9 @@ class TorchOps:
 
     def similarity(self, queries: Tensor, columns: Columns, i0: int, j0: int) -> Iterator[tuple[slice, Tensor]]:
         """Row pieces of q_i·k_j + bias_ij, in the sums' dtype; the product itself fills the workspace."""
-        product = self.workspace(queries.shape[0], columns.rows.shape[0]).view(self.precision.product)
+        product = self.workspace(queries.shape[0], columns.rows.shape[0])
+        if product.dtype != self.precision.product:
+            product = product.view(self.precision.product)
         torch.mm(queries, columns.rows.T, out=product)
         for piece in self._pieces(*product.shape):
             tile = cut(product, piece)
