@@ -27,6 +27,13 @@ class Call:
     dtype: torch.dtype  # of the inputs, promoted
     product_dtype: torch.dtype  # of the matrix products
 
+    @property
+    def takes_one_sweep(self) -> bool:
+        """One upstream gradient for all rows, one direction, and a temperature within the range of one sweep."""
+        options, bound = self.options, self.kappa_bound
+        one_way = options.reduction != "none" and not options.symmetric
+        return one_way and bound is not None and options.fits_one_sweep(bound)
+
 
 def resolve(
     anchors: Tensor,

@@ -1,17 +1,21 @@
 """The tile operations of the sweep in plain torch: any device, no N×M tensor, in place, in cache-sized pieces.
 
-Exponents are in base 2 throughout: the queries carry the factor κ·log2(e), shifts and biases are in bits.
+Exponents are in base 2 throughout: the queries carry the factor κ·log2(e), shifts and biases are in bits. What
+belongs to rows is (N, 1), what belongs to columns (T,): both broadcast over a tile.
 On a CPU a product of bf16 rows is stored in bf16 (torch offers nothing wider there); all that follows it is fp32.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from . import noise
+from .operands import Accumulator, Columns, Operands, Precision, Rows, RowSums, RowTerms, Side, Units
 
 TILE = 1 << 19  # elements that one pass of elementwise operations works on: 2 MiB of fp32
 CENTER_ROWS = 1024  # rows that a centre is the mean of; any constant is exact, a mean is the most useful one
@@ -20,89 +24,27 @@ DEFAULT_WORKSPACE = {"cpu": 64 << 20}
 DEFAULT_DEVICE_WORKSPACE = 256 << 20
 
 
-@dataclass(slots=True)
-class Precision:
-    sums: torch.dtype  # sums, exponentials, positives and gradients' accumulators
-    product: torch.dtype  # operands of the similarity product
-    gradient: torch.dtype  # operands of the gradient products, and the stored exponentials
-
-    @staticmethod
-    def of(dtype: torch.dtype, device: torch.device, size: int) -> Precision:
-        """For products in ``dtype`` of ``size`` multiply-adds.
-
-        Small ones run in the sums' dtype on a CPU, where bf16 products are no faster and round their results.
-        fp16 has not the range for exponentials, so its gradients use bf16.
-        """
-        sums = torch.float64 if dtype == torch.float64 else torch.float32
-        if device.type == "cpu" and size <= SMALL_PRODUCT:
-            dtype = sums
-        return Precision(sums, dtype, torch.bfloat16 if dtype == torch.float16 else dtype)
-
-
 @dataclass(slots=True, eq=False)
-class Columns:
-    """Columns of the similarity matrix and what is special about some of its entries."""
+class RowState:
+    """Sums of one sweep's rows on their way."""
 
-    rows: Tensor  # (T, D) centred unit rows, product dtype
-    grad_rows: Tensor  # (T, D) the same in the gradient dtype
-    bias: float = 0.0  # log2 of every column's weight
-    num_positives: int = 0  # columns [0, N): column i is row i's positive and no negative of it
-    num_negatives: int = 0  # columns [N, N + H): hard negatives
-    own_bias: float = 0.0  # log2-weight of column N + hN + i in row i
-    row_ids: Tensor | None = None  # (N,)
-    column_ids: Tensor | None = None  # (n,) of the first n columns; equal to the row's id: masked
-
-    def block(self, columns: slice) -> Columns:
-        """Some of the columns; what is special keeps its place in the whole matrix."""
-        return replace(self, rows=self.rows[columns], grad_rows=self.grad_rows[columns])
-
-
-class Rows:
-    """One of the inputs, its rows' reciprocal norms and a centre; unit rows are made a piece at a time."""
-
-    def __init__(self, x: Tensor, r: Tensor) -> None:
-        self.x, self.r = x, r  # (n, D), (n,)
-        self.center: Tensor  # (D,), set by TorchOps.rows
-        self._unit: Tensor | None = None  # all of them, where that is little
-        self._centered: Tensor | None = None
-
-    def __len__(self) -> int:
-        return self.x.shape[0]
-
-    def unit(self, piece: slice) -> Tensor:
-        """x̂_i = x_i r_i, not to be written to. → (rows, D)"""
-        if self._unit is not None:
-            return cut(self._unit, piece)
-        return cut(self.x, piece).to(self.r.dtype) * cut(self.r, piece)[:, None]
-
-    def centered(self, piece: slice, factor: Tensor | None = None) -> Tensor:
-        """factor_i (x̂_i − center), not to be written to; factor: (rows,). → (rows, D)"""
-        if self._centered is not None:
-            kept = cut(self._centered, piece)
-            return kept if factor is None else kept * factor[:, None]
-        if factor is None:
-            return self.unit(piece).sub(self.center)
-        scaled = cut(self.x, piece).to(self.r.dtype) * (cut(self.r, piece) * factor)[:, None]
-        return scaled.addr_(factor, self.center, alpha=-1)
-
-    def keep_unit(self) -> None:
-        self._unit = self.unit(slice(0, len(self)))
-
-    def kept_centered(self, dtype: torch.dtype) -> Tensor | None:
-        """All centred rows, where they are kept in this dtype."""
-        return self._centered if self._centered is not None and self._centered.dtype == dtype else None
-
-    def keep_centered(self, rows: Tensor | None = None) -> None:
-        """Keeps ``rows``, which hold them already, or makes them."""
-        self._centered = self.centered(slice(0, len(self))) if rows is None else rows
+    terms: RowTerms
+    sums: Tensor  # (N, 1) Σ_j E_ij
+    alpha: Tensor  # (N, 1) 1/(own_i + Σ_j E_ij), of the rows that are closed
+    columns: slice  # those whose gradients are asked for
+    column_sums: Tensor | None  # (n,) their Σ_i α_i E_ij over closed rows
 
 
 class TorchOps:
     """One call's operations: its precision, its workspace and the scratch memory they share."""
 
+    column_block = 8192  # columns of a tile of the two sweeps
+    noise_block = noise.NOISE_BLOCK  # rows that are drawn at a time
+
     def __init__(self, precision: Precision, device: torch.device, workspace_bytes: int | None) -> None:
         self.precision = precision
         self.device = device
+        self.rounds = precision.rounds
         budget = workspace_bytes or DEFAULT_WORKSPACE.get(device.type, DEFAULT_DEVICE_WORKSPACE)
         # The rest is for the scratch of elementwise passes and what the libraries keep. glibc's allocator reuses a
         # tile of 24 MiB; from 32 MiB on each call would fault its pages in anew.
@@ -110,6 +52,15 @@ class TorchOps:
         self.workspace_elements = budget * 3 // 8 // precision.gradient.itemsize
         self._buffers: dict[str, Tensor] = {}
         self._tile: Tensor | None = None
+
+    @staticmethod
+    def product_dtype(dtype: torch.dtype, device: torch.device, size: int) -> torch.dtype:
+        """The dtype for products of ``size`` multiply-adds that are to be in ``dtype``.
+
+        Small ones run in fp32 on a CPU, where bf16 products are no faster and round their results.
+        """
+        small = device.type == "cpu" and size <= SMALL_PRODUCT and dtype != torch.float64
+        return torch.float32 if small else dtype
 
     # ------------------------------------------------------------------ memory
 
@@ -123,88 +74,225 @@ class TorchOps:
 
     def workspace(self, rows: int, columns: int) -> Tensor:
         """A tile's memory, overwritten by the next one's. → (rows, columns)"""
-        if self._tile is None or self._tile.shape != (rows, columns):
-            self._tile = self.buffer("workspace", (rows, columns), self.precision.gradient)
+        if self._tile is None:  # the first is as large as any, but for a call that has noise
+            self._tile = torch.empty(rows, columns, dtype=self.precision.gradient, device=self.device)
+        if self._tile.shape != (rows, columns):
+            return self.buffer("workspace", (rows, columns), self.precision.gradient)
         return self._tile
+
+    def release(self) -> None:
+        """Gives the memory of tiles and scratch back."""
+        self._buffers.clear()
+        self._tile = None
 
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.precision.sums, device=self.device)
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.precision.sums, device=self.device)
+
+    def accumulator(self, columns: int, D: int) -> Accumulator:
+        """Memory for the columns' gradients, to be overwritten."""
+        return Accumulator(self.empty(columns, D), self.zeros(columns) if self.rounds else None)
 
     def _pieces(self, rows: int, columns: int) -> Iterator[slice]:
         step = max(1, self.tile_elements // columns)
         for start in range(0, rows, step):
             yield slice(start, min(rows, start + step))
 
+    def _by_pieces(
+        self,
+        shape: torch.Size,
+        make: Callable[[slice], tuple[Tensor, ...]],
+        dtypes: tuple[torch.dtype, ...],
+        out: Tensor | None = None,
+    ) -> list[Tensor]:
+        """What ``make`` gives for rows (n, D), a cache-sized piece at a time, in the dtypes.
+
+        out: memory for the first of them.
+        """
+        n, D = shape
+        if n * D <= self.tile_elements and out is None:
+            parts = make(slice(0, n))
+            return [x if x.dtype == t else x.to(t) for x, t in zip(parts, dtypes, strict=True)]
+        wholes: list[Tensor] = []
+        for piece in self._pieces(n, D):
+            parts = make(piece)
+            if not wholes:
+                wholes = [x.new_empty(n, x.shape[1], dtype=t) for x, t in zip(parts, dtypes, strict=True)]
+                wholes[0] = wholes[0] if out is None else out
+            for whole, part in zip(wholes, parts, strict=True):
+                whole[piece].copy_(part)
+        return wholes
+
     # ------------------------------------------------------------------ rows
 
-    def rows(self, x: Tensor, center: Tensor | None = None) -> Rows:
-        """x with 1/‖x_i‖, 0 for a zero row, centred by ``center`` or else by its own mean. (N, D)"""
-        r: Tensor = torch.linalg.vector_norm(x, dim=1, dtype=self.precision.sums)
+    def normalise(self, anchors: Tensor, columns: list[Tensor], bits: float | Tensor) -> tuple[Units, Operands]:
+        """Norms and centres, and the operands of the similarity product; bits: κ log2(e).
+
+        columns: positives, then what there is beside. (N, D), [(N, D), …]
+        """
+        product, gradient = self.precision.product, self.precision.gradient
+        q, keys = self._rows(anchors), [self._rows(x) for x in columns]
+        units = Units(q, keys, self._mean(q) if self.rounds else None, self._mean(keys[0]))
+        rows = None
+        if len(keys) > 1:
+            rows = torch.empty(sum(map(len, keys)), anchors.shape[1], dtype=product, device=self.device)
+            self._fill_centered(rows[len(q) :], keys[1:], units.center_k)
+        queries, shift, first = self._queries(q, keys[0], units.center_k, bits, rows)
+        grad_rows = rows = first if rows is None else rows
+        if gradient != product:
+            grad_rows = torch.empty_like(rows, dtype=gradient)
+            self._fill_centered(grad_rows, keys, units.center_k)
+        return units, Operands(queries, rows, grad_rows, shift)
+
+    def queries(self, q: Rows, k: Rows, center: Tensor | None, bits: float | Tensor) -> tuple[Tensor, Tensor]:
+        """bits · q̂ in the product dtype, and bits · q̂_i·(k̂_i − center) from unrounded rows.
+
+        (N, D), (N, D), (D,), 0-dim → (N, D), (N, 1)
+        """
+        return self._queries(q, k, center, bits)[:2]
+
+    def _queries(
+        self, q: Rows, k: Rows, center: Tensor | None, bits: float | Tensor, keys: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, and k̂ − center in the product dtype, in the first N rows of ``keys``."""
+
+        def make(piece: slice) -> tuple[Tensor, Tensor, Tensor]:
+            unit, centered = self._unit(q, piece), self._unit(k, piece)
+            if center is not None:
+                centered = centered - center
+            return centered, unit * bits, (unit * centered).sum(1, keepdim=True)
+
+        dtypes = (self.precision.product, self.precision.product, self.precision.sums)
+        rows, queries, dots = self._by_pieces(q.x.shape, make, dtypes, None if keys is None else keys[: len(k)])
+        return queries, dots * bits, rows
+
+    def cosines(self, units: Units) -> Tensor:
+        """s_ii, from unrounded rows. → (N, 1)"""
+        q, k = units.anchors, units.keys[0]
+
+        def make(piece: slice) -> tuple[Tensor]:
+            return ((self._unit(q, piece) * self._unit(k, piece)).sum(1, keepdim=True),)
+
+        return self._by_pieces(q.x.shape, make, (self.precision.sums,))[0]
+
+    def sampled_noise(
+        self, seed: int | Tensor, rows: slice, num_noise: int, D: int, center: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Some of the random directions that ``seed`` stands for, a whole block, centred: as ``given_noise``."""
+        block = rows.start // noise.NOISE_BLOCK
+        return self.given_noise(
+            noise.sample_block(int(seed), block, num_noise, D, self.precision.sums, self.device), center
+        )
+
+    def given_noise(self, x: Tensor, center: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x̂ − center in the product dtype and in the gradient dtype. (n, D), (D,) → (n, D), (n, D)"""
+        rows, precision = self._rows(x.to(self.precision.sums)), self.precision
+        dtypes = dict.fromkeys((precision.product, precision.gradient))
+        copies = [self._centered(rows, center, dtype) for dtype in dtypes]
+        return copies[0], copies[-1]
+
+    def weighted_anchors(self, units: Units, rows: slice, weights: Tensor | None) -> Tensor:
+        """w_i q̃_i in the gradient dtype, of some rows. weights: (N, 1) → (n, D)"""
+        q, center = units.anchors, units.center_q
+
+        def make(piece: slice) -> tuple[Tensor]:
+            i = moved(piece, rows.start)
+            if weights is None:
+                unit = self._unit(q, i)
+                return (unit if center is None else unit - center,)
+            w = cut(weights, i)
+            scaled = cut(q.x, i) * (cut(q.r, i) * w) if q.unit is None else cut(q.unit, i) * w
+            return (scaled if center is None else scaled.addcmul_(w, center, value=-1),)
+
+        shape = torch.Size((rows.stop - rows.start, q.x.shape[1]))
+        return self._by_pieces(shape, make, (self.precision.gradient,))[0]
+
+    def _rows(self, x: Tensor) -> Rows:
+        r: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=self.precision.sums)
         rows = Rows(x, r.reciprocal_().nan_to_num_(nan=math.nan, posinf=0.0))
-        small = x.numel() <= self.tile_elements
-        if small:
-            rows.keep_unit()
-        rows.center = self._mean(rows) if center is None else center
-        if small:
-            rows.keep_centered()
+        if x.numel() <= self.tile_elements:
+            rows.unit = x * rows.r
         return rows
+
+    def _unit(self, rows: Rows, piece: slice) -> Tensor:
+        """x̂_i = x_i r_i, not to be written to. → (n, D)"""
+        if rows.unit is not None:
+            return cut(rows.unit, piece)
+        return cut(rows.x, piece) * cut(rows.r, piece)
+
+    def _centered(
+        self, rows: Rows, center: Tensor | None, dtype: torch.dtype, out: Tensor | None = None
+    ) -> Tensor:
+        """x̂_i − center. → (n, D)"""
+
+        def make(piece: slice) -> tuple[Tensor]:
+            unit = self._unit(rows, piece)
+            return (unit if center is None else unit - center,)
+
+        return self._by_pieces(rows.x.shape, make, (dtype,), out)[0]
+
+    def _fill_centered(self, out: Tensor, parts: list[Rows], center: Tensor | None) -> None:
+        """The parts' centred rows, one below the other, in ``out``."""
+        start = 0
+        for rows in parts:
+            self._centered(rows, center, out.dtype, out[start : start + len(rows)])
+            start += len(rows)
 
     def _mean(self, rows: Rows) -> Tensor:
         """Mean of up to CENTER_ROWS evenly spaced unit rows. → (D,)"""
         n = len(rows)
         if n <= CENTER_ROWS:
-            return rows.unit(slice(0, n)).mean(0)
+            return self._unit(rows, slice(0, n)).mean(0)
         step = -(-n // CENTER_ROWS)
         some = rows.x[::step].to(self.precision.sums)
-        return torch.mv(some.T, rows.r[::step]).div_(some.shape[0])
+        return torch.mv(some.T, rows.r[::step, 0]).div_(some.shape[0])
 
-    def normalise_pairs(self, q: Rows, k: Rows, factor: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
-        """factor · q̂ in the product dtype, q̂_i·(k̂_i − center) from unrounded rows, and k̂ − center in ``keys``.
+    # ------------------------------------------------------------------ one sweep
 
-        (N, D), (N, D), 0-dim → (N, D), (N,); keys: (N, D) in the product dtype
-        """
-        dots = torch.empty_like(q.r)
-        queries = torch.empty(q.x.shape, dtype=self.precision.product, device=self.device)
-        for piece in self._pieces(*q.x.shape):
-            unit, centered = q.unit(piece), k.centered(piece)
-            torch.sum(unit * centered, 1, out=cut(dots, piece))
-            if keys is not None:
-                cut(keys, piece).copy_(centered)
-            torch.mul(unit, factor, out=cut(queries, piece))
-        return queries, dots
+    def start(self, terms: RowTerms, columns: slice, acc: Accumulator | None) -> RowState:
+        """Empty sums; acc: where the gradients of some columns are to be summed."""
+        alpha = torch.empty_like(terms.shift)
+        return RowState(terms, self.zeros(*alpha.shape), alpha, columns, None if acc is None else acc.sums)
 
-    def centered_rows(
-        self, rows: Rows, chunk: slice, dtype: torch.dtype, factor: Tensor | None = None, out: Tensor | None = None
+    def exp_similarity(
+        self, queries: Tensor, columns: Columns, rows: slice, state: RowState, closing: bool
     ) -> Tensor:
-        """factor_i (x̂_i − center) of a chunk of n rows in ``dtype``; factor: (n,). → (n, D)"""
-        n, D = chunk.stop - chunk.start, rows.x.shape[1]
-        if out is None and n * D <= self.tile_elements:
-            return rows.centered(chunk, factor).to(dtype)
-        if out is None:
-            out = torch.empty(n, D, dtype=dtype, device=self.device)
-        for piece in self._pieces(n, D):
-            of_input = slice(chunk.start + piece.start, chunk.start + piece.stop)
-            cut(out, piece).copy_(rows.centered(of_input, None if factor is None else cut(factor, piece)))
+        """The tile E_ij = 2^(q_i·k_j + bias_ij − shift_i) of some rows; its row sums go to the state.
+
+        closing: no more columns come, α_i is known. Where the gradient products
+        are exact the closed rows' diagonal is −Σ_j E_ij − t_i, what the positives lose.
+        """
+        out = self.workspace(rows.stop - rows.start, len(columns))
+        for piece, tile in self.similarity(cut(queries, rows), columns, rows.start, 0):
+            i = moved(piece, rows.start)
+            tile.sub_(cut(state.terms.shift, i)).exp2_()
+            sums = cut(state.sums, i).add_(tile.sum(1, keepdim=True))
+            if closing:
+                own = state.terms.own
+                alpha = torch.add(sums, cut(own, i) if isinstance(own, Tensor) else own, out=cut(state.alpha, i))
+                alpha.reciprocal_()
+                if state.column_sums is not None:
+                    state.column_sums.addmv_(cut_columns(tile, state.columns).T, alpha[:, 0])
+                if not self.rounds:
+                    lost = sums if state.terms.constant is None else sums + cut(state.terms.constant, i)
+                    _diagonal(tile, i.start, 0).copy_(lost[:, 0]).neg_()
+            self._store(tile, out, piece)
         return out
 
-    def cosines(self, q: Rows, k: Rows) -> Tensor:
-        """q̂_i·k̂_i, from unrounded rows. → (N,)"""
-        dots = torch.empty_like(q.r)
-        for piece in self._pieces(*q.x.shape):
-            torch.sum(q.unit(piece) * k.unit(piece), 1, out=cut(dots, piece))
-        return dots
+    def row_sums(self, state: RowState) -> RowSums:
+        """What is known of the rows when all are closed."""
+        offset, constant = state.terms.offset, state.terms.constant
+        total = state.sums if constant is None else state.sums + constant
+        losses = total.log1p()
+        if offset is not None:
+            losses = torch.where(offset > 0, torch.logaddexp(self.zeros(), offset + total.log()), losses)
+        if not self.rounds:
+            return RowSums(state.alpha, losses, None, None)
+        return RowSums(state.alpha, losses, total, state.alpha * total)
 
-    # ------------------------------------------------------------------ similarity
-
-    def exp_similarity(self, queries: Tensor, columns: Columns, i0: int, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """The tile E_ij = 2^(q_i·k_j + bias_ij − shift_i) of rows i0, i0 + 1, … and its row sums."""
-        out = self.workspace(queries.shape[0], columns.rows.shape[0])
-        sums = torch.empty_like(shift)
-        for piece, tile in self.similarity(queries, columns, i0, 0):
-            tile.sub_(cut(shift, piece)[:, None]).exp2_()
-            torch.sum(tile, 1, out=cut(sums, piece))
-            self._store(tile, cut(out, piece))
-        return out, sums
+    # ------------------------------------------------------------------ two sweeps
 
     def add_ratios(
         self,
@@ -212,10 +300,10 @@ class TorchOps:
         columns: Columns,  # (B, D)
         i0: int,
         j0: int,
-        shift: Tensor,  # (C,)
-        rows: tuple[Tensor, Tensor],  # running maximum and Σ 2^(z − maximum), (C,) each
+        shift: Tensor,  # (C, 1)
+        rows: tuple[Tensor, Tensor],  # running maximum and Σ 2^(z − maximum), (C, 1) each
         cols: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-        # row bias (C,), column shift (B,), and the columns' maximum and sum, (B,) each
+        # row bias (C, 1), column shift (B,), and the columns' maximum and sum, (B,) each
     ) -> None:
         """Adds the ratios of a tile with the corner (i0, j0) to the running sums, in place.
 
@@ -225,7 +313,7 @@ class TorchOps:
             if cols is not None:
                 row_bias, column_shift, maximum, total = cols
                 other = self.buffer("other", tile.shape, self.precision.sums)
-                torch.add(tile, cut(row_bias, piece)[:, None], out=other)
+                torch.add(tile, cut(row_bias, piece), out=other)
                 merge_ratios(other, column_shift, 0, maximum, total)
             merge_ratios(tile, cut(shift, piece), 1, cut(rows[0], piece), cut(rows[1], piece))
 
@@ -235,11 +323,11 @@ class TorchOps:
         columns: Columns,  # (B, D)
         i0: int,
         j0: int,
-        shift: Tensor,  # (C,)
-        weights: Tensor | None,  # (C,)
-        sums: tuple[Tensor, Tensor],  # of the tile's rows (C,) and columns (B,), added to
+        shift: Tensor,  # (C, 1)
+        weights: Tensor | None,  # (C, 1)
+        sums: tuple[Tensor, Tensor],  # of the tile's rows (C, 1) and columns (B,), added to
         cols: tuple[Tensor, Tensor, Tensor | None] | None = None,
-        # row bias (C,), column shift (B,), column weights (B,)
+        # row bias (C, 1), column shift (B,), column weights (B,)
     ) -> Tensor:
         """The tile G_ij = w_i 2^z_ij of the rows' z, plus w_j 2^z_ij of the columns'. → (C, B)"""
         out = self.workspace(queries.shape[0], columns.rows.shape[0])
@@ -248,17 +336,17 @@ class TorchOps:
             if cols is not None:
                 row_bias, column_shift, column_weights = cols
                 other = self.buffer("other", tile.shape, self.precision.sums)
-                torch.add(tile, cut(row_bias, piece)[:, None], out=other).sub_(column_shift).exp2_()
+                torch.add(tile, cut(row_bias, piece), out=other).sub_(column_shift).exp2_()
                 if column_weights is not None:
                     other.mul_(column_weights)
-            tile.sub_(cut(shift, piece)[:, None]).exp2_()
+            tile.sub_(cut(shift, piece)).exp2_()
             if weights is not None:
-                tile.mul_(cut(weights, piece)[:, None])
+                tile.mul_(cut(weights, piece))
             if other is not None:
                 tile.add_(other)
-            cut(sums[0], piece).add_(tile.sum(1))
+            cut(sums[0], piece).add_(tile.sum(1, keepdim=True))
             sums[1].add_(tile.sum(0))
-            self._store(tile, cut(out, piece))
+            self._store(tile, out, piece)
         return out
 
     def similarity(self, queries: Tensor, columns: Columns, i0: int, j0: int) -> Iterator[tuple[slice, Tensor]]:
@@ -274,10 +362,9 @@ class TorchOps:
             _mask_(tile, columns, i0 + piece.start, j0)
             yield piece, tile
 
-    @staticmethod
-    def _store(tile: Tensor, out: Tensor) -> None:
-        if tile.data_ptr() != out.data_ptr():
-            out.copy_(tile)
+    def _store(self, tile: Tensor, out: Tensor, piece: slice) -> None:
+        if tile.dtype != out.dtype:  # else the tile is a part of it
+            out[piece].copy_(tile)
 
     # ------------------------------------------------------------------ gradients
 
@@ -285,9 +372,9 @@ class TorchOps:
         """out = tile @ rows, or out += with ``add``. (C, T), (T, D), (C, D)"""
         self._product(tile, rows, out, add)
 
-    def grad_columns(self, tile: Tensor, rows: Tensor, out: Tensor, add: bool = True) -> None:
-        """out = tileᵀ @ rows, or out += with ``add``. (C, T), (C, D), (T, D)"""
-        self._product(tile.T, rows, out, add)
+    def grad_columns(self, tile: Tensor, rows: Tensor, out: Accumulator, add: bool = True) -> None:
+        """out.grad = tileᵀ @ rows, or out.grad += with ``add``. (C, T), (C, D), (T, D)"""
+        self._product(tile.T, rows, out.grad, add)
 
     def _product(self, a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
         if a.dtype == out.dtype:
@@ -299,52 +386,66 @@ class TorchOps:
             product = torch.mm(some, b, out=self.buffer("product", (some.shape[0], b.shape[1]), a.dtype))
             part.add_(product) if add else part.copy_(product)
 
-    def column_sums(self, tile: Tensor, weights: Tensor, out: Tensor) -> None:
-        """out += tileᵀ @ weights, in the sums' dtype. (C, T), (C,), (T,)"""
-        for piece in self._pieces(*tile.shape):
-            part = cut(tile, piece)
-            if part.dtype != out.dtype:
-                part = self.buffer("scratch", part.shape, out.dtype).copy_(part)
-            out.addmv_(part.T, cut(weights, piece))
+    # ------------------------------------------------------------------ normalisation backward
 
-    def finish(
-        self,
-        acc: Tensor,  # (N, D), overwritten with the gradient
-        rows: Rows,  # (N, D)
-        factors: Tensor,  # (N,) or 0-dim
-        pair: tuple[Rows, Tensor] | None,  # the other side's rows (N, D) and their weights (N,)
-        center: tuple[Tensor, Tensor] | None,  # the other side's centre (D,) and its weights (N,)
-    ) -> Tensor:
-        """The gradient of the inputs from the sums over tiles, in place; returns ⟨x̂_i, v_i⟩. → (N,)
+    def finish_pairs(
+        self, units: Units, anchors: Side | None, positives: Side | None, scale: float | Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Both sides' gradients from the sums over tiles, and the anchors' ⟨q̂_i, v_i⟩. → (N, D), (N, D), (N, 1)
 
-        v_i = acc_i − weight_i p̃_i + center_weight_i center, p̃_i the centred row of the pair, is the unit row's
-        gradient but for its factor, dx_i = factor_i r_i (v_i − x̂_i ⟨x̂_i, v_i⟩) the row's.
+        v_i = acc_i − share_i p̂_i + sums_i center, p̂_i the unit row of the pair, is the unit row's gradient but for
+        its factors, dx_i = scale factor_i r_i (v_i − x̂_i ⟨x̂_i, v_i⟩) the row's.
         """
-        dots = rows.r.new_empty(len(rows), 1)
-        factors = rows.r * factors
-        for piece in self._pieces(*rows.x.shape):
-            v = cut(acc, piece)
-            if pair is not None:
-                v.addcmul_(pair[0].centered(piece), cut(pair[1], piece)[:, None], value=-1)
-            if center is not None:
-                v.addr_(cut(center[1], piece), center[0])
-            unit = rows.unit(piece)
-            dot = torch.sum(unit * v, 1, keepdim=True, out=cut(dots, piece))
-            v.addcmul_(unit, dot, value=-1).mul_(cut(factors, piece)[:, None])
-        return dots[:, 0]
+        q, k = units.anchors, units.keys[0]
+        dq, dots = (None, None) if anchors is None else self._finish(q, k, anchors, scale)
+        return dq, None if positives is None else self._finish(k, q, positives, scale)[0], dots
 
-    def unit_dots(self, acc: Tensor, rows: Rows, center: tuple[Tensor, Tensor]) -> Tensor:
-        """⟨x̂_i, acc_i + weight_i center⟩. → (N,)"""
-        dots = torch.empty_like(rows.r)
-        for piece in self._pieces(*rows.x.shape):
-            v = torch.addr(cut(acc, piece), cut(center[1], piece), center[0])
-            torch.sum(v.mul_(rows.unit(piece)), 1, out=cut(dots, piece))
-        return dots
+    def finish(self, rows: Rows, side: Side, scale: float | Tensor) -> Tensor:
+        """The same of rows that have no pair: hard negatives, a queue."""
+        return self._finish(rows, None, side, scale)[0]
+
+    def _finish(self, rows: Rows, pair: Rows | None, side: Side, scale: float | Tensor) -> list[Tensor]:
+        factors = rows.r * scale if side.factor is None else rows.r * side.factor * scale
+
+        def make(piece: slice) -> tuple[Tensor, Tensor]:
+            v, unit = cut(side.acc, piece), self._unit(rows, piece)
+            if pair is not None and side.share is not None:
+                share = cut(side.share, piece)
+                if pair.unit is not None:
+                    v = torch.addcmul(v, cut(pair.unit, piece), share, value=-1)
+                else:
+                    v = torch.addcmul(v, cut(pair.x, piece).to(v.dtype), share * cut(pair.r, piece), value=-1)
+            if side.center is not None and side.sums is not None:
+                v = torch.addcmul(v, cut(side.sums, piece), side.center)
+            dots = (unit * v).sum(1, keepdim=True)
+            return torch.addcmul(v, unit, dots, value=-1).mul_(cut(factors, piece)), dots
+
+        out = side.acc if side.disposable and side.acc.dtype == rows.x.dtype else None
+        return self._by_pieces(rows.x.shape, make, (rows.x.dtype, factors.dtype), out)
+
+    def unit_dots(self, acc: Tensor, rows: Rows, weights: Tensor, center: Tensor | None) -> Tensor:
+        """⟨x̂_i, acc_i + weight_i center⟩. → (N, 1)"""
+
+        def make(piece: slice) -> tuple[Tensor]:
+            v = cut(acc, piece)
+            if center is not None:
+                v = torch.addcmul(v, cut(weights, piece), center)
+            return ((v * self._unit(rows, piece)).sum(1, keepdim=True),)
+
+        return self._by_pieces(rows.x.shape, make, (self.precision.sums,))[0]
 
 
 def cut(x: Tensor, rows: slice) -> Tensor:
     """x[rows], without the price of a view where that is all of x."""
     return x if rows.stop - rows.start == x.shape[0] else x[rows]
+
+
+def cut_columns(x: Tensor, columns: slice) -> Tensor:
+    return x if columns.stop - columns.start == x.shape[1] else x[:, columns]
+
+
+def moved(rows: slice, by: int) -> slice:
+    return slice(rows.start + by, rows.stop + by) if by else rows
 
 
 def _mask_(tile: Tensor, columns: Columns, i0: int, j0: int) -> None:
@@ -371,8 +472,8 @@ def _diagonal(tile: Tensor, i0: int, j0: int) -> Tensor:
 
 def merge_ratios(z: Tensor, shift: Tensor, dim: int, maximum: Tensor, total: Tensor) -> None:
     """Merges Σ 2^(z − shift) along ``dim`` into a running maximum and sum; overwrites z."""
-    peak = torch.maximum(maximum, z.amax(dim) - shift)
+    peak = torch.maximum(maximum, z.amax(dim, keepdim=dim == 1) - shift)
     total.mul_(torch.exp2(maximum - peak))
-    z.sub_((shift + peak).unsqueeze(dim)).exp2_()
-    total.add_(z.sum(dim))
+    z.sub_(shift + peak).exp2_()
+    total.add_(z.sum(dim, keepdim=dim == 1))
     maximum.copy_(peak)

@@ -1,0 +1,138 @@
+"""What the sweep and a backend's operations hand each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+_NOTHING = torch.empty(0)
+
+
+@dataclass(slots=True)
+class Precision:
+    sums: torch.dtype  # sums, exponentials, positives and gradients' accumulators
+    product: torch.dtype  # operands of the similarity product
+    gradient: torch.dtype  # operands of the gradient products, and the stored exponentials
+
+    @staticmethod
+    def of(dtype: torch.dtype) -> Precision:
+        """For products in ``dtype``; fp16 has not the range for exponentials, so its gradients use bf16."""
+        sums = torch.float64 if dtype == torch.float64 else torch.float32
+        return Precision(sums, dtype, torch.bfloat16 if dtype == torch.float16 else dtype)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the gradient products round their operands further than the sums do."""
+        if self.gradient != torch.float32:
+            return self.gradient != self.sums
+        return torch.get_float32_matmul_precision() != "highest"
+
+
+@dataclass(slots=True, eq=False)
+class Rows:
+    """One of the inputs and its rows' reciprocal norms, 0 for a zero row."""
+
+    x: Tensor  # (n, D)
+    r: Tensor  # (n, 1)
+    unit: Tensor | None = None  # x̂_i = x_i r_i, (n, D), where a backend keeps them
+
+    def __len__(self) -> int:
+        return self.r.shape[0]
+
+
+@dataclass(slots=True, eq=False)
+class Columns:
+    """Columns of the similarity matrix and what is special about some of its entries."""
+
+    rows: Tensor  # (T, D) centred unit rows, product dtype
+    grad_rows: Tensor  # (T, D) the same in the gradient dtype
+    bias: float = 0.0  # log2 of every column's weight
+    num_positives: int = 0  # columns [0, N): column i is row i's positive and no negative of it
+    num_negatives: int = 0  # columns [N, N + H): hard negatives
+    own_bias: float = 0.0  # log2-weight of column N + hN + i in row i
+    row_ids: Tensor | None = None  # (N,)
+    column_ids: Tensor | None = None  # (n,) of the first n columns; equal to the row's id: masked
+
+    def __len__(self) -> int:
+        return self.rows.shape[0]
+
+    def block(self, columns: slice) -> Columns:
+        """Some of the columns; what is special keeps its place in the whole matrix."""
+        return replace(self, rows=self.rows[columns], grad_rows=self.grad_rows[columns])
+
+
+@dataclass(slots=True, eq=False)
+class Units:
+    """The inputs of a call, their norms and their centres."""
+
+    anchors: Rows
+    keys: list[Rows]  # positives, negatives, queue: those that are there, in the order of the columns
+    center_q: Tensor | None  # (D,), of the anchors in the gradient product; None: not centred there
+    center_k: Tensor  # (D,), of every column
+
+    def detach(self) -> Units:
+        """Forgets the inputs, in place."""
+        return self.attach([_NOTHING] * (1 + len(self.keys)))
+
+    def attach(self, inputs: list[Tensor]) -> Units:
+        """Takes them back; anchors first."""
+        for rows, x in zip((self.anchors, *self.keys), inputs, strict=True):
+            rows.x = x
+        return self
+
+
+@dataclass(slots=True, eq=False)
+class Operands:
+    """What the similarity product is taken of; exponents are in base 2, in bits."""
+
+    queries: Tensor  # (N, D) κ log2(e) q̂_i, product dtype
+    keys: Tensor  # (T, D) the keys centred, product dtype
+    grad_keys: Tensor  # (T, D) the same in the gradient dtype
+    shift: Tensor  # (N, 1) κ log2(e) q̂_i·k̃_i, from unrounded rows
+
+
+@dataclass(slots=True, eq=False)
+class RowTerms:
+    """What a row's sum of exponentials is measured against, (N, 1) each: E_ij = 2^(z_ij − shift_i), in bits."""
+
+    shift: Tensor
+    offset: Tensor | None  # o_i, nats, part of the shift; None: 0
+    constant: Tensor | None  # t_i, expected noise's share of the sum; None: 0
+    own: Tensor | float  # e^(−o_i) + t_i
+
+
+@dataclass(slots=True, eq=False)
+class Accumulator:
+    """Gradient products of the columns, summed over chunks of rows."""
+
+    grad: Tensor  # (n, D) Σ_i α_i E_ij q̃_i
+    sums: Tensor | None  # (n,) Σ_i α_i E_ij; None where nobody asks
+
+    def part(self, columns: slice) -> Accumulator:
+        return Accumulator(self.grad[columns], None if self.sums is None else self.sums[columns])
+
+
+@dataclass(slots=True, eq=False)
+class RowSums:
+    """What one sweep knows of its rows in the end, (N, 1) each."""
+
+    alpha: Tensor  # 1/(own_i + Σ_j E_ij)
+    losses: Tensor  # nats
+    total: (
+        Tensor | None
+    )  # Σ_j E_ij + t_i; None where the tiles' diagonal held it: the positives have lost it already
+    share: Tensor | None  # α_i total_i = R_i/(1 + R_i), likewise
+
+
+@dataclass(slots=True, eq=False)
+class Side:
+    """One side's part of the normalisation backward, rows of the other side being its pairs."""
+
+    acc: Tensor  # (n, D)
+    share: Tensor | None  # (n, 1) what a positive loses; None: nothing
+    sums: Tensor | None  # (n, 1) weights of the centre; None: none
+    center: Tensor | None  # (D,)
+    factor: Tensor | None = None  # (n, 1); None: 1
+    disposable: bool = False  # whether the gradient may take the place of acc
