@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from .arguments import check_choice, resolve
+from .arguments import resolve
+from .backends import Backend
 from .function import fused_loss
 from .options import Reduction
 from .reference import reference_loss
-
-log = logging.getLogger("fused_infonce")
-
-Backend = Literal["auto", "triton", "torch", "reference"]
 
 
 def gs_infonce(
@@ -112,9 +108,10 @@ def gs_infonce(
         symmetric=symmetric,
         reduction=reduction,
         group=group,
+        backend=backend,
         workspace_bytes=workspace_bytes,
     )
-    if _choose_backend(backend, anchors.device) == "reference":
+    if call.backend == "reference":
         return reference_loss(call)
     return _outside_compiler(call) if torch.compiler.is_compiling() else fused_loss(call)
 
@@ -161,19 +158,3 @@ def info_nce(
 
 # Under torch.compile the loss is a graph break: a compiler would take its workspace apart again.
 _outside_compiler = _disable_dynamo(fused_loss)
-_logged: set[str] = set()
-
-
-def _choose_backend(backend: Backend, device: torch.device) -> Literal["torch", "reference"]:
-    check_choice("backend", backend, ("auto", "triton", "torch", "reference"))
-    if backend == "triton":
-        raise ValueError(
-            "backend='triton' is not available: this version has no Triton kernels; use backend='auto' or 'torch'"
-        )
-    if backend == "reference":
-        return "reference"
-    reason = f"backend 'torch' for {device.type} tensors: this version has no Triton kernels"
-    if backend == "auto" and reason not in _logged:
-        _logged.add(reason)
-        log.info(reason)
-    return "torch"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from . import noise as noise_source
+from .backends import Backend, choose_backend
 from .options import NoiseKind, Options, Reduction
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -26,6 +27,7 @@ class Call:
     options: Options
     dtype: torch.dtype  # of the inputs, promoted
     product_dtype: torch.dtype  # of the matrix products
+    backend: Literal["triton", "torch", "reference"]
 
     @property
     def takes_one_sweep(self) -> bool:
@@ -53,6 +55,7 @@ def resolve(
     symmetric: bool,
     reduction: Reduction,
     group: None,
+    backend: Backend,
     workspace_bytes: int | None,
 ) -> Call:
     """The arguments of gs_infonce as a Call; ValueError, TypeError or NotImplementedError name what is wrong."""
@@ -81,6 +84,15 @@ def resolve(
     if negative_ids is not None and (ids is None or negatives is None):
         raise ValueError("negative_ids needs both ids and negatives: it is compared with the anchors' ids")
 
+    dtype = tensors[0].dtype
+    for x in tensors[1:]:
+        dtype = torch.promote_types(dtype, x.dtype)
+    check_choice("backend", backend, ("auto", "triton", "torch", "reference"))
+    chosen = choose_backend(backend, anchors.device, dtype, anchors.shape[1])
+    seed: int | Tensor | None = None
+    if kind == "sampled":
+        draw = noise_source.draw_seed
+        seed = noise_source.draw_device_seed(generator, anchors.device) if chosen == "triton" else draw(generator)
     options = Options(
         num_anchors=N,
         num_negatives=H,
@@ -93,18 +105,15 @@ def resolve(
         negative_ids=negative_ids,
         symmetric=symmetric,
         reduction=reduction,
-        seed=noise_source.draw_seed(generator) if kind == "sampled" else None,
+        seed=seed,
         workspace_bytes=workspace_bytes,
     )
-    dtype = tensors[0].dtype
-    for x in tensors[1:]:
-        dtype = torch.promote_types(dtype, x.dtype)
     product_dtype = dtype
     if dtype != torch.float64 and torch.is_autocast_enabled(anchors.device.type):
         product_dtype = torch.get_autocast_dtype(anchors.device.type)
     bound = _kappa_bound(temperature, min_temperature)
     inputs = (anchors, positives, negatives, queue)
-    return Call(inputs, noise_rows, temperature, bound, options, dtype, product_dtype)
+    return Call(inputs, noise_rows, temperature, bound, options, dtype, product_dtype, chosen)
 
 
 def _kappa_bound(temperature: float | Tensor, min_temperature: float | None) -> float | None:

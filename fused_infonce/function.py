@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -32,6 +33,12 @@ def sweep_of(call: Call, ops: TorchOps | None = None) -> Sweep:
 def _ops(call: Call) -> TorchOps:
     anchors = call.inputs[0]
     columns = sum(x.shape[0] for x in call.inputs[1:] if x is not None)
+    if call.backend == "triton":
+        from .triton_ops import TritonOps  # here, for Triton need not be installed
+
+        precision = Precision.of(call.product_dtype)
+        ops = TritonOps(precision, anchors.device, call.options.workspace_bytes, anchors.shape[0], columns)
+        return cast(TorchOps, ops)
     dtype = TorchOps.product_dtype(call.product_dtype, anchors.device, columns * anchors.numel())
     return TorchOps(Precision.of(dtype), anchors.device, call.options.workspace_bytes)
 

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .api import Backend, gs_infonce
+from .api import gs_infonce
+from .backends import Backend
 from .options import Reduction
 
 

@@ -95,6 +95,7 @@ def contrastive_stats(
         symmetric=False,
         reduction="none",
         group=None,
+        backend="torch",
         workspace_bytes=workspace_bytes,
     )
     with torch.autocast(anchors.device.type, enabled=False):

@@ -29,6 +29,16 @@ def draw_seed(generator: torch.Generator | None) -> int:
     return int.from_bytes(hashlib.blake2b(state, digest_size=8).digest(), "little") >> 2
 
 
+def draw_device_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """A fresh seed on the device, (1,): nothing waits, and a captured graph draws a new one at each replay.
+
+    ``generator`` may be the CPU's or the device's; default: the device's own, which ``torch.manual_seed`` sets.
+    """
+    if generator is not None and generator.device.type != device.type:
+        return torch.full((1,), draw_seed(generator), dtype=torch.int64, device=device)
+    return torch.randint(0, 2**62, (1,), generator=generator, device=device)
+
+
 def sample_block(
     seed: int, block: int, num_noise: int, D: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:

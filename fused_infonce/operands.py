@@ -71,6 +71,7 @@ class Units:
     keys: list[Rows]  # positives, negatives, queue: those that are there, in the order of the columns
     center_q: Tensor | None  # (D,), of the anchors in the gradient product; None: not centred there
     center_k: Tensor  # (D,), of every column
+    cosines: Tensor | None = None  # (N, 1) s_ii, where a backend knows them anyway
 
     def detach(self) -> Units:
         """Forgets the inputs, in place."""

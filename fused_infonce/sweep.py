@@ -27,7 +27,7 @@ from torch import Tensor
 from . import noise
 from .operands import Accumulator, Columns, RowSums, RowTerms, Side, Units
 from .options import Options
-from .torch_ops import TorchOps, cut, cut_columns, merge_ratios
+from .torch_ops import TorchOps, cut, merge_ratios
 
 LOG2_E = 1 / math.log(2)
 
@@ -181,20 +181,20 @@ class Sweep:
         wanted = wanted_columns(self.options, needs)
         acc_rows = ops.empty(self.N, self.D) if needs.rows else None
         acc_columns = ops.accumulator(wanted.stop - wanted.start, self.D) if wanted.stop else None
-        state = ops.start(terms, wanted, acc_columns)
+        state = ops.start(terms, self.units, wanted, acc_columns)
         for block, columns in enumerate(self._noise(self.units.center_k)):
             for rows in self._row_chunks(len(columns)):
                 tile = ops.exp_similarity(queries, columns, rows, state, closing=False)
-                if acc_rows is not None:
-                    ops.grad_rows(tile, columns.grad_rows, cut(acc_rows, rows), add=block > 0)
+                part = None if acc_rows is None else cut(acc_rows, rows)
+                ops.grad_products(tile, columns.grad_rows, part, block > 0)
         add = self.options.has_noise_columns
         for rows in self._row_chunks(self.T):
             tile = ops.exp_similarity(queries, self.keys, rows, state, closing=True)
-            if acc_rows is not None:
-                ops.grad_rows(tile, self.keys.grad_rows, cut(acc_rows, rows), add)
-            if acc_columns is not None:
-                q = ops.weighted_anchors(self.units, rows, state.alpha)
-                ops.grad_columns(cut_columns(tile, wanted), q, acc_columns, add=rows.start > 0)
+            part = None if acc_rows is None else cut(acc_rows, rows)
+            anchors = None if acc_columns is None else ops.closed_anchors(state, rows)
+            ops.grad_products(
+                tile, self.keys.grad_rows, part, add, wanted, anchors, acc_columns, add_columns=rows.start > 0
+            )
         sums = ops.row_sums(state)
         return sums.losses, Tape(self.units, sums, constant), acc_rows, acc_columns
 
@@ -284,10 +284,12 @@ class Sweep:
                     tile = ops.weighted_ratios(
                         queries[rows], columns, rows.start, 0, shift[rows], w, (sums[rows], unused)
                     )
-                    ops.grad_rows(tile, columns.grad_rows, acc_side[rows], add=True)
+                    ops.grad_products(tile, columns.grad_rows, acc_side[rows], True)
         d_kappa = ops.zeros()
         if needs.temperature and acc_keys is not None and column_loss is not None:
-            of_noise = ops.unit_dots(acc_keys, self.units.keys[0], column_sums[: self.N, None], self.units.center_q)
+            of_noise = ops.unit_dots(
+                acc_keys, self.units.keys[0], column_sums[: self.N, None], self.units.center_q
+            )
             d_kappa += of_noise.sum()
 
         shift = self.operands.shift + row_loss * LOG2_E
@@ -295,7 +297,7 @@ class Sweep:
         if column_loss is not None:
             column_shift = column_shift + column_loss[:, 0] * LOG2_E
         for rows in self._row_chunks(min(ops.column_block, self.T)):
-            q = ops.weighted_anchors(self.units, rows, None) if wanted.stop else None
+            q = ops.centered_anchors(self.units, rows) if wanted.stop else None
             for block in self._column_blocks(split=column_loss is not None):
                 other = None
                 if column_loss is not None and block.start < self.N:
@@ -307,12 +309,13 @@ class Sweep:
                     self.operands.queries[rows], keys, rows.start, block.start, shift[rows], w,
                     (row_sums[rows], column_sums[block]), other,
                 )  # fmt: skip
-                if acc_rows is not None:
-                    ops.grad_rows(tile, keys.grad_rows, acc_rows[rows], add=True)
                 first, last = max(block.start, wanted.start), min(block.stop, wanted.stop)
-                if q is not None and first < last:
-                    part = acc.part(slice(first - wanted.start, last - wanted.start))
-                    ops.grad_columns(tile[:, first - block.start : last - block.start], q, part, add=True)
+                of_columns = None
+                if first < last:
+                    of_columns = acc.part(slice(first - wanted.start, last - wanted.start))
+                of_rows = None if acc_rows is None else acc_rows[rows]
+                own = slice(first - block.start, last - block.start)
+                ops.grad_products(tile, keys.grad_rows, of_rows, True, own, q, of_columns)
 
         side: Side | None = None
         if acc_rows is not None:

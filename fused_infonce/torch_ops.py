@@ -29,6 +29,7 @@ class RowState:
     """Sums of one sweep's rows on their way."""
 
     terms: RowTerms
+    units: Units
     sums: Tensor  # (N, 1) Σ_j E_ij
     alpha: Tensor  # (N, 1) 1/(own_i + Σ_j E_ij), of the rows that are closed
     columns: slice  # those whose gradients are asked for
@@ -193,18 +194,13 @@ class TorchOps:
         copies = [self._centered(rows, center, dtype) for dtype in dtypes]
         return copies[0], copies[-1]
 
-    def weighted_anchors(self, units: Units, rows: slice, weights: Tensor | None) -> Tensor:
-        """w_i q̃_i in the gradient dtype, of some rows. weights: (N, 1) → (n, D)"""
+    def centered_anchors(self, units: Units, rows: slice) -> Tensor:
+        """q̃_i in the gradient dtype, of some rows. → (n, D)"""
         q, center = units.anchors, units.center_q
 
         def make(piece: slice) -> tuple[Tensor]:
-            i = moved(piece, rows.start)
-            if weights is None:
-                unit = self._unit(q, i)
-                return (unit if center is None else unit - center,)
-            w = cut(weights, i)
-            scaled = cut(q.x, i) * (cut(q.r, i) * w) if q.unit is None else cut(q.unit, i) * w
-            return (scaled if center is None else scaled.addcmul_(w, center, value=-1),)
+            unit = self._unit(q, moved(piece, rows.start))
+            return (unit if center is None else unit - center,)
 
         shape = torch.Size((rows.stop - rows.start, q.x.shape[1]))
         return self._by_pieces(shape, make, (self.precision.gradient,))[0]
@@ -251,10 +247,10 @@ class TorchOps:
 
     # ------------------------------------------------------------------ one sweep
 
-    def start(self, terms: RowTerms, columns: slice, acc: Accumulator | None) -> RowState:
-        """Empty sums; acc: where the gradients of some columns are to be summed."""
+    def start(self, terms: RowTerms, units: Units, columns: slice, acc: Accumulator | None) -> RowState:
+        """Nothing summed yet; acc: where the gradients of some columns are to be summed."""
         alpha = torch.empty_like(terms.shift)
-        return RowState(terms, self.zeros(*alpha.shape), alpha, columns, None if acc is None else acc.sums)
+        return RowState(terms, units, self.zeros(*alpha.shape), alpha, columns, None if acc is None else acc.sums)
 
     def exp_similarity(
         self, queries: Tensor, columns: Columns, rows: slice, state: RowState, closing: bool
@@ -280,6 +276,19 @@ class TorchOps:
                     _diagonal(tile, i.start, 0).copy_(lost[:, 0]).neg_()
             self._store(tile, out, piece)
         return out
+
+    def closed_anchors(self, state: RowState, rows: slice) -> Tensor:
+        """α_i q̃_i in the gradient dtype, of closed rows. → (n, D)"""
+        q, center = state.units.anchors, state.units.center_q
+
+        def make(piece: slice) -> tuple[Tensor]:
+            i = moved(piece, rows.start)
+            alpha = cut(state.alpha, i)
+            scaled = cut(q.x, i) * (cut(q.r, i) * alpha) if q.unit is None else cut(q.unit, i) * alpha
+            return (scaled if center is None else scaled.addcmul_(alpha, center, value=-1),)
+
+        shape = torch.Size((rows.stop - rows.start, q.x.shape[1]))
+        return self._by_pieces(shape, make, (self.precision.gradient,))[0]
 
     def row_sums(self, state: RowState) -> RowSums:
         """What is known of the rows when all are closed."""
@@ -368,13 +377,22 @@ class TorchOps:
 
     # ------------------------------------------------------------------ gradients
 
-    def grad_rows(self, tile: Tensor, rows: Tensor, out: Tensor, add: bool = True) -> None:
-        """out = tile @ rows, or out += with ``add``. (C, T), (T, D), (C, D)"""
-        self._product(tile, rows, out, add)
-
-    def grad_columns(self, tile: Tensor, rows: Tensor, out: Accumulator, add: bool = True) -> None:
-        """out.grad = tileᵀ @ rows, or out.grad += with ``add``. (C, T), (C, D), (T, D)"""
-        self._product(tile.T, rows, out.grad, add)
+    def grad_products(
+        self,
+        tile: Tensor,  # (C, T)
+        keys: Tensor,  # (T, D)
+        acc_rows: Tensor | None,  # (C, D)
+        add_rows: bool,
+        columns: slice = slice(0, 0),
+        anchors: Tensor | None = None,  # (C, D)
+        acc: Accumulator | None = None,  # of these columns
+        add_columns: bool = True,
+    ) -> None:
+        """acc_rows = tile @ keys, acc.grad = tile[:, columns]ᵀ @ anchors; or added to what they hold."""
+        if acc_rows is not None:
+            self._product(tile, keys, acc_rows, add_rows)
+        if acc is not None and anchors is not None:
+            self._product(cut_columns(tile, columns).T, anchors, acc.grad, add_columns)
 
     def _product(self, a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
         if a.dtype == out.dtype:

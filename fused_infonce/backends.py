@@ -1,0 +1,60 @@
+"""Which backend a call runs on, and why."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from typing import Literal
+
+import torch
+
+log = logging.getLogger("fused_infonce")
+
+Backend = Literal["auto", "triton", "torch", "reference"]
+MAX_TRITON_D = 8192
+_MIN_CAPABILITY = (8, 0)
+_logged: set[str] = set()
+
+
+def choose_backend(
+    backend: Backend, device: torch.device, dtype: torch.dtype, D: int
+) -> Literal["triton", "torch", "reference"]:
+    """``"auto"`` resolved: the kernels where they run, else torch.
+
+    ValueError: the kernels were asked for and cannot run; it says what is missing.
+    """
+    if backend == "torch" or backend == "reference":
+        return backend
+    missing = _missing_for_triton(device, dtype, D)
+    if backend == "triton":
+        if missing is not None:
+            raise ValueError(f"backend='triton' cannot run this call: {missing}; use backend='auto' or 'torch'")
+        return "triton"
+    on_gpu = device.type == "cuda"
+    chosen: Literal["triton", "torch"] = "triton" if missing is None and on_gpu else "torch"
+    reason = f"backend '{chosen}' for {device.type} tensors"
+    if chosen == "torch":
+        reason += f": {missing}" if missing is not None else ": the interpreter is for tests"
+    if reason not in _logged:
+        _logged.add(reason)
+        log.info(reason)
+    return chosen
+
+
+def _missing_for_triton(device: torch.device, dtype: torch.dtype, D: int) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install 'fused-infonce[triton]')"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+        return "the Triton kernels need tensors on a GPU, these are on the CPU"
+    if device.type not in ("cuda", "cpu"):
+        return f"the Triton kernels run on CUDA and ROCm GPUs, these tensors are on {device}"
+    if device.type == "cuda" and not torch.version.hip:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _MIN_CAPABILITY:
+            return f"the Triton kernels need compute capability 8.0 or newer, {device} has {capability}"
+    if dtype == torch.float64:
+        return "the Triton kernels have no float64"
+    if D > MAX_TRITON_D:
+        return f"the Triton kernels take at most {MAX_TRITON_D} features, not {D}"
+    return None

@@ -1,0 +1,349 @@
+"""The tile operations of the sweep by the Triton kernels: drop-in for ``TorchOps``; memory is made here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .kernels import noise, normalise, products, ratios, similarity
+from .kernels.common import precision_of
+from .kernels.settings import Settings, default_settings, target_of
+from .operands import Accumulator, Columns, Operands, Precision, Rows, RowSums, RowTerms, Side, Units
+
+DEFAULT_WORKSPACE = 256 << 20
+MIN_ROWS = 1024  # rows a chunk below which the traffic of the columns' accumulator would set the time
+
+
+@dataclass(slots=True, eq=False)
+class RowState:
+    """Sums of one sweep's rows on their way."""
+
+    terms: RowTerms
+    units: Units
+    columns: slice  # those whose gradients are asked for
+    sums: Tensor | None  # (N, 1) Σ_j E_ij of the noise
+    results: tuple[Tensor, Tensor, Tensor, Tensor]  # α, total, share, losses of the closed rows, (N, 1) each
+    anchors: Tensor | None = None  # (C, D + PAD) weighted anchors of the rows closed last
+
+
+class TritonOps:
+    """One call's operations: its precision, settings and workspace."""
+
+    column_block = 1 << 40  # tiles as wide as the matrix
+    noise_block = 8192  # rows that are drawn at a time
+
+    def __init__(
+        self,
+        precision: Precision,
+        device: torch.device,
+        workspace_bytes: int | None,
+        rows: int,
+        columns: int,
+        settings: Settings | None = None,
+    ) -> None:
+        self.precision = precision
+        self.device = device
+        self.rounds = precision.rounds
+        dtype = precision.product
+        self.settings = settings or default_settings(target_of(device), dtype, precision_of(dtype), rows, columns)
+        stored = precision.gradient.itemsize
+        budget = workspace_bytes or max(DEFAULT_WORKSPACE, min(rows, MIN_ROWS) * columns * stored)
+        # Partials, weighted anchors and vectors take the rest.
+        self.workspace_elements = budget * 7 // 8 // stored
+        self._tile: Tensor | None = None
+
+    # ------------------------------------------------------------------ memory
+
+    def release(self) -> None:
+        """Gives the tiles' memory back."""
+        self._tile = None
+
+    def workspace(self, rows: int, columns: int) -> Tensor:
+        """A tile's memory, overwritten by the next one's; rows are aligned. → (rows, columns)"""
+        align = 16 // self.precision.gradient.itemsize
+        width = -(-columns // align) * align
+        if self._tile is None or self._tile.numel() < rows * width:
+            self._tile = torch.empty(rows * width, dtype=self.precision.gradient, device=self.device)
+        return self._tile[: rows * width].view(rows, width)[:, :columns]
+
+    def zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float32, device=self.device)
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+    def accumulator(self, columns: int, D: int) -> Accumulator:
+        """Memory for the columns' gradients, to be overwritten."""
+        if not self.rounds:
+            return Accumulator(self.empty(columns, D), None)
+        if not self.settings.library_products:
+            return Accumulator(self.empty(columns, D), self.empty(columns))
+        padded = self.empty(columns, D + similarity.PAD)
+        return Accumulator(padded[:, :D], padded[:, D])
+
+    def _rows(self, n: int, D: int, dtype: torch.dtype) -> Tensor:
+        """Memory for operands, rows at multiples of 16 bytes as tensor maps want them. → (n, D)"""
+        align = 16 // dtype.itemsize
+        return torch.empty(n, -(-D // align) * align, dtype=dtype, device=self.device)[:, :D]
+
+    def _copies(self, n: int, D: int) -> tuple[Tensor, Tensor | None]:
+        """Memory for rows in the product dtype and, where that is another, in the gradient dtype."""
+        product, gradient = self.precision.product, self.precision.gradient
+        return self._rows(n, D, product), self._rows(n, D, gradient) if gradient != product else None
+
+    # ------------------------------------------------------------------ rows
+
+    def normalise(self, anchors: Tensor, columns: list[Tensor], bits: float | Tensor) -> tuple[Units, Operands]:
+        """Norms and centres, and the operands of the similarity product; bits: κ log2(e).
+
+        columns: positives, then what there is beside. (N, D), [(N, D), …]
+        """
+        N, D = anchors.shape
+        queries = self._rows(N, D, self.precision.product)
+        keys, grad_keys = self._copies(sum(x.shape[0] for x in columns), D)
+        center_q, center_k = self.empty(D) if self.rounds else None, self.empty(D)
+        r_q, r_k, shift, cosines = (self.empty(N, 1) for _ in range(4))
+        normalise.normalise_pairs(
+            anchors, columns[0], bits, queries, keys[:N], None if grad_keys is None else grad_keys[:N],
+            (r_q, r_k, shift, cosines), center_q, center_k, True, self.settings.row_elements,
+        )  # fmt: skip
+        units = Units(Rows(anchors, r_q), [Rows(columns[0], r_k)], center_q, center_k, cosines)
+        start = N
+        for x in columns[1:]:
+            part = slice(start, start + x.shape[0])
+            r = self._normalise_rows(x, center_k, keys[part], None if grad_keys is None else grad_keys[part])
+            units.keys.append(Rows(x, r))
+            start = part.stop
+        return units, Operands(queries, keys, keys if grad_keys is None else grad_keys, shift)
+
+    def _normalise_rows(self, x: Tensor, center: Tensor | None, rows: Tensor, grad_rows: Tensor | None) -> Tensor:
+        r = self.empty(x.shape[0], 1)
+        normalise.normalise_rows(x, center, rows, grad_rows, r, self.settings.row_elements)
+        return r
+
+    def queries(self, q: Rows, k: Rows, center: Tensor | None, bits: float | Tensor) -> tuple[Tensor, Tensor]:
+        """bits · q̂ in the product dtype, and bits · q̂_i·(k̂_i − center) from unrounded rows. → (N, D), (N, 1)"""
+        n, D = q.x.shape
+        queries, shift = self._rows(n, D, self.precision.product), torch.empty_like(q.r)
+        unused = [torch.empty_like(q.r) for _ in range(3)]
+        normalise.normalise_pairs(
+            q.x, k.x, bits, queries, None, None, (unused[0], unused[1], shift, unused[2]), None, center, False,
+            self.settings.row_elements,
+        )  # fmt: skip
+        return queries, shift
+
+    def cosines(self, units: Units) -> Tensor:
+        """s_ii, from unrounded rows. → (N, 1)"""
+        assert units.cosines is not None
+        return units.cosines
+
+    def sampled_noise(
+        self, seed: int | Tensor, rows: slice, num_noise: int, D: int, center: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Some of the random directions that ``seed`` stands for, centred: as ``given_noise``."""
+        assert isinstance(seed, Tensor)
+        copy, grad_copy = self._copies(rows.stop - rows.start, D)
+        noise.sample_noise(seed, rows.start, center, copy, grad_copy)
+        return copy, copy if grad_copy is None else grad_copy
+
+    def given_noise(self, x: Tensor, center: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x̂ − center in the product dtype and in the gradient dtype. (n, D), (D,) → (n, D), (n, D)"""
+        copy, grad_copy = self._copies(*x.shape)
+        self._normalise_rows(x, center, copy, grad_copy)
+        return copy, copy if grad_copy is None else grad_copy
+
+    def centered_anchors(self, units: Units, rows: slice) -> Tensor:
+        """q̃_i in the gradient dtype, of some rows. → (n, D)"""
+        q = units.anchors
+        out = self._rows(rows.stop - rows.start, q.x.shape[1], self.precision.gradient)
+        similarity.centered_anchors(q.x, q.r, units.center_q, rows.start, out)
+        return out
+
+    # ------------------------------------------------------------------ one sweep
+
+    def start(self, terms: RowTerms, units: Units, columns: slice, acc: Accumulator | None) -> RowState:
+        """Nothing summed yet; acc: where the gradients of some columns are to be summed."""
+        results = [torch.empty_like(terms.shift) for _ in range(4)]
+        return RowState(terms, units, columns, None, tuple(results))  # type: ignore[arg-type]
+
+    def exp_similarity(
+        self, queries: Tensor, columns: Columns, rows: slice, state: RowState, closing: bool
+    ) -> Tensor:
+        """The tile E_ij = 2^(q_i·k_j + bias_ij − shift_i) of some rows; its row sums go to the state.
+
+        closing: no more columns come, α_i is known.
+        """
+        n, terms = rows.stop - rows.start, state.terms
+        out = self.workspace(n, len(columns))
+        partials = similarity.exp_similarity(
+            queries[rows], columns.rows, out, terms.shift[rows], rows.start, _special(columns, 0),
+            self.settings.similarity,
+        )  # fmt: skip
+        if not closing:
+            if state.sums is None:
+                state.sums = self.zeros(*terms.shift.shape)
+            state.sums[rows] += partials.sum(1, keepdim=True)
+            return out
+        anchors = x = r = None
+        if state.columns.stop:
+            x, r = state.units.anchors.x, state.units.anchors.r
+            width = x.shape[1] + (similarity.PAD if self.rounds else 0)
+            anchors = state.anchors = self._rows(n, width, self.precision.gradient)
+        own = terms.own if isinstance(terms.own, Tensor) else None
+        similarity.close_rows(
+            partials, state.sums, own, terms.constant, terms.offset, state.results, rows.start,
+            x, r, state.units.center_q, anchors,
+        )  # fmt: skip
+        return out
+
+    def closed_anchors(self, state: RowState, rows: slice) -> Tensor:
+        """α_i q̃_i in the gradient dtype, of the rows closed last, their weights behind them. → (n, D + PAD)"""
+        assert state.anchors is not None
+        return state.anchors
+
+    def row_sums(self, state: RowState) -> RowSums:
+        """What is known of the rows when all are closed."""
+        alpha, total, share, losses = state.results
+        return RowSums(alpha, losses, total, share)
+
+    # ------------------------------------------------------------------ two sweeps
+
+    def add_ratios(
+        self,
+        queries: Tensor,  # (C, D)
+        columns: Columns,  # (B, D)
+        i0: int,
+        j0: int,
+        shift: Tensor,  # (C, 1)
+        rows: tuple[Tensor, Tensor],  # running maximum and Σ 2^(z − maximum), (C, 1) each
+        cols: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+        # row bias (C, 1), column shift (B,), and the columns' maximum and sum, (B,) each
+    ) -> None:
+        """Adds the ratios of a tile with the corner (i0, j0) to the running sums, in place.
+
+        The rows' z_ij is q_i·k_j + bias_ij − shift_i, the columns' q_i·k_j + row_bias_i − column_shift_j.
+        """
+        of_rows, of_columns = ratios.ratio_sums(
+            queries, columns.rows, i0, j0, shift, None if cols is None else cols[:2], _special(columns, j0),
+            self.settings.ratios,
+        )  # fmt: skip
+        _merge(of_rows, 1, rows)
+        if cols is not None and of_columns is not None:
+            _merge(of_columns, 0, cols[2:])
+
+    def weighted_ratios(
+        self,
+        queries: Tensor,  # (C, D)
+        columns: Columns,  # (B, D)
+        i0: int,
+        j0: int,
+        shift: Tensor,  # (C, 1)
+        weights: Tensor | None,  # (C, 1)
+        sums: tuple[Tensor, Tensor],  # of the tile's rows (C, 1) and columns (B,), added to
+        cols: tuple[Tensor, Tensor, Tensor | None] | None = None,
+        # row bias (C, 1), column shift (B,), column weights (B,)
+    ) -> Tensor:
+        """The tile G_ij = w_i 2^z_ij of the rows' z, plus w_j 2^z_ij of the columns'. → (C, B)"""
+        out = self.workspace(queries.shape[0], len(columns))
+        of_rows, of_columns = ratios.weighted_ratios(
+            queries, columns.rows, out, i0, j0, shift, weights, cols, _special(columns, j0), self.settings.ratios
+        )
+        sums[0].add_(of_rows.sum(1, keepdim=True))
+        sums[1].add_(of_columns.sum(0))
+        return out
+
+    # ------------------------------------------------------------------ gradients
+
+    def grad_products(
+        self,
+        tile: Tensor,  # (C, T)
+        keys: Tensor,  # (T, D)
+        acc_rows: Tensor | None,  # (C, D)
+        add_rows: bool,
+        columns: slice = slice(0, 0),
+        anchors: Tensor | None = None,  # (C, D), or (C, D + PAD)
+        acc: Accumulator | None = None,  # of these columns
+        add_columns: bool = True,
+    ) -> None:
+        """acc_rows = tile @ keys, acc.grad = tile[:, columns]ᵀ @ anchors; or added to what they hold."""
+        if acc_rows is None and acc is None:
+            return
+        products.grad_products(
+            tile, keys, acc_rows, add_rows, tile[:, columns], anchors,
+            None if acc is None else acc.grad, None if acc is None else acc.sums, add_columns,
+            self.settings.products, self.settings.library_products,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------ normalisation backward
+
+    def finish_pairs(
+        self, units: Units, anchors: Side | None, positives: Side | None, scale: float | Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Both sides' gradients from the sums over tiles, and the anchors' ⟨q̂_i, v_i⟩. → (N, D), (N, D), (N, 1)
+
+        v_i = acc_i − share_i p̂_i + sums_i center, p̂_i the unit row of the pair, is the unit row's gradient but for
+        its factors, dx_i = scale factor_i r_i (v_i − x̂_i ⟨x̂_i, v_i⟩) the row's.
+        """
+        if anchors is None and positives is None:
+            return None, None, None
+        q, k = units.anchors, units.keys[0]
+        return normalise.normalise_backward(
+            q.x, q.r, _side(anchors), k.x, k.r, _side(positives), self._scale(scale), self.settings.row_elements
+        )
+
+    def finish(self, rows: Rows, side: Side, scale: float | Tensor) -> Tensor:
+        """The same of rows that have no pair: hard negatives, a queue."""
+        elements = self.settings.row_elements
+        grad = normalise.normalise_backward(
+            rows.x, rows.r, _side(side), None, None, None, self._scale(scale), elements
+        )[0]
+        assert grad is not None
+        return grad
+
+    def unit_dots(self, acc: Tensor, rows: Rows, weights: Tensor, center: Tensor | None) -> Tensor:
+        """⟨x̂_i, acc_i + weight_i center⟩. → (N, 1)"""
+        side = Side(acc, None, weights, center)
+        dots = normalise.normalise_backward(
+            rows.x, rows.r, _side(side), None, None, None, self._scale(0.0), self.settings.row_elements
+        )[2]
+        assert dots is not None
+        return dots
+
+    def _scale(self, scale: float | Tensor) -> Tensor:
+        if isinstance(scale, Tensor):
+            return scale.to(torch.float32)
+        return torch.full((), scale, dtype=torch.float32, device=self.device)
+
+
+def _special(columns: Columns, j0: int) -> dict[str, object]:
+    """What is special about some entries, as the kernels take it."""
+    ids = columns.column_ids
+    return {
+        "row_ids": None if ids is None else columns.row_ids,
+        "column_ids": ids,
+        "num_ids": 0 if ids is None else ids.numel(),
+        "bias": columns.bias,
+        "own_bias": columns.own_bias,
+        "num_positives": columns.num_positives,
+        "num_negatives": columns.num_negatives,
+        "HAS_POSITIVES": columns.num_positives > j0,
+        "HAS_OWN": columns.own_bias != 0,
+        "HAS_IDS": ids is not None,
+    }
+
+
+def _side(side: Side | None) -> dict[str, Tensor | None] | None:
+    if side is None:
+        return None
+    return {name: getattr(side, name) for name in ("acc", "share", "sums", "center", "factor")}
+
+
+def _merge(parts: tuple[Tensor, Tensor], dim: int, running: tuple[Tensor, Tensor]) -> None:
+    """Merges maxima and sums along ``dim`` into running ones, in place, always in the same order."""
+    (maxima, sums), (maximum, total) = parts, running
+    peak = torch.maximum(maximum, maxima.amax(dim, keepdim=dim == 1))
+    sums.mul_(maxima.sub_(peak).exp2_())
+    total.mul_(torch.exp2(maximum - peak)).add_(sums.sum(dim, keepdim=dim == 1))
+    maximum.copy_(peak)

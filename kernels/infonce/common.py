@@ -1,0 +1,138 @@
+"""What several kernels share: the order of tiles, the tile of products, and what is special about its entries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .settings import Tile
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a launch does and holds, for roofs and for tests."""
+
+    flops: int
+    bytes: int  # read and written, each operand once
+    workspace: int  # bytes that the launcher allocates beside its results
+
+
+@triton.jit
+def tile_of(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Tiles in groups of GROUP rows, column by column, so that operands are shared in the cache."""
+    group = tile // (GROUP * tiles_n)
+    first = group * GROUP
+    size = min(tiles_m - first, GROUP)
+    inside = tile % (GROUP * tiles_n)
+    return first + inside % size, inside // size
+
+
+@triton.jit
+def similarity_tile(
+    queries,  # (N, D), a pointer or, with USE_TMA, a descriptor of blocks (BLOCK_N, BLOCK_D)
+    keys,  # (T, D), likewise (BLOCK_T, BLOCK_D)
+    start_n,
+    start_t,
+    N,
+    T,
+    D,
+    stride_qn,
+    stride_kt,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """q_i·k_j of a tile, fp32. → (BLOCK_N, BLOCK_T)"""
+    acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+    if USE_TMA:
+        for d in tl.range(0, D, BLOCK_D):
+            q = queries.load([start_n, d])
+            k = keys.load([start_t, d])
+            acc = tl.dot(q, k.T, acc, input_precision=PRECISION)
+    else:
+        # Rows beyond the end repeat the last one: what they give is masked later, and loads need no mask.
+        offs_n = tl.minimum(start_n + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
+        offs_t = tl.minimum(start_t + tl.arange(0, BLOCK_T), T - 1).to(tl.int64)
+        offs_d = tl.arange(0, BLOCK_D)
+        q_block = queries + offs_n[:, None] * stride_qn + offs_d[None, :]
+        k_block = keys + offs_t[None, :] * stride_kt + offs_d[:, None]
+        for d in tl.range(0, D, BLOCK_D):
+            if EVEN_D:
+                q = tl.load(q_block)
+                k = tl.load(k_block)
+            else:
+                q = tl.load(q_block, mask=offs_d[None, :] < D - d, other=0.0)
+                k = tl.load(k_block, mask=offs_d[:, None] < D - d, other=0.0)
+            acc = tl.dot(q, k, acc, input_precision=PRECISION)
+            q_block += BLOCK_D
+            k_block += BLOCK_D
+    return acc
+
+
+@triton.jit
+def biased(
+    z,  # (BLOCK_N, BLOCK_T)
+    i,  # (BLOCK_N,) rows of the whole matrix
+    j,  # (BLOCK_T,) columns of it
+    row_ids,  # (N,)
+    column_ids,  # (num_ids,)
+    num_ids,
+    bias,
+    own_bias,
+    num_positives,
+    num_negatives,
+    HAS_POSITIVES: tl.constexpr,
+    HAS_OWN: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+):
+    """Logit biases, in bits: of all columns, of a row's own hard negatives; −∞ for equal ids and the positive."""
+    z += bias
+    if HAS_OWN:
+        negative = j - num_positives
+        inside = (negative >= 0) & (negative < num_negatives)
+        own = inside[None, :] & ((negative % num_positives)[None, :] == i[:, None])
+        z = tl.where(own, z + own_bias, z)
+    if HAS_IDS:
+        of_rows = tl.load(row_ids + i)
+        known = j < num_ids
+        of_columns = tl.load(column_ids + j, mask=known, other=0)
+        z = tl.where(known[None, :] & (of_rows[:, None] == of_columns[None, :]), float("-inf"), z)
+    if HAS_POSITIVES:
+        z = tl.where(i[:, None] == j[None, :], float("-inf"), z)
+    return z
+
+
+def operands(queries: Tensor, keys: Tensor, tile: Tile) -> tuple[object, object, bool]:
+    """The rows as a kernel takes them, and whether as descriptors: these want strides that are multiples of 16 bytes."""
+    aligned = all(
+        x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+        for x in (queries, keys)
+    )
+    if not (tile.tma and aligned):
+        return queries, keys, False
+    return (
+        TensorDescriptor.from_tensor(queries, [tile.block_m, tile.block_k]),
+        TensorDescriptor.from_tensor(keys, [tile.block_n, tile.block_k]),
+        True,
+    )
+
+
+def row_block(D: int, elements: int) -> tuple[int, int]:
+    """Rows and (padded) features that a program of the row kernels holds."""
+    block_d = triton.next_power_of_2(D)
+    return max(1, min(16, elements // block_d)), block_d
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """How the kernels multiply operands of this dtype."""
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        return "ieee"
+    return "tf32"

@@ -1,0 +1,295 @@
+"""Normalisation of rows, forward and backward.
+
+Forward, of anchors x and positives y in one pass, each input read once, each output written once:
+
+    r_i = 1/‖x_i‖ (0 for a zero row),  queries_i = bits q̂_i,  keys_i = k̂_i − c,
+    s_ii = q̂_i·k̂_i,  shift_i = bits q̂_i·(k̂_i − c)          from unrounded rows, in fp32
+
+The centres c (of the keys) and c_q (of the anchors) are means of 16 evenly spaced unit rows, which every program forms
+for itself (any constant is exact; a mean of 16 leaves centred rows 3 % longer than the mean of all would). Bytes:
+2·N·D inputs, 2·N·D operands (3 where the gradient products take another dtype); no FLOPs to speak of.
+
+Backward, of both sides in one pass, with acc the sums over tiles, p̂ the other side's unit rows:
+
+    v_i = acc_i − share_i p̂_i + sums_i center,   dx_i = scale factor_i r_i (v_i − x̂_i ⟨x̂_i, v_i⟩)
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import Cost, row_block
+from .settings import num_programs
+
+CENTER_ROWS = 16
+
+
+@triton.jit
+def load_rows(x, offs_n, offs_d, mask, stride_n, stride_d):
+    rows = tl.load(
+        x + offs_n.to(tl.int64)[:, None] * stride_n + offs_d.to(tl.int64)[None, :] * stride_d, mask=mask, other=0.0
+    )
+    return rows.to(tl.float32)
+
+
+@triton.jit
+def reciprocal_norm(x):
+    """(n, D) → (n,); 0 where the norm is 0."""
+    norm = tl.sqrt_rn(tl.sum(x * x, 1))
+    return tl.where(
+        norm == 0.0, 0.0, tl.div_rn(tl.full(norm.shape, 1.0, tl.float32), tl.where(norm == 0.0, 1.0, norm))
+    )
+
+
+@triton.jit
+def mean_unit_row(x, N, D, stride_n, stride_d, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
+    """Mean of ROWS evenly spaced unit rows, or of all where they are fewer. → (1, BLOCK_D)"""
+    offs_d = tl.arange(0, BLOCK_D)
+    count = tl.minimum(N, ROWS)
+    total = tl.zeros((1, BLOCK_D), tl.float32)
+    for n in tl.range(0, count):
+        at = (tl.zeros((1,), tl.int64) + n) * N // count
+        row = load_rows(x, at, offs_d, (offs_d < D)[None, :], stride_n, stride_d)
+        total += row * reciprocal_norm(row)[:, None]
+    return total / count
+
+
+@triton.jit
+def normalise_pairs_kernel(
+    x,
+    y,
+    queries,
+    keys,
+    grad_keys,
+    r_x,
+    r_y,
+    shift,
+    cosines,
+    center_q,
+    center_k,
+    bits,
+    N,
+    D,
+    stride_xn,
+    stride_xd,
+    stride_yn,
+    stride_yd,
+    stride_qn,
+    stride_kn,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CENTER_ROWS: tl.constexpr,
+    MAKE_CENTERS: tl.constexpr,
+    HAS_CENTER_Q: tl.constexpr,
+    HAS_CENTER_K: tl.constexpr,
+    HAS_KEYS: tl.constexpr,
+    HAS_GRAD: tl.constexpr,
+    BITS_ON_DEVICE: tl.constexpr,
+):
+    offs_d = tl.arange(0, BLOCK_D)
+    in_d = offs_d < D
+    c = tl.zeros((1, BLOCK_D), tl.float32)
+    if MAKE_CENTERS:
+        c = mean_unit_row(y, N, D, stride_yn, stride_yd, BLOCK_D, CENTER_ROWS)
+        if tl.program_id(0) == 0:
+            tl.store(center_k + offs_d[None, :], c, mask=in_d[None, :])
+            if HAS_CENTER_Q:
+                c_q = mean_unit_row(x, N, D, stride_xn, stride_xd, BLOCK_D, CENTER_ROWS)
+                tl.store(center_q + offs_d[None, :], c_q, mask=in_d[None, :])
+    elif HAS_CENTER_K:
+        c = tl.load(center_k + offs_d[None, :], mask=in_d[None, :], other=0.0)
+    factor = bits
+    if BITS_ON_DEVICE:
+        factor = tl.load(bits)
+    for block in tl.range(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
+        offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        in_n = offs_n < N
+        mask = in_n[:, None] & in_d[None, :]
+        q = load_rows(x, offs_n, offs_d, mask, stride_xn, stride_xd)
+        k = load_rows(y, offs_n, offs_d, mask, stride_yn, stride_yd)
+        r_q = reciprocal_norm(q)
+        r_k = reciprocal_norm(k)
+        q = q * r_q[:, None]
+        k = k * r_k[:, None]
+        tl.store(r_x + offs_n, r_q, mask=in_n)
+        tl.store(r_y + offs_n, r_k, mask=in_n)
+        tl.store(cosines + offs_n, tl.sum(q * k, 1), mask=in_n)
+        k = tl.where(mask, k - c, 0.0)
+        tl.store(shift + offs_n, factor * tl.sum(q * k, 1), mask=in_n)
+        at = offs_n.to(tl.int64)[:, None]
+        tl.store(queries + at * stride_qn + offs_d[None, :], (q * factor).to(queries.dtype.element_ty), mask=mask)
+        if HAS_KEYS:
+            tl.store(keys + at * stride_kn + offs_d[None, :], k.to(keys.dtype.element_ty), mask=mask)
+        if HAS_GRAD:
+            tl.store(grad_keys + at * stride_kn + offs_d[None, :], k.to(grad_keys.dtype.element_ty), mask=mask)
+
+
+def normalise_pairs(
+    x: Tensor,  # (N, D) anchors
+    y: Tensor,  # (N, D) positives
+    bits: float | Tensor,  # κ log2(e)
+    queries: Tensor,  # (N, D)
+    keys: Tensor | None,  # (N, D)
+    grad_keys: Tensor | None,  # (N, D), where it is another dtype than the keys'
+    vectors: tuple[Tensor, Tensor, Tensor, Tensor],  # 1/‖x‖, 1/‖y‖, shift, cosines, (N, 1) each
+    center_q: Tensor | None,  # (D,)
+    center_k: Tensor | None,
+    make_centers: bool,  # write the centres, or else read that of the keys
+    row_elements: int,
+) -> None:
+    """Everything that is known of the pairs before a product, in the memory given."""
+    N, D = x.shape
+    block_n, block_d = row_block(D, row_elements)
+    normalise_pairs_kernel[(min(triton.cdiv(N, block_n), 4 * num_programs(x.device)),)](
+        x, y, queries, keys, grad_keys, *vectors, center_q, center_k, bits, N, D,
+        *x.stride(), *y.stride(), queries.stride(0), 0 if keys is None else keys.stride(0),
+        BLOCK_N=block_n, BLOCK_D=block_d, CENTER_ROWS=CENTER_ROWS, MAKE_CENTERS=make_centers,
+        HAS_CENTER_Q=center_q is not None, HAS_CENTER_K=center_k is not None,
+        HAS_KEYS=keys is not None, HAS_GRAD=grad_keys is not None, BITS_ON_DEVICE=isinstance(bits, Tensor),
+        num_warps=4 if block_d <= 2048 else 8,
+    )  # fmt: skip
+
+
+def normalise_pairs_cost(N: int, D: int, element: int, operand: int, copies: int) -> Cost:
+    """copies: operands written, queries among them."""
+    return Cost(0, 2 * N * D * element + copies * N * D * operand + 16 * N, 0)
+
+
+@triton.jit
+def normalise_rows_kernel(
+    x, center, rows, grad_rows, r_out, N, D, stride_xn, stride_xd, stride_rn,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_CENTER: tl.constexpr, HAS_GRAD: tl.constexpr,
+):  # fmt: skip
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (offs_n < N)[:, None] & (offs_d < D)[None, :]
+    k = load_rows(x, offs_n, offs_d, mask, stride_xn, stride_xd)
+    r = reciprocal_norm(k)
+    tl.store(r_out + offs_n, r, mask=offs_n < N)
+    k = k * r[:, None]
+    if HAS_CENTER:
+        k -= tl.load(center + offs_d, mask=offs_d < D, other=0.0)[None, :]
+    at = offs_n.to(tl.int64)[:, None] * stride_rn + offs_d[None, :]
+    tl.store(rows + at, k.to(rows.dtype.element_ty), mask=mask)
+    if HAS_GRAD:
+        tl.store(grad_rows + at, k.to(grad_rows.dtype.element_ty), mask=mask)
+
+
+def normalise_rows(
+    x: Tensor,  # (n, D)
+    center: Tensor | None,  # (D,)
+    rows: Tensor,  # (n, D)
+    grad_rows: Tensor | None,  # (n, D), where it is another dtype
+    r: Tensor,  # (n, 1)
+    row_elements: int,
+) -> None:
+    """Centred unit rows and reciprocal norms of columns that are nobody's positives."""
+    N, D = x.shape
+    block_n, block_d = row_block(D, row_elements)
+    normalise_rows_kernel[(triton.cdiv(N, block_n),)](
+        x, center, rows, grad_rows, r, N, D, *x.stride(), rows.stride(0),
+        BLOCK_N=block_n, BLOCK_D=block_d, HAS_CENTER=center is not None, HAS_GRAD=grad_rows is not None,
+        num_warps=4 if block_d <= 2048 else 8,
+    )  # fmt: skip
+
+
+@triton.jit
+def gradient_rows(
+    acc, unit, r, other, share, sums, center, factor, scale, offs_n, offs_d, in_n, mask, D, stride_an, stride_sn,
+    HAS_PAIR: tl.constexpr, HAS_CENTER: tl.constexpr, HAS_FACTOR: tl.constexpr,
+):  # fmt: skip
+    """The rows' gradient, (n, D), and factor_i-free ⟨x̂_i, v_i⟩, (n,)."""
+    at = offs_n.to(tl.int64)
+    v = tl.load(acc + at[:, None] * stride_an + offs_d[None, :], mask=mask, other=0.0)
+    if HAS_PAIR:
+        v -= tl.load(share + at, mask=in_n, other=0.0)[:, None] * other
+    if HAS_CENTER:
+        c = tl.load(center + offs_d, mask=offs_d < D, other=0.0)
+        v += tl.load(sums + at * stride_sn, mask=in_n, other=0.0)[:, None] * c[None, :]
+    dots = tl.sum(unit * v, 1)
+    f = r * scale
+    if HAS_FACTOR:
+        f *= tl.load(factor + at, mask=in_n, other=0.0)
+    return (v - unit * dots[:, None]) * f[:, None], dots
+
+
+@triton.jit
+def normalise_backward_kernel(
+    x, y, r_x, r_y, dx, dy, dots,
+    acc_x, share_x, sums_x, center_x, factor_x,
+    acc_y, share_y, sums_y, center_y, factor_y,
+    scale, N, D,
+    stride_xn, stride_xd, stride_yn, stride_yd, stride_ax, stride_ay, stride_sx, stride_sy,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_X: tl.constexpr, HAS_Y: tl.constexpr,
+    HAS_PAIR: tl.constexpr, HAS_CENTER_X: tl.constexpr, HAS_CENTER_Y: tl.constexpr,
+    HAS_FACTOR_X: tl.constexpr, HAS_FACTOR_Y: tl.constexpr,
+):  # fmt: skip
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_n = offs_n < N
+    mask = in_n[:, None] & (offs_d < D)[None, :]
+    r_1 = tl.load(r_x + offs_n, mask=in_n, other=0.0)
+    unit_x = load_rows(x, offs_n, offs_d, mask, stride_xn, stride_xd) * r_1[:, None]
+    unit_y = unit_x
+    if HAS_PAIR:
+        r_2 = tl.load(r_y + offs_n, mask=in_n, other=0.0)
+        unit_y = load_rows(y, offs_n, offs_d, mask, stride_yn, stride_yd) * r_2[:, None]
+    factor = tl.load(scale)
+    at = offs_n.to(tl.int64)[:, None] * D + offs_d[None, :]
+    if HAS_X:
+        grad, dot = gradient_rows(
+            acc_x, unit_x, r_1, unit_y, share_x, sums_x, center_x, factor_x, factor, offs_n, offs_d, in_n, mask, D,
+            stride_ax, stride_sx, HAS_PAIR, HAS_CENTER_X, HAS_FACTOR_X,
+        )  # fmt: skip
+        tl.store(dx + at, grad.to(dx.dtype.element_ty), mask=mask)
+        tl.store(dots + offs_n, dot, mask=in_n)
+    if HAS_Y:
+        grad, dot = gradient_rows(
+            acc_y, unit_y, r_2, unit_x, share_y, sums_y, center_y, factor_y, factor, offs_n, offs_d, in_n, mask, D,
+            stride_ay, stride_sy, HAS_PAIR, HAS_CENTER_Y, HAS_FACTOR_Y,
+        )  # fmt: skip
+        tl.store(dy + at, grad.to(dy.dtype.element_ty), mask=mask)
+
+
+def normalise_backward(
+    x: Tensor,  # (n, D)
+    r_x: Tensor,  # (n, 1)
+    side_x: dict[str, Tensor | None] | None,  # acc, share, sums, center, factor; None: no gradient
+    y: Tensor | None,  # (n, D) the pairs; None: there are none
+    r_y: Tensor | None,
+    side_y: dict[str, Tensor | None] | None,
+    scale: Tensor,  # 0-dim
+    row_elements: int,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients in the inputs' dtypes and ⟨x̂_i, v_i⟩. → (n, D), (n, D), (n, 1)"""
+    N, D = x.shape
+    dx = dy = dots = None
+    if side_x is not None:
+        dx, dots = torch.empty(N, D, dtype=x.dtype, device=x.device), torch.empty_like(r_x)
+    if side_y is not None and y is not None:
+        dy = torch.empty(N, D, dtype=y.dtype, device=y.device)
+    one, two = side_x or {}, side_y or {}
+    block_n, block_d = row_block(D, row_elements)
+    names = ("acc", "share", "sums", "center", "factor")
+    normalise_backward_kernel[(triton.cdiv(N, block_n),)](
+        x, y, r_x, r_y, dx, dy, dots,
+        *(one.get(name) for name in names), *(two.get(name) for name in names),
+        scale, N, D,
+        *x.stride(), *((0, 0) if y is None else y.stride()),
+        *(0 if side is None else side["acc"].stride(0) for side in (side_x, side_y)),
+        *(0 if side.get("sums") is None else side["sums"].stride(0) for side in (one, two)),
+        BLOCK_N=block_n, BLOCK_D=block_d, HAS_X=dx is not None, HAS_Y=dy is not None, HAS_PAIR=y is not None,
+        HAS_CENTER_X=one.get("center") is not None and one.get("sums") is not None,
+        HAS_CENTER_Y=two.get("center") is not None and two.get("sums") is not None,
+        HAS_FACTOR_X=one.get("factor") is not None, HAS_FACTOR_Y=two.get("factor") is not None,
+        num_warps=4 if block_d <= 2048 else 8,
+    )  # fmt: skip
+    return dx, dy, dots
+
+
+def normalise_backward_cost(N: int, D: int, element: int, sides: int) -> Cost:
+    """Inputs and accumulators read, gradients written."""
+    return Cost(0, sides * N * D * (2 * element + 4), 0)

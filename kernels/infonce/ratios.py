@@ -1,0 +1,199 @@
+"""The two kernels of two sweeps: maxima and sums of ratios, and the tile of weighted ratios.
+
+    rows:     z_ij  = q_i·k_j + bias_ij − shift_i
+    columns:  z'_ij = q_i·k_j + bias_ij + row_bias_i − column_shift_j        (the other direction; in bits, both)
+
+The first gives, of every tile, the maximum of 0 and z and Σ 2^(z − maximum) over its columns, and the same over its
+rows for z'. The second gives G_ij = w_i 2^z_ij (+ w_j 2^z'_ij), stored as operand of the gradient products, and its
+sums over rows and columns in fp32.
+
+FLOPs: 2·C·B·D each. Bytes: operands once; the second stores G. Partials: 4 or 8 bytes a row and tile of columns, and
+a column and tile of rows.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import Cost, biased, operands, precision_of, similarity_tile, tile_of
+from .settings import Tile, num_programs
+
+
+@triton.jit(do_not_specialize=["i0", "j0"])
+def ratios_kernel(
+    queries,
+    keys,
+    shift,
+    row_bias,
+    column_shift,
+    row_weights,
+    column_weights,
+    G,
+    row_maxima,
+    row_sums,
+    column_maxima,
+    column_sums,
+    row_ids,
+    column_ids,
+    N,
+    T,
+    D,
+    i0,
+    j0,
+    stride_qn,
+    stride_kt,
+    stride_gn,
+    num_ids,
+    bias,
+    own_bias,
+    num_positives,
+    num_negatives,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    STORE: tl.constexpr,  # the second kernel
+    HAS_COLUMNS: tl.constexpr,
+    HAS_ROW_WEIGHTS: tl.constexpr,
+    HAS_COLUMN_WEIGHTS: tl.constexpr,
+    HAS_POSITIVES: tl.constexpr,
+    HAS_OWN: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_t = tl.cdiv(T, BLOCK_T)
+    for tile in tl.range(tl.program_id(0), tiles_n * tiles_t, tl.num_programs(0)):
+        pid_n, pid_t = tile_of(tile, tiles_n, tiles_t, GROUP)
+        z = similarity_tile(
+            queries, keys, pid_n * BLOCK_N, pid_t * BLOCK_T, N, T, D, stride_qn, stride_kt,
+            BLOCK_N, BLOCK_T, BLOCK_D, USE_TMA, EVEN_D, PRECISION,
+        )  # fmt: skip
+        offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
+        rows = tl.minimum(offs_n, N - 1)
+        columns = tl.minimum(offs_t, T - 1)
+        z = biased(
+            z, i0 + rows, j0 + columns, row_ids, column_ids, num_ids, bias, own_bias, num_positives,
+            num_negatives, HAS_POSITIVES, HAS_OWN, HAS_IDS,
+        )  # fmt: skip
+        inside = (offs_n < N)[:, None] & (offs_t < T)[None, :]
+        z = tl.where(inside, z, float("-inf"))
+        of_rows = z - tl.load(shift + rows)[:, None]
+        if HAS_COLUMNS:
+            of_columns = z + tl.load(row_bias + rows)[:, None] - tl.load(column_shift + columns)[None, :]
+        row_out = offs_n.to(tl.int64) * tiles_t + pid_t
+        column_out = pid_n.to(tl.int64) * T + offs_t
+        if STORE:
+            g = tl.exp2(of_rows)
+            if HAS_ROW_WEIGHTS:
+                g *= tl.load(row_weights + rows)[:, None]
+            if HAS_COLUMNS:
+                other = tl.exp2(of_columns)
+                if HAS_COLUMN_WEIGHTS:
+                    other *= tl.load(column_weights + columns)[None, :]
+                g += other
+            g = tl.where(inside, g, 0.0)
+            tl.store(row_sums + row_out, tl.sum(g, 1), mask=offs_n < N)
+            tl.store(column_sums + column_out, tl.sum(g, 0), mask=offs_t < T)
+            out = G + offs_n.to(tl.int64)[:, None] * stride_gn + offs_t[None, :]
+            tl.store(out, g.to(G.dtype.element_ty), mask=inside)
+        else:
+            # A maximum passes over NaN, the sum does not: NaN reaches the result there.
+            maximum = tl.maximum(tl.max(of_rows, 1), 0.0)
+            tl.store(row_maxima + row_out, maximum, mask=offs_n < N)
+            tl.store(row_sums + row_out, tl.sum(tl.exp2(of_rows - maximum[:, None]), 1), mask=offs_n < N)
+            if HAS_COLUMNS:
+                maximum = tl.maximum(tl.max(of_columns, 0), 0.0)
+                tl.store(column_maxima + column_out, maximum, mask=offs_t < T)
+                total = tl.sum(tl.exp2(of_columns - maximum[None, :]), 0)
+                tl.store(column_sums + column_out, total, mask=offs_t < T)
+
+
+def _launch(
+    queries: Tensor,
+    keys: Tensor,
+    i0: int,
+    j0: int,
+    shift: Tensor,
+    special: dict[str, object],
+    settings: Tile,
+    **more,
+) -> None:
+    (N, D), T = queries.shape, keys.shape[0]
+    tiles = triton.cdiv(N, settings.block_m) * triton.cdiv(T, settings.block_n)
+    q, k, use_tma = operands(queries, keys, settings)
+    G = more["G"]
+    ratios_kernel[(min(tiles, num_programs(queries.device)),)](
+        q, k, shift,
+        **more, **special,
+        N=N, T=T, D=D, i0=i0, j0=j0,
+        stride_qn=queries.stride(0), stride_kt=keys.stride(0), stride_gn=0 if G is None else G.stride(0),
+        BLOCK_N=settings.block_m, BLOCK_T=settings.block_n, BLOCK_D=settings.block_k, GROUP=settings.group,
+        STORE=G is not None, HAS_COLUMNS=more["column_shift"] is not None,
+        HAS_ROW_WEIGHTS=more["row_weights"] is not None, HAS_COLUMN_WEIGHTS=more["column_weights"] is not None,
+        USE_TMA=use_tma, EVEN_D=D % settings.block_k == 0, PRECISION=precision_of(queries.dtype),
+        num_warps=settings.num_warps, num_stages=settings.num_stages,
+    )  # fmt: skip
+
+
+def ratio_sums(
+    queries: Tensor,  # (C, D) rows i0, i0 + 1, …
+    keys: Tensor,  # (B, D) columns j0, j0 + 1, …
+    i0: int,
+    j0: int,
+    shift: Tensor,  # (C, 1)
+    cols: tuple[Tensor, Tensor] | None,  # row bias (C, 1), column shift (B,)
+    special: dict[str, object],
+    settings: Tile,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+    """Maxima and sums in parts: (C, tiles of columns) each and, of the other direction, (tiles of rows, B) each."""
+    C, B = queries.shape[0], keys.shape[0]
+    of_rows = [shift.new_empty(C, triton.cdiv(B, settings.block_n)) for _ in range(2)]
+    of_columns = [None, None]
+    if cols is not None:
+        of_columns = [shift.new_empty(triton.cdiv(C, settings.block_m), B) for _ in range(2)]
+    row_bias, column_shift = (None, None) if cols is None else cols
+    _launch(
+        queries, keys, i0, j0, shift, special, settings,
+        row_bias=row_bias, column_shift=column_shift, row_weights=None, column_weights=None, G=None,
+        row_maxima=of_rows[0], row_sums=of_rows[1], column_maxima=of_columns[0], column_sums=of_columns[1],
+    )  # fmt: skip
+    return tuple(of_rows), None if cols is None else tuple(of_columns)
+
+
+def weighted_ratios(
+    queries: Tensor,  # (C, D)
+    keys: Tensor,  # (B, D)
+    out: Tensor,  # (C, B)
+    i0: int,
+    j0: int,
+    shift: Tensor,  # (C, 1)
+    weights: Tensor | None,  # (C, 1)
+    cols: tuple[Tensor, Tensor, Tensor | None] | None,  # row bias (C, 1), column shift (B,), column weights (B,)
+    special: dict[str, object],
+    settings: Tile,
+) -> tuple[Tensor, Tensor]:
+    """The tile G in ``out``; its sums in parts: of rows (C, tiles of columns), of columns (tiles of rows, B)."""
+    C, B = out.shape
+    row_sums = shift.new_empty(C, triton.cdiv(B, settings.block_n))
+    column_sums = shift.new_empty(triton.cdiv(C, settings.block_m), B)
+    row_bias, column_shift, column_weights = (None, None, None) if cols is None else cols
+    _launch(
+        queries, keys, i0, j0, shift, special, settings,
+        row_bias=row_bias, column_shift=column_shift, row_weights=weights, column_weights=column_weights, G=out,
+        row_maxima=None, row_sums=row_sums, column_maxima=None, column_sums=column_sums,
+    )  # fmt: skip
+    return row_sums, column_sums
+
+
+def ratios_cost(C: int, B: int, D: int, operand: int, stored: int, both: bool, settings: Tile) -> Cost:
+    """Of one launch; stored: bytes of an element of G, 0 for the first kernel; both: both directions."""
+    of_rows, of_columns = C * triton.cdiv(B, settings.block_n), triton.cdiv(C, settings.block_m) * B
+    partials = 4 * (of_rows + of_columns) if stored else 8 * (of_rows + of_columns * both)
+    vectors = 4 * C + both * 4 * (C + B)
+    return Cost(2 * C * B * D, (C + B) * D * operand + C * B * stored + partials + vectors, partials)

@@ -1,0 +1,88 @@
+"""Launch settings: fixed values picked by target, dtype and sizes; ``python -m bench tune`` searches for better ones."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+MAX_D = 8192  # features that a program of the row kernels holds in registers
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A tiled product: tiles of block_m × block_n, block_k of the summed dimension at a time."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False  # tensor-map loads, where strides allow
+    warp_specialize: bool = False
+    group: int = 8  # tiles of rows that share the columns in the cache
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    similarity: Tile  # exponentiated similarity of one sweep
+    ratios: Tile  # both kernels of two sweeps
+    products: Tile  # gradient products
+    library_products: bool  # gradient products by torch.mm (cuBLAS) and not by the kernel
+    row_elements: int = 4096  # elements of one input that a program of the row kernels holds
+
+
+# bf16 and fp16 operands. Shared memory a block: 163 KiB on sm_80, 227 on sm_90 and sm_100, 99 on sm_120, 64 on gfx942.
+_HALF = {
+    "sm_80": Settings(Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 4), True),
+    "sm_90": Settings(
+        Tile(128, 256, 64, 8, 3, tma=True), Tile(128, 128, 64, 8, 3, tma=True), Tile(128, 128, 64, 8, 3), True
+    ),
+    "sm_100": Settings(
+        Tile(128, 256, 64, 8, 3, tma=True), Tile(128, 128, 64, 8, 3, tma=True), Tile(128, 128, 64, 8, 3), True
+    ),
+    "sm_120": Settings(
+        Tile(128, 128, 32, 8, 3, tma=True), Tile(128, 128, 32, 8, 2, tma=True), Tile(128, 128, 32, 8, 3), True
+    ),
+    "gfx942": Settings(Tile(128, 128, 64, 8, 2), Tile(128, 128, 32, 8, 2), Tile(128, 128, 32, 8, 2), False),
+    "interpreter": Settings(Tile(16, 32, 16, 4, 1), Tile(16, 16, 32, 4, 1), Tile(16, 32, 16, 4, 1), False, 256),
+}
+# fp32 operands: tf32 on the matrix units, or plain multiply-adds.
+_FULL = {
+    "tf32": (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 8, 3), Tile(64, 128, 32, 8, 3)),
+    "ieee": (Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 8, 2)),
+}
+
+
+def default_settings(target: str, dtype: torch.dtype, precision: str, rows: int, columns: int) -> Settings:
+    """For products of operands in ``dtype``, of ``rows`` × ``columns`` results; precision of fp32: "ieee" or "tf32"."""
+    found = _HALF.get(target) or _HALF["sm_80"]
+    if target == "interpreter":
+        return found
+    if dtype == torch.float32:
+        if target in ("sm_120", "gfx942") and precision == "tf32":  # little shared memory
+            tiles = (Tile(64, 128, 32, 8, 2), Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2))
+        else:
+            tiles = _FULL[precision]
+        return Settings(*tiles, found.library_products)
+    if rows * columns <= 1 << 20:  # few tiles: small ones keep more of the device at work, and one launch is less
+        small = Tile(64, 64, 64 if target != "sm_120" else 32, 4, 2)
+        return Settings(small, small, small, False)
+    return found
+
+
+@functools.cache
+def target_of(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{0 if major != 8 else minor}" if f"sm_{major}{minor}" not in _HALF else f"sm_{major}{minor}"
+
+
+@functools.cache
+def num_programs(device: torch.device) -> int:
+    """Programs of a persistent kernel: one a multiprocessor."""
+    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
