@@ -289,26 +289,25 @@ class TritonOps:
         if anchors is None and positives is None:
             return None, None, None
         q, k = units.anchors, units.keys[0]
-        return normalise.normalise_backward(
+        dq, dk, dots = normalise.normalise_backward(
             q.x, q.r, _side(anchors), k.x, k.r, _side(positives), self._scale(scale), self.settings.row_elements
         )
+        return dq, dk, dots
 
     def finish(self, rows: Rows, side: Side, scale: float | Tensor) -> Tensor:
         """The same of rows that have no pair: hard negatives, a queue."""
         elements = self.settings.row_elements
-        grad = normalise.normalise_backward(
+        grad: Tensor = normalise.normalise_backward(
             rows.x, rows.r, _side(side), None, None, None, self._scale(scale), elements
         )[0]
-        assert grad is not None
         return grad
 
     def unit_dots(self, acc: Tensor, rows: Rows, weights: Tensor, center: Tensor | None) -> Tensor:
         """⟨x̂_i, acc_i + weight_i center⟩. → (N, 1)"""
         side = Side(acc, None, weights, center)
-        dots = normalise.normalise_backward(
+        dots: Tensor = normalise.normalise_backward(
             rows.x, rows.r, _side(side), None, None, None, self._scale(0.0), self.settings.row_elements
         )[2]
-        assert dots is not None
         return dots
 
     def _scale(self, scale: float | Tensor) -> Tensor:

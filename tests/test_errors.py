@@ -48,7 +48,6 @@ WRONG = [
     (TypeError, "symmetric must be True or False, not 'yes'", (x, y), {"symmetric": "yes"}),
     (ValueError, "reduction must be one of 'mean', 'sum', 'none', not 'max'", (x, y), {"reduction": "max"}),
     (ValueError, "backend must be one of .*not 'cuda'", (x, y), {"backend": "cuda"}),
-    (ValueError, "backend='triton' is not available.*'torch'", (x, y), {"backend": "triton"}),
     (ValueError, "workspace_bytes must be a positive", (x, y), {"workspace_bytes": 0}),
     (NotImplementedError, "group", (x, y), {"group": "world"}),
 ]
@@ -58,6 +57,16 @@ WRONG = [
 def test_loss(error, message, args, options):
     with pytest.raises(error, match=message):
         gs_infonce(*args, **options)
+
+
+def test_triton_says_what_is_missing(monkeypatch):
+    with pytest.raises(ValueError, match=r"backend='triton' cannot run this call: .*float64.*'torch'"):
+        gs_infonce(x.double(), y.double(), backend="triton")
+    with pytest.raises(ValueError, match="at most 8192 features, not 8193"):
+        gs_infonce(torch.ones(2, 8193), torch.ones(2, 8193), backend="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="need tensors on a GPU"):
+        gs_infonce(x, y, backend="triton")
 
 
 def test_info_nce_has_no_noise_arguments():

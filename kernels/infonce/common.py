@@ -111,7 +111,7 @@ def biased(
 
 
 def operands(queries: Tensor, keys: Tensor, tile: Tile) -> tuple[object, object, bool]:
-    """The rows as a kernel takes them, and whether as descriptors: these want strides that are multiples of 16 bytes."""
+    """The rows as a kernel takes them, and whether as descriptors, which want strides of multiples of 16 bytes."""
     aligned = all(
         x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
         for x in (queries, keys)

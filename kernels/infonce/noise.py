@@ -2,8 +2,8 @@
 
     g_m ~ N(0, I),  rows_m = ĝ_m − c   in the product dtype (and in the gradient dtype where that is another)
 
-Counter (column, row low, row high, 0) gives four numbers: those of the columns column + i·BLOCK_D/4. The seed is read
-from the device: a captured graph that draws it anew gets fresh noise. Bytes: the rows, written once.
+Counter (column, row low, row high, 0) gives four numbers: those of the columns column + i·BLOCK_D/4. The seed is
+read from the device: a captured graph that draws it anew gets fresh noise. Bytes: the rows, written once.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ Forward, of anchors x and positives y in one pass, each input read once, each ou
     r_i = 1/‖x_i‖ (0 for a zero row),  queries_i = bits q̂_i,  keys_i = k̂_i − c,
     s_ii = q̂_i·k̂_i,  shift_i = bits q̂_i·(k̂_i − c)          from unrounded rows, in fp32
 
-The centres c (of the keys) and c_q (of the anchors) are means of 16 evenly spaced unit rows, which every program forms
-for itself (any constant is exact; a mean of 16 leaves centred rows 3 % longer than the mean of all would). Bytes:
-2·N·D inputs, 2·N·D operands (3 where the gradient products take another dtype); no FLOPs to speak of.
+The centres c (of the keys) and c_q (of the anchors) are means of 16 evenly spaced unit rows, which every program
+forms for itself (any constant is exact; the mean of 16 leaves centred rows 3 % longer than the mean of all would).
+Bytes: 2·N·D inputs, 2·N·D operands (3 where the gradient products take another dtype); no FLOPs to speak of.
 
 Backward, of both sides in one pass, with acc the sums over tiles, p̂ the other side's unit rows:
 

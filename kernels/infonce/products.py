@@ -42,7 +42,7 @@ def product_tile(
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile of E @ B or Eᵀ @ B; M rows of the result, K summed over. With HAS_SUMS column D of B holds weights."""
+    """A tile of E @ B or Eᵀ @ B: M rows of the result, K summed over; HAS_SUMS: column D of B holds weights."""
     pid_m, pid_d = tile_of(tile, tl.cdiv(M, BLOCK_M), tl.cdiv(D, BLOCK_D), GROUP)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)

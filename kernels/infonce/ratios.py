@@ -3,12 +3,12 @@
     rows:     z_ij  = q_i·k_j + bias_ij − shift_i
     columns:  z'_ij = q_i·k_j + bias_ij + row_bias_i − column_shift_j        (the other direction; in bits, both)
 
-The first gives, of every tile, the maximum of 0 and z and Σ 2^(z − maximum) over its columns, and the same over its
-rows for z'. The second gives G_ij = w_i 2^z_ij (+ w_j 2^z'_ij), stored as operand of the gradient products, and its
-sums over rows and columns in fp32.
+The first gives, of every tile, the maximum of 0 and z and Σ 2^(z − maximum) over its columns, and the same over
+its rows for z'. The second gives G_ij = w_i 2^z_ij (+ w_j 2^z'_ij), stored as operand of the gradient products,
+and its sums over rows and columns in fp32.
 
-FLOPs: 2·C·B·D each. Bytes: operands once; the second stores G. Partials: 4 or 8 bytes a row and tile of columns, and
-a column and tile of rows.
+FLOPs: 2·C·B·D each. Bytes: operands once; the second stores G. Partials: 4 or 8 bytes a row and tile of columns,
+and a column and tile of rows.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def ratio_sums(
     special: dict[str, object],
     settings: Tile,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
-    """Maxima and sums in parts: (C, tiles of columns) each and, of the other direction, (tiles of rows, B) each."""
+    """Maxima and sums in parts: (C, tiles of columns) and, of the other direction, (tiles of rows, B) each."""
     C, B = queries.shape[0], keys.shape[0]
     of_rows = [shift.new_empty(C, triton.cdiv(B, settings.block_n)) for _ in range(2)]
     of_columns = [None, None]

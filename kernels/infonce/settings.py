@@ -1,4 +1,4 @@
-"""Launch settings: fixed values picked by target, dtype and sizes; ``python -m bench tune`` searches for better ones."""
+"""Launch settings: fixed values, picked by target, dtype and sizes; the search for better ones lives in bench/."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class Settings:
     row_elements: int = 4096  # elements of one input that a program of the row kernels holds
 
 
-# bf16 and fp16 operands. Shared memory a block: 163 KiB on sm_80, 227 on sm_90 and sm_100, 99 on sm_120, 64 on gfx942.
+# bf16 and fp16 operands. Shared memory: 163 KiB on sm_80, 227 on sm_90 and sm_100, 99 on sm_120, 64 on gfx942.
 _HALF = {
     "sm_80": Settings(Tile(128, 128, 64, 8, 3), Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 4), True),
     "sm_90": Settings(
         Tile(128, 256, 64, 8, 3, tma=True), Tile(128, 128, 64, 8, 3, tma=True), Tile(128, 128, 64, 8, 3), True
     ),
     "sm_100": Settings(
-        Tile(128, 256, 64, 8, 3, tma=True), Tile(128, 128, 64, 8, 3, tma=True), Tile(128, 128, 64, 8, 3), True
+        Tile(128, 128, 64, 8, 4, tma=True), Tile(128, 64, 64, 8, 3, tma=True), Tile(128, 128, 64, 8, 3), True
     ),
     "sm_120": Settings(
         Tile(128, 128, 32, 8, 3, tma=True), Tile(128, 128, 32, 8, 2, tma=True), Tile(128, 128, 32, 8, 3), True
@@ -56,7 +56,7 @@ _FULL = {
 
 
 def default_settings(target: str, dtype: torch.dtype, precision: str, rows: int, columns: int) -> Settings:
-    """For products of operands in ``dtype``, of ``rows`` × ``columns`` results; precision of fp32: "ieee" or "tf32"."""
+    """For rows × columns results of products in ``dtype``; precision: of fp32 products, "ieee" or "tf32"."""
     found = _HALF.get(target) or _HALF["sm_80"]
     if target == "interpreter":
         return found

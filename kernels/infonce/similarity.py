@@ -1,11 +1,12 @@
 """Exponentiated similarity of one sweep, and the closing of its rows.
 
-    E_ij = 2^(q_i·k_j + bias_ij − shift_i),  q = κ log2(e) q̂ (C, D), k = k̂ − c (T, D);  Σ_j E_ij as partials a tile
+    E_ij = 2^(q_i·k_j + bias_ij − shift_i),  q = κ log2(e) q̂ (C, D), k = k̂ − c (T, D);  Σ_j E_ij in parts, by tiles
 
-E is stored in bf16, or in fp32 for fp32 operands; products and sums are fp32. Then, of C rows whose columns are all
-done, with own_i = e^(−o_i) + t_i:
+E is stored in bf16, or in fp32 for fp32 operands; products and sums are fp32. Then, of C rows whose columns are
+all done, with own_i = e^(−o_i) + t_i:
 
-    α_i = 1/(own_i + Σ_j E_ij),  total_i = Σ_j E_ij + t_i,  share_i = α_i total_i,  loss_i = log(1 + e^(o_i) total_i)
+    α_i = 1/(own_i + Σ_j E_ij),  total_i = Σ_j E_ij + t_i,  share_i = α_i total_i
+    loss_i = log(1 + e^(o_i) total_i)
     anchors_i = [α_i (q̂_i − c_q) | α_i]  (C, D + 8), the operand of the columns' gradient product
 
 FLOPs: 2·C·T·D. Bytes: operands once, E once. Partials: C × tiles of T fp32, written and read once.
