@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch._compile import _disable_dynamo
 
 from .arguments import resolve
 from .backends import Backend
+from .compiled import compiled_loss
 from .function import fused_loss
 from .options import Reduction
 from .reference import reference_loss
@@ -91,7 +92,28 @@ def gs_infonce(
         ValueError, TypeError: an argument is out of range or of the wrong kind; the message names it.
         NotImplementedError: for ``group``.
     """
-    call = resolve(
+    traceable = generator is None and group is None and backend != "reference"
+    if traceable and torch.compiler.is_compiling():
+        return compiled_loss(
+            anchors,
+            positives,
+            negatives,
+            queue=queue,
+            temperature=temperature,
+            min_temperature=min_temperature,
+            num_noise=num_noise,
+            noise_weight=noise_weight,
+            noise=noise,
+            hard_negative_weight=hard_negative_weight,
+            ids=ids,
+            negative_ids=negative_ids,
+            symmetric=symmetric,
+            reduction=reduction,
+            backend=backend,
+            workspace_bytes=workspace_bytes,
+        )
+    loss = _outside_compiler if torch.compiler.is_compiling() else _eager_loss
+    return loss(
         anchors,
         positives,
         negatives,
@@ -111,9 +133,6 @@ def gs_infonce(
         backend=backend,
         workspace_bytes=workspace_bytes,
     )
-    if call.backend == "reference":
-        return reference_loss(call)
-    return _outside_compiler(call) if torch.compiler.is_compiling() else fused_loss(call)
 
 
 def info_nce(
@@ -156,5 +175,9 @@ def info_nce(
     )
 
 
-# Under torch.compile the loss is a graph break: a compiler would take its workspace apart again.
-_outside_compiler = _disable_dynamo(fused_loss)
+def _eager_loss(*inputs: Tensor | None, **options: Any) -> Tensor:
+    call = resolve(*inputs, **options)  # type: ignore[arg-type]
+    return reference_loss(call) if call.backend == "reference" else fused_loss(call)
+
+
+_outside_compiler = _disable_dynamo(_eager_loss)  # compilers do not trace a generator, nor the reference

@@ -37,6 +37,14 @@ class Call:
         return one_way and bound is not None and options.fits_one_sweep(bound)
 
 
+@dataclass(slots=True, eq=False)
+class Traced:
+    """What is settled when a call is traced by a compiler, and not when it runs."""
+
+    seed: Tensor | None  # (1,) of sampled noise
+    autocast_dtype: torch.dtype | None
+
+
 def resolve(
     anchors: Tensor,
     positives: Tensor,
@@ -57,6 +65,7 @@ def resolve(
     group: None,
     backend: Backend,
     workspace_bytes: int | None,
+    traced: Traced | None = None,
 ) -> Call:
     """The arguments of gs_infonce as a Call; ValueError, TypeError or NotImplementedError name what is wrong."""
     tensors = _check_inputs(anchors, positives, negatives, queue)
@@ -89,10 +98,13 @@ def resolve(
         dtype = torch.promote_types(dtype, x.dtype)
     check_choice("backend", backend, ("auto", "triton", "torch", "reference"))
     chosen = choose_backend(backend, anchors.device, dtype, anchors.shape[1])
-    seed: int | Tensor | None = None
-    if kind == "sampled":
-        draw = noise_source.draw_seed
-        seed = noise_source.draw_device_seed(generator, anchors.device) if chosen == "triton" else draw(generator)
+    seed = None
+    if kind == "sampled" and traced is not None:
+        seed = traced.seed
+    elif kind == "sampled" and chosen == "triton":
+        seed = noise_source.draw_device_seed(generator, anchors.device)
+    elif kind == "sampled":
+        seed = noise_source.draw_seed(generator)
     options = Options(
         num_anchors=N,
         num_negatives=H,
@@ -101,24 +113,31 @@ def resolve(
         num_noise=M,
         log_noise_weight=math.log(noise_weight) if kind != "none" else 0.0,
         own_log_weight=own if H else 0.0,
-        ids=ids,
-        negative_ids=negative_ids,
+        ids=None if ids is None else ids.contiguous(),
+        negative_ids=None if negative_ids is None else negative_ids.contiguous(),
         symmetric=symmetric,
         reduction=reduction,
         seed=seed,
         workspace_bytes=workspace_bytes,
     )
     product_dtype = dtype
-    if dtype != torch.float64 and torch.is_autocast_enabled(anchors.device.type):
-        product_dtype = torch.get_autocast_dtype(anchors.device.type)
-    bound = _kappa_bound(temperature, min_temperature)
+    autocast = autocast_dtype(anchors.device.type) if traced is None else traced.autocast_dtype
+    if dtype != torch.float64 and autocast is not None:
+        product_dtype = autocast
+    bound = _kappa_bound(temperature, min_temperature, ask=traced is None)
     inputs = (anchors, positives, negatives, queue)
     return Call(inputs, noise_rows, temperature, bound, options, dtype, product_dtype, chosen)
 
 
-def _kappa_bound(temperature: float | Tensor, min_temperature: float | None) -> float | None:
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype of products where autocast is on."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def _kappa_bound(temperature: float | Tensor, min_temperature: float | None, ask: bool) -> float | None:
+    """ask: a tensor on the CPU for its value."""
     if isinstance(temperature, Tensor):
-        if temperature.device.type != "cpu":
+        if temperature.device.type != "cpu" or not ask:
             return None if min_temperature is None else 1 / min_temperature
         temperature = temperature.item()
     return 1 / temperature if temperature > 0 else None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .arguments import Call
 from .operands import Accumulator, Precision
-from .sweep import Needs, Sweep, finish
+from .sweep import Gradients, Needs, Sweep, finish
 from .torch_ops import TorchOps
 
 
@@ -21,7 +21,7 @@ def fused_loss(call: Call) -> Tensor:
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in wanted):
         return _FusedInfoNCE.apply(*wanted, call)  # type: ignore[no-any-return, no-untyped-call]
     with torch.no_grad(), _outside_autocast(call.inputs[0].device.type):
-        return _reduced(*sweep_of(call).losses(), call.options.reduction)
+        return reduced(*sweep_of(call).losses(), call.options.reduction)
 
 
 def sweep_of(call: Call, ops: TorchOps | None = None) -> Sweep:
@@ -65,7 +65,7 @@ class _FusedInfoNCE(torch.autograd.Function):
                 ctx.tape = None
                 ctx.save_for_backward(*inputs, tau, call.noise_rows, row_loss, column_loss)
             ctx.ops.release()
-            return _reduced(row_loss, column_loss, call.options.reduction)
+            return reduced(row_loss, column_loss, call.options.reduction)
 
     @staticmethod
     def backward(ctx, upstream: Tensor):  # type: ignore[no-untyped-def]
@@ -73,21 +73,18 @@ class _FusedInfoNCE(torch.autograd.Function):
         kept, ops, options = ctx.saved_tensors[5:], ctx.ops, ctx.options
         temperature = ctx.temperature if tau is None else tau
         with torch.no_grad(), _outside_autocast(upstream.device.type):
-            scale = upstream / options.num_anchors if options.reduction == "mean" else upstream
             kappa = _kappa(temperature, ops.precision.sums)
             if ctx.tape is not None:
                 acc_rows, grad, sums = kept
                 acc_columns = None if grad is None else Accumulator(grad, sums)
                 units = ctx.tape.units.attach([x for x in inputs if x is not None])
+                scale = upstream / options.num_anchors if options.reduction == "mean" else upstream
                 out = finish(ops, options, ctx.tape, acc_rows, acc_columns, ctx.needs, kappa, scale)
                 units.detach()
             else:
-                noise_rows, row_loss, column_loss = kept
-                weights = None
-                if options.reduction == "none":
-                    weights, scale = upstream[:, None], upstream.new_ones(())
+                noise_rows, *losses = kept
                 sweep = Sweep(ops, options, kappa, inputs, noise_rows)
-                out = sweep.gradients(ctx.needs, row_loss, column_loss, weights, scale)
+                out = _two_sweep_gradients(sweep, ctx.needs, losses[0], losses[1], upstream)
             ops.release()
             grads = [*out.inputs, _of_temperature(out.kappa, kappa, temperature)]
         if torch.is_grad_enabled():
@@ -96,6 +93,40 @@ class _FusedInfoNCE(torch.autograd.Function):
             marked = iter(_FirstDerivativeOnly.apply(graph, *present))  # type: ignore[no-untyped-call]
             grads = [None if g is None else next(marked) for g in grads]
         return *grads, None
+
+
+def one_sweep_of(call: Call, needs: Needs) -> tuple[Tensor, list[Tensor | None]]:
+    """Losses in nats, (N, 1), and gradients of their sum or mean in the sums' dtype, the temperature's last."""
+    sweep = sweep_of(call)
+    ops, options = sweep.ops, call.options
+    losses, tape, acc_rows, acc_columns = sweep.one_sweep(needs, call.kappa_bound or math.nan)
+    scale = 1 / options.num_anchors if options.reduction == "mean" else 1.0
+    sums = ops.precision.sums
+    out = finish(ops, options, tape, acc_rows, acc_columns, needs, sweep.kappa, scale, sums)
+    of_temperature = None if out.kappa is None else (out.kappa * (-sweep.kappa * sweep.kappa)).to(sums)
+    if of_temperature is not None and isinstance(call.temperature, Tensor):
+        of_temperature = of_temperature.reshape(call.temperature.shape)
+    return losses, [*out.inputs, of_temperature]
+
+
+def gradients_of(
+    call: Call, needs: Needs, row_loss: Tensor, column_loss: Tensor | None, upstream: Tensor
+) -> list[Tensor | None]:
+    """Gradients by two sweeps from the losses of the first, the temperature's last."""
+    sweep = sweep_of(call)
+    out = _two_sweep_gradients(sweep, needs, row_loss, column_loss, upstream)
+    return [*out.inputs, _of_temperature(out.kappa, sweep.kappa, call.temperature)]
+
+
+def _two_sweep_gradients(
+    sweep: Sweep, needs: Needs, row_loss: Tensor, column_loss: Tensor | None, upstream: Tensor
+) -> Gradients:
+    options = sweep.options
+    if options.reduction == "none":
+        weights = upstream.contiguous()[:, None]  # `loss.sum()` hands an expanded scalar back
+        return sweep.gradients(needs, row_loss, column_loss, weights, upstream.new_ones(()))
+    scale = upstream / options.num_anchors if options.reduction == "mean" else upstream
+    return sweep.gradients(needs, row_loss, column_loss, None, scale)
 
 
 def _of_temperature(d_kappa: Tensor | None, kappa: float | Tensor, temperature: float | Tensor) -> Tensor | None:
@@ -131,7 +162,8 @@ def _kappa(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:
     return 1 / temperature if temperature > 0 else math.nan
 
 
-def _reduced(row_loss: Tensor, column_loss: Tensor | None, reduction: str) -> Tensor:
+def reduced(row_loss: Tensor, column_loss: Tensor | None, reduction: str) -> Tensor:
+    """The losses of the rows, (N,), or their sum or mean; both directions' mean where there are two."""
     losses = row_loss if column_loss is None else (row_loss + column_loss) / 2  # (N, 1)
     if reduction == "none":
         return losses[:, 0]

@@ -17,16 +17,16 @@ NOISE_BLOCK = 1024  # rows that one seeded generator draws
 _TERMS = 2048  # of the series; enough for κ up to 1800
 
 
-def draw_seed(generator: torch.Generator | None) -> int:
-    """A fresh seed from ``generator`` (default: torch's CPU generator, so ``torch.manual_seed`` decides it).
+def draw_seed(generator: torch.Generator | None) -> Tensor:
+    """A fresh seed on the host, (1,), from ``generator`` (default: torch's CPU generator; ``torch.manual_seed``).
 
     Nothing waits for a device: a device generator's state lives on the host.
     """
     if generator is None or generator.device.type == "cpu":
-        return int(torch.randint(0, 2**62, (), generator=generator))
+        return torch.randint(0, 2**62, (1,), generator=generator)
     state = generator.get_state().numpy().tobytes()
     torch.empty(1, device=generator.device).normal_(generator=generator)  # moves the state on
-    return int.from_bytes(hashlib.blake2b(state, digest_size=8).digest(), "little") >> 2
+    return torch.tensor([int.from_bytes(hashlib.blake2b(state, digest_size=8).digest(), "little") >> 2])
 
 
 def draw_device_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:
@@ -35,20 +35,20 @@ def draw_device_seed(generator: torch.Generator | None, device: torch.device) ->
     ``generator`` may be the CPU's or the device's; default: the device's own, which ``torch.manual_seed`` sets.
     """
     if generator is not None and generator.device.type != device.type:
-        return torch.full((1,), draw_seed(generator), dtype=torch.int64, device=device)
+        return draw_seed(generator).to(device, non_blocking=True)
     return torch.randint(0, 2**62, (1,), generator=generator, device=device)
 
 
 def sample_block(
-    seed: int, block: int, num_noise: int, D: int, dtype: torch.dtype, device: torch.device
+    seed: Tensor, block: int, num_noise: int, D: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Rows [block·NOISE_BLOCK, …) of the ``num_noise`` standard normal vectors that ``seed`` stands for."""
     rows = min(NOISE_BLOCK, num_noise - block * NOISE_BLOCK)
-    generator = torch.Generator(device).manual_seed(seed ^ (block * 0x9E3779B97F4A7C15 & (2**62 - 1)))
+    generator = torch.Generator(device).manual_seed(int(seed) ^ (block * 0x9E3779B97F4A7C15 & (2**62 - 1)))
     return torch.randn(rows, D, generator=generator, dtype=dtype, device=device)
 
 
-def sample_all(seed: int, num_noise: int, D: int, device: torch.device) -> Tensor:
+def sample_all(seed: Tensor, num_noise: int, D: int, device: torch.device) -> Tensor:
     """All the vectors at once, (M, D): for the reference."""
     blocks = range(num_blocks(num_noise))
     return torch.cat([sample_block(seed, b, num_noise, D, torch.float32, device) for b in blocks])

@@ -137,3 +137,4 @@ class Side:
     center: Tensor | None  # (D,)
     factor: Tensor | None = None  # (n, 1); None: 1
     disposable: bool = False  # whether the gradient may take the place of acc
+    dtype: torch.dtype | None = None  # of the gradient; None: the input's

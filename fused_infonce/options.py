@@ -29,7 +29,7 @@ class Options:
     negative_ids: Tensor | None  # (H,)
     symmetric: bool
     reduction: Reduction
-    seed: int | Tensor | None  # of sampled noise; on the device where the kernels draw it
+    seed: Tensor | None  # (1,) of sampled noise; on the device where the kernels draw it
     workspace_bytes: int | None
 
     @property

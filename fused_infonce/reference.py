@@ -23,7 +23,7 @@ def reference_loss(call: Call) -> Tensor:
     anchors, positives, negatives, queue = call.inputs
     noise = call.noise_rows
     if options.seed is not None:
-        noise = sample_all(int(options.seed), options.num_noise, anchors.shape[1], anchors.device)
+        noise = sample_all(options.seed, options.num_noise, anchors.shape[1], anchors.device)
     q = _unit(anchors)
     k = _unit(positives)
     extra = [_unit(x) for x in (negatives, queue) if x is not None]

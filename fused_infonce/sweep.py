@@ -405,16 +405,19 @@ def finish(
     acc_columns: Accumulator | None,
     needs: Needs,
     kappa: float | Tensor,
-    scale: Tensor,  # 0-dim
+    scale: float | Tensor,  # 0-dim
+    dtype: torch.dtype | None = None,
 ) -> Gradients:
-    """Gradients of scale · Σ_i loss_i from what one sweep left behind."""
+    """Gradients of scale · Σ_i loss_i from what one sweep left behind, in the inputs' dtypes or in ``dtype``."""
     units, rows, side = tape.units, tape.rows, None
     if acc_rows is not None:
         sums = rows.total  # Σ_j E_ij, less what the positive has lost
         if tape.constant is not None:
             sums = -tape.constant[0] if sums is None else sums - tape.constant[0]
-        side = Side(acc_rows, rows.total, sums, units.center_k, rows.alpha)
-    out, dots = _finish_sides(ops, options, units, needs, acc_columns, rows.share, side, kappa * scale)
+        side = Side(acc_rows, rows.total, sums, units.center_k, rows.alpha, dtype=dtype)
+    out, dots = _finish_sides(
+        ops, options, units, needs, acc_columns, rows.share, side, kappa * scale, dtype=dtype
+    )
     if needs.temperature and dots is not None:
         if tape.constant is not None:
             dots = dots + tape.constant[0] * tape.constant[1]
@@ -432,6 +435,7 @@ def _finish_sides(
     anchors: Side | None,
     scale: float | Tensor,
     disposable: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Gradients, Tensor | None]:
     """The normalisation backward of every side; and ⟨q̂_i, dq̂_i⟩ but for its factors, (N, 1)."""
     out, positives = Gradients(), None
@@ -442,9 +446,9 @@ def _finish_sides(
         part = acc.part(slice(columns.start - first, columns.stop - first))
         sums = None if part.sums is None else part.sums[:, None]
         if name == "positives":
-            positives = Side(part.grad, share, sums, units.center_q, None, disposable)
+            positives = Side(part.grad, share, sums, units.center_q, None, disposable, dtype)
         else:
-            side = Side(part.grad, None, sums, units.center_q, None, disposable)
+            side = Side(part.grad, None, sums, units.center_q, None, disposable, dtype)
             setattr(out, name, ops.finish(rows, side, scale))
     dq, out.positives, dots = ops.finish_pairs(units, anchors, positives, scale)
     out.anchors = dq if needs.anchors else None

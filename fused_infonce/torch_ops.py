@@ -179,12 +179,12 @@ class TorchOps:
         return self._by_pieces(q.x.shape, make, (self.precision.sums,))[0]
 
     def sampled_noise(
-        self, seed: int | Tensor, rows: slice, num_noise: int, D: int, center: Tensor | None
+        self, seed: Tensor, rows: slice, num_noise: int, D: int, center: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Some of the random directions that ``seed`` stands for, a whole block, centred: as ``given_noise``."""
         block = rows.start // noise.NOISE_BLOCK
         return self.given_noise(
-            noise.sample_block(int(seed), block, num_noise, D, self.precision.sums, self.device), center
+            noise.sample_block(seed, block, num_noise, D, self.precision.sums, self.device), center
         )
 
     def given_noise(self, x: Tensor, center: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -438,8 +438,9 @@ class TorchOps:
             dots = (unit * v).sum(1, keepdim=True)
             return torch.addcmul(v, unit, dots, value=-1).mul_(cut(factors, piece)), dots
 
-        out = side.acc if side.disposable and side.acc.dtype == rows.x.dtype else None
-        return self._by_pieces(rows.x.shape, make, (rows.x.dtype, factors.dtype), out)
+        dtype = side.dtype or rows.x.dtype
+        out = side.acc if side.disposable and side.acc.dtype == dtype else None
+        return self._by_pieces(rows.x.shape, make, (dtype, factors.dtype), out)
 
     def unit_dots(self, acc: Tensor, rows: Rows, weights: Tensor, center: Tensor | None) -> Tensor:
         """⟨x̂_i, acc_i + weight_i center⟩. → (N, 1)"""

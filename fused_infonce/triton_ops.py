@@ -140,10 +140,9 @@ class TritonOps:
         return units.cosines
 
     def sampled_noise(
-        self, seed: int | Tensor, rows: slice, num_noise: int, D: int, center: Tensor | None
+        self, seed: Tensor, rows: slice, num_noise: int, D: int, center: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Some of the random directions that ``seed`` stands for, centred: as ``given_noise``."""
-        assert isinstance(seed, Tensor)
         copy, grad_copy = self._copies(rows.stop - rows.start, D)
         noise.sample_noise(seed, rows.start, center, copy, grad_copy)
         return copy, copy if grad_copy is None else grad_copy
@@ -333,10 +332,10 @@ def _special(columns: Columns, j0: int) -> dict[str, object]:
     }
 
 
-def _side(side: Side | None) -> dict[str, Tensor | None] | None:
+def _side(side: Side | None) -> dict[str, object] | None:
     if side is None:
         return None
-    return {name: getattr(side, name) for name in ("acc", "share", "sums", "center", "factor")}
+    return {name: getattr(side, name) for name in ("acc", "share", "sums", "center", "factor", "dtype")}
 
 
 def _merge(parts: tuple[Tensor, Tensor], dim: int, running: tuple[Tensor, Tensor]) -> None:

@@ -111,6 +111,17 @@ def test_any_strides_and_two_runs_give_the_same_bits(options):
     assert all(torch.equal(a, b) for a, b in zip(found[0], plain, strict=True))
 
 
+def test_ids_and_upstream_gradients_of_any_strides():
+    q, k, ids = make(N, D, seed=1), make(N, D, seed=2), torch.arange(4 * N, device=DEVICE)[::4] // 8
+    found = []
+    for backend in ("triton", "torch"):
+        leaf = q.clone().requires_grad_()
+        loss = gs_infonce(leaf, k, num_noise=0, ids=ids, reduction="none", backend=backend)
+        loss.sum().backward()  # an expanded scalar comes back
+        found.append(leaf.grad)
+    assert relative_error(*found) < 1e-5
+
+
 @pytest.mark.parametrize("options", [{}, {"symmetric": True}], ids=["oneway", "symmetric"])
 def test_nan_and_zero_rows(options):
     q, k = make(N, D, seed=1), make(N, D, seed=2)

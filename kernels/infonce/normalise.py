@@ -257,20 +257,20 @@ def normalise_backward_kernel(
 def normalise_backward(
     x: Tensor,  # (n, D)
     r_x: Tensor,  # (n, 1)
-    side_x: dict[str, Tensor | None] | None,  # acc, share, sums, center, factor; None: no gradient
+    side_x: dict[str, object] | None,  # acc, share, sums, center, factor, dtype; None: no gradient
     y: Tensor | None,  # (n, D) the pairs; None: there are none
     r_y: Tensor | None,
-    side_y: dict[str, Tensor | None] | None,
+    side_y: dict[str, object] | None,
     scale: Tensor,  # 0-dim
     row_elements: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients in the inputs' dtypes and ⟨x̂_i, v_i⟩. → (n, D), (n, D), (n, 1)"""
+    """Gradients, in the inputs' dtypes by default, and ⟨x̂_i, v_i⟩. → (n, D), (n, D), (n, 1)"""
     N, D = x.shape
     dx = dy = dots = None
     if side_x is not None:
-        dx, dots = torch.empty(N, D, dtype=x.dtype, device=x.device), torch.empty_like(r_x)
+        dx, dots = torch.empty(N, D, dtype=side_x.get("dtype") or x.dtype, device=x.device), torch.empty_like(r_x)
     if side_y is not None and y is not None:
-        dy = torch.empty(N, D, dtype=y.dtype, device=y.device)
+        dy = torch.empty(N, D, dtype=side_y.get("dtype") or y.dtype, device=y.device)
     one, two = side_x or {}, side_y or {}
     block_n, block_d = row_block(D, row_elements)
     names = ("acc", "share", "sums", "center", "factor")
