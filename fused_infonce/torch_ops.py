@@ -75,11 +75,12 @@ class TorchOps:
 
     def workspace(self, rows: int, columns: int) -> Tensor:
         """A tile's memory, overwritten by the next one's. → (rows, columns)"""
-        if self._tile is None:  # the first is as large as any, but for a call that has noise
+        size = rows * columns
+        if self._tile is None or self._tile.numel() < size:
             self._tile = torch.empty(rows, columns, dtype=self.precision.gradient, device=self.device)
-        if self._tile.shape != (rows, columns):
-            return self.buffer("workspace", (rows, columns), self.precision.gradient)
-        return self._tile
+        if self._tile.shape == (rows, columns):  # what one tile holds pays for no view
+            return self._tile
+        return self._tile.view(-1)[:size].view(rows, columns)
 
     def release(self) -> None:
         """Gives the memory of tiles and scratch back."""

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -114,7 +115,6 @@ def launches(target: str, dtype: str):
         return torch.empty(shape, dtype=of, device="meta")
 
     q, k, column = make(C, D, of=operand), make(T, D, of=operand), make(C, 1)
-    grad_k = k if gradient == operand else make(C, D, of=gradient)
     plain = {
         "row_ids": None, "column_ids": None, "num_ids": 0, "bias": 0.0, "own_bias": 0.0, "num_positives": C,
         "num_negatives": 0, "HAS_POSITIVES": True, "HAS_OWN": False, "HAS_IDS": False,
@@ -123,67 +123,28 @@ def launches(target: str, dtype: str):
         "row_ids": make(C, of=torch.int64), "column_ids": make(T, of=torch.int64), "num_ids": T, "own_bias": 1.5,
         "num_negatives": C, "HAS_OWN": True, "HAS_IDS": True,
     }  # fmt: skip
-    E, vectors, center = make(C, T, of=gradient), [make(C, 1) for _ in range(4)], make(D)
-    other = None if gradient == operand else grad_k
-    rows = chosen.row_elements
-    yield (
-        "",
-        lambda: normalise.normalise_pairs(
-            make(C, D),
-            make(C, D),
-            28.85,
-            q,
-            make(C, D, of=operand),
-            other,
-            tuple(vectors),
-            center,
-            make(D),
-            True,
-            rows,
-        ),
-    )
-    yield "", lambda: normalise.normalise_rows(make(C, D), center, make(C, D, of=operand), other, column, rows)
-    side = {"acc": make(C, D), "share": column, "sums": column, "center": center, "factor": column}
-    yield (
-        "",
-        lambda: normalise.normalise_backward(make(C, D), column, side, make(C, D), column, side, make(1), rows),
-    )
-    yield "", lambda: noise.sample_noise(make(1, of=torch.int64), 0, center, make(C, D, of=operand), other)
+    E, center = make(C, T, of=gradient), make(D)
     for suffix, special in (("", plain), (", every option", every)):
-        yield (
-            suffix,
-            lambda special=special: similarity.exp_similarity(q, k, E, column, 0, special, chosen.similarity),
-        )
-    partials, anchors = make(C, 128), make(C, D + similarity.PAD, of=gradient)
-    yield (
-        "",
-        lambda: similarity.close_rows(
-            partials, column, column, column, column, tuple(vectors), 0, make(C, D), column, center, anchors
-        ),
-    )
-    yield "", lambda: similarity.centered_anchors(make(C, D), column, center, 0, make(C, D, of=gradient))
+        yield suffix, partial(similarity.exp_similarity, q, k, E, column, 0, special, chosen.similarity)
     both = (column, make(T))
-    yield ", sums", lambda: ratios.ratio_sums(q, k, 0, 0, column, both, plain, chosen.ratios)
-    yield (
-        ", tile",
-        lambda: ratios.weighted_ratios(q, k, E, 0, 0, column, column, (*both, make(T)), every, chosen.ratios),
-    )
-    yield (
-        "",
-        lambda: products.grad_products(
-            E,
-            make(T, D, of=gradient),
-            make(C, D),
-            True,
-            E,
-            anchors,
-            make(T, D),
-            make(T),
-            True,
-            chosen.products,
-            False,
-        ),
-    )
+    yield ", sums", partial(ratios.ratio_sums, q, k, 0, 0, column, both, plain, chosen.ratios)
+    weighted = (column, (*both, make(T)), every)
+    yield ", tile", partial(ratios.weighted_ratios, q, k, E, 0, 0, column, *weighted, chosen.ratios)
+    acc, grad_keys, anchors = make(T, D), make(T, D, of=gradient), make(C, D + similarity.PAD, of=gradient)
+    columns = (E, anchors, acc, make(T), True)
+    yield "", partial(products.grad_products, E, grad_keys, make(C, D), True, *columns, chosen.products, False)
+    if dtype != "bf16":
+        return  # the others take rows of every dtype alike
+    x, elements, vectors = make(C, D), chosen.row_elements, tuple(make(C, 1) for _ in range(4))
+    outputs = (q, make(C, D, of=operand), make(C, D, of=torch.float16), vectors, center, make(D), True)
+    yield "", partial(normalise.normalise_pairs, x, make(C, D), 28.85, *outputs, elements)
+    yield "", partial(normalise.normalise_rows, x, center, q, make(C, D, of=torch.float16), column, elements)
+    side = {"acc": make(C, D), "share": column, "sums": column, "center": center, "factor": column}
+    yield "", partial(normalise.normalise_backward, x, column, side, x, column, side, make(1), elements)
+    yield "", partial(noise.sample_noise, make(1, of=torch.int64), 0, center, q, None)
+    closed = (column, column, column, column, vectors, 0, x, column, center, anchors)
+    yield "", partial(similarity.close_rows, make(C, 128), *closed)
+    yield "", partial(similarity.centered_anchors, x, column, center, 0, q)
 
 
 def measure(target: str, dtype: str) -> list[Resources]:
@@ -222,7 +183,7 @@ def measure(target: str, dtype: str) -> list[Resources]:
 
 
 def main() -> int:
-    targets = sys.argv[1:] or list(TARGETS)
+    targets = [x for x in sys.argv[1:] if x != "--json"] or list(TARGETS)
     found = [line for target in targets for dtype in DTYPES for line in measure(target, dtype)]
     print(f"triton {triton.__version__}, D = 768")
     print(f"{'target':7} {'dtype':5} {'kernel':32} {'registers':>9} {'spills':>6} {'shared':>7} matrix  problems")

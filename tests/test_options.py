@@ -275,9 +275,9 @@ def test_nan_and_inf_come_out_as_nan(value, where, options):
 
 
 def test_auto_says_once_what_it_chose(caplog):
-    from fused_infonce import api
+    from fused_infonce import backends
 
-    api._logged.clear()
+    backends._logged.clear()
     with caplog.at_level("INFO", logger="fused_infonce"):
         info_nce(rows(3, 4), rows(3, 4))
         info_nce(rows(3, 4), rows(3, 4))
@@ -288,9 +288,10 @@ def test_auto_says_once_what_it_chose(caplog):
 def test_a_promised_bound_licenses_one_sweep_without_asking_the_device():
     """Only a device tensor's value is not read; "meta" stands for a device here."""
     tau = torch.empty((), device="meta")
-    assert arguments._kappa_bound(tau, None) is None
-    assert arguments._kappa_bound(tau, 0.015) == 1 / 0.015
-    assert arguments._kappa_bound(torch.tensor(0.5), 0.015) == 2
+    assert arguments._kappa_bound(tau, None, ask=True) is None
+    assert arguments._kappa_bound(tau, 0.015, ask=True) == 1 / 0.015
+    assert arguments._kappa_bound(torch.tensor(0.5), 0.015, ask=True) == 2
+    assert arguments._kappa_bound(torch.tensor(0.5), 0.015, ask=False) == 1 / 0.015
 
 
 @pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"noise": "expected"}], ids=str)
