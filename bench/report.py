@@ -1,0 +1,125 @@
+"""Results of a folder as Markdown: all of it in ``report.md``, the heart of it between two marks of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from os.path import relpath
+from pathlib import Path
+from typing import Any
+
+from bench import tables
+from bench.results import Row
+from bench.tables import Table
+
+BEGIN, END = "<!-- bench: begin (python -m bench report) -->", "<!-- bench: end -->"
+HEADLINE_D = 768
+
+PICTURES = {
+    "time.png": "Time over N for every candidate, the bare matrix products as a dashed line",
+    "share.png": "Share of the floor over D for every candidate",
+    "memory.png": "Peak memory over N for every candidate",
+    "error.png": "Error of the gradient at four stages of training for every candidate",
+}
+
+
+def whole(documents: dict[str, dict[str, Any]], folder: Path) -> str:
+    """Every table, and why a candidate is missing."""
+    parts = ["# Results\n", *_head(documents)]
+    for title, picture, text in _sections(documents, everything=True):
+        parts += [f"## {title}\n", text, _image(picture, folder, folder)]
+    parts += ["## What was left out, and why\n", _reasons(documents)]
+    return "\n".join(part for part in parts if part)
+
+
+def section(documents: dict[str, dict[str, Any]], folder: Path, file: Path) -> str:
+    """The part of a README: what decides, and the pictures."""
+    parts = list(_head(documents))
+    for title, picture, text in _sections(documents, everything=False):
+        parts += [f"**{title}**\n", text, _image(picture, folder, file.resolve().parent)]
+    link = relpath((folder / "report.md").resolve(), file.resolve().parent)
+    parts.append(f"Every case and candidate, and why one is missing: [{link}]({link}).\n")
+    return "\n".join(part for part in parts if part)
+
+
+def put_between_marks(file: Path, text: str) -> None:
+    """Replaces what is between the marks; ValueError where they are not there, once each and in order."""
+    content = file.read_text(encoding="utf-8")
+    if content.count(BEGIN) != 1 or content.count(END) != 1 or content.index(BEGIN) > content.index(END):
+        raise ValueError(f"{file} must hold the lines '{BEGIN}' and '{END}' once each, in this order")
+    before, rest = content.split(BEGIN)
+    after = rest.split(END)[1]
+    file.write_text(f"{before}{BEGIN}\n{text.rstrip()}\n{END}{after}", encoding="utf-8")
+
+
+def _head(documents: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """A line for each machine and commit that the results come from."""
+    origins: dict[str, list[str]] = {}
+    for job, document in documents.items():
+        machine, versions = document["machine"], document["versions"]
+        place = machine.get("gpu") or f"{machine['cpu']} ({machine['capability']})"
+        origin = (
+            f"{place}, {machine['threads']} threads, torch {versions['torch']}, Python {versions['python']}, "
+            f"commit {document['commit']}, {document['started'][:10]}"
+        )
+        note = f"`{job}` ({document['suite']}{'' if document['complete'] else ', interrupted'})"
+        origins.setdefault(origin, []).append(note)
+    for origin, jobs in origins.items():
+        yield f"Measured on {origin}: {', '.join(jobs)}.\n"
+
+
+def _sections(documents: dict[str, dict[str, Any]], everything: bool) -> Iterator[tuple[str, str | None, str]]:
+    """Title, picture and Markdown of each part that there are results for."""
+    rows: dict[str, list[Row]] = {job: document["rows"] for job, document in documents.items()}
+    if "loss" in rows:
+        some = rows["loss"] if everything else _headline(rows["loss"])
+        floor = "the floor is the bare matrix products of the same shapes and dtype"
+        yield f"Speed of ours, forward + backward; {floor}", "time.png", tables.ratios("", some).markdown()
+        if everything:
+            yield "Every candidate as a multiple of the floor", "share.png", tables.speed("", some).markdown()
+        grown = tables.growth("", rows["loss"])
+        if grown is not None:
+            yield "Growth with N at a constant workspace", None, grown.markdown()
+    builders: dict[str, tuple[str, str | None, Callable[[str, list[Row]], Table]]] = {
+        "memory": ("Memory beyond the inputs, MiB", "memory.png", tables.memory),
+        "accuracy": ("Relative error of the anchors' gradient against float64", "error.png", tables.accuracy),
+        "train": ("Training steps", None, tables.train),
+    }
+    for job, (title, picture, build) in builders.items():
+        if job in rows:
+            some = rows[job]
+            if job == "accuracy" and not everything:
+                some = [row for row in some if row["way"] == "one-way"]
+            yield title, picture, build("", some).markdown()
+    if everything and "accuracy" in rows:
+        table = tables.accuracy("", rows["accuracy"], "loss")
+        yield "Relative error of the loss against float64", None, table.markdown()
+    if everything and "tune" in rows:
+        lines = [
+            [r["search"], r["case"], str(r["setting"]), tables.number(r["ms"]["median"])] for r in rows["tune"]
+        ]
+        table = Table("", ["search", "case", "setting", "ms"], lines, text_columns=2)
+        yield "Settings, the fastest first", None, table.markdown()
+
+
+def _headline(rows: list[Row]) -> list[Row]:
+    some = [row for row in rows if row["D"] == HEADLINE_D]
+    return some or rows
+
+
+def _image(picture: str | None, folder: Path, base: Path) -> str:
+    if picture is None or not (folder / picture).is_file():
+        return ""
+    return f"![{PICTURES[picture]}]({relpath((folder / picture).resolve(), base.resolve())})\n"
+
+
+def _reasons(documents: dict[str, dict[str, Any]]) -> str:
+    """Candidate → why not, and in how many cases; what a case asks of it that it does not do is left out."""
+    found: dict[tuple[str, str, str, str], int] = {}
+    for job, document in documents.items():
+        for row in document["rows"]:
+            if row["status"] != "ok":
+                name = row.get("candidate") or row["way"]
+                key = (job, name, row["status"], row.get("reason", ""))
+                found[key] = found.get(key, 0) + 1
+    lines = [[*key, str(count)] for key, count in found.items()]
+    return Table("", ["job", "candidate", "result", "reason", "cases"], lines, text_columns=4).markdown()
