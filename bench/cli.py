@@ -38,7 +38,7 @@ examples:
   python -m bench loss --also my_losses.py     your own loss beside the others (see docs/benchmarks.md)
   python -m bench report bench/results --readme README.md
 """
-LIMITS = {"quick": 20.0, "standard": 300.0, "paper": 600.0}  # seconds without a sign of life
+LIMITS = {"quick": 30.0, "standard": 300.0, "paper": 600.0}  # seconds without a sign of life
 
 
 class _Parser(argparse.ArgumentParser):

@@ -55,9 +55,7 @@ def _random(case: Case, device: str) -> Batch:
 def _added(step: Any, device: str) -> int:
     """Bytes at the peak of ``step`` beyond what was held before it."""
     if device == "cpu":
-        with contextlib.suppress(OSError):  # where it is allowed: the mark begins anew
-            Path("/proc/self/clear_refs").write_text("5")
-        before = status("VmRSS")
+        before = begin_peak()
         step()
         return max(0, status("VmHWM") - before)
     torch.cuda.synchronize()
@@ -67,6 +65,13 @@ def _added(step: Any, device: str) -> int:
     step()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def begin_peak() -> int:
+    """Bytes that the process holds; where the system allows it, its high-water mark begins anew."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return status("VmRSS")
 
 
 def status(field: str) -> int:

@@ -7,6 +7,8 @@ What a package cannot do, or cannot do here, is a reason, not an error.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,28 +35,41 @@ def _unit(batch: Batch, case: Case) -> tuple[Tensor, Tensor, Tensor]:
 def _mnrl(case: Case) -> Loss:
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-    options = {}
-    if case.way == "symmetric":
-        options = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
-    loss = MultipleNegativesRankingLoss(None, scale=1 / TEMPERATURE, **options)
-    return lambda batch: loss.compute_loss_from_embeddings(_columns(batch), None)
+    loss = MultipleNegativesRankingLoss(None, scale=1 / TEMPERATURE, **_directions(case))
+    return _outside_autocast(lambda batch: loss.compute_loss_from_embeddings(_columns(batch), None))
 
 
 @candidate("st-cached-mnrl", ways=EVERY, negatives=True, package="sentence-transformers")
 def _cached_mnrl(case: Case) -> Loss:
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
-    options = {}
-    if case.way == "symmetric":
-        options = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+    rows = min(case.N, CACHED_ROWS)
+    model = torch.nn.Sequential(torch.nn.Identity())
     loss = CachedMultipleNegativesRankingLoss(
-        torch.nn.Sequential(torch.nn.Identity()),
-        scale=1 / TEMPERATURE,
-        mini_batch_size=min(case.N, CACHED_ROWS),
-        **options,
+        model, scale=1 / TEMPERATURE, mini_batch_size=rows, **_directions(case)
     )
+
     # As its own training step does: a backward for each mini batch, gradients added up in the embeddings.
-    return lambda batch: loss.calculate_loss([[x] for x in _columns(batch)], with_backward=case.gradients)
+    def run(batch: Batch) -> Tensor:
+        return loss.calculate_loss([[x] for x in _columns(batch)], with_backward=case.gradients)
+
+    return _outside_autocast(run)
+
+
+def _directions(case: Case) -> dict[str, Any]:
+    if case.way != "symmetric":
+        return {}
+    return {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+
+
+def _outside_autocast(loss: Loss) -> Loss:
+    """As sentence-transformers' trainer calls a loss under ``bf16=True``: the encoder alone is under autocast."""
+
+    def run(batch: Batch) -> Tensor:
+        with torch.autocast(batch.q.device.type, enabled=False):
+            return loss(batch)
+
+    return run
 
 
 def _columns(batch: Batch) -> list[Tensor]:
@@ -74,7 +89,8 @@ def _ntxent(case: Case) -> Loss:
     from pytorch_metric_learning.losses import NTXentLoss, SelfSupervisedLoss
 
     loss = SelfSupervisedLoss(NTXentLoss(temperature=TEMPERATURE), symmetric=False)
-    return lambda batch: loss(batch.q, batch.k)
+    # Under autocast its sums of exponentials are in bf16, and wrong.
+    return _outside_autocast(lambda batch: loss(batch.q, batch.k))
 
 
 @candidate("info-nce-pytorch", package="info-nce-pytorch")

@@ -183,7 +183,7 @@ def growth(title: str, rows: list[Row], first: int = 2048) -> Table | None:
         name = ours_in(found) or ""
         ms, base = median(found, name), median(start, name)
         largest = max(c.N for c in groups if (c.D, c.way, c.dtype) == (case.D, case.way, case.dtype))
-        if not ms or not base or case.N < first or largest == first:
+        if not ms or not base or first > case.N or largest == first:
             continue
         relative = (ms / case.N**2) / (base / first**2)
         lines.append([case.label, number(ms), number(1e6 * ms / case.N**2), f"{relative:.2f}"])

@@ -45,10 +45,10 @@ def child(spec: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from bench.gate import outcome
-    from bench.memory import MIB, status
+    from bench.memory import MIB, begin_peak, status
     from bench.worker import limit_memory
 
-    on_gpu = torch.cuda.is_available()
+    on_gpu = spec["device"] == "cuda"
     if not on_gpu:
         limit_memory()
     with tempfile.TemporaryDirectory() as folder:
@@ -57,7 +57,7 @@ def child(spec: dict[str, Any]) -> dict[str, Any]:
             trainer = make(spec, _sentences(spec), Path(folder))
             clock = _clock(on_gpu)
             trainer.add_callback(clock)
-            before = torch.cuda.memory_allocated() if on_gpu else status("VmRSS")
+            before = torch.cuda.memory_allocated() if on_gpu else begin_peak()
             trainer.train()
         except Exception as error:
             return outcome(error)
