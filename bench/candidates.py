@@ -96,13 +96,17 @@ def candidate(name: str, **facts: object) -> Callable[[Callable[[Case], Loss]], 
     return register
 
 
-def load(also: str | None) -> dict[str, Candidate]:
+def load(also: str | None = None) -> dict[str, Candidate]:
     """Every candidate: ours, the usual ways, the peers, and those of the file ``also``."""
     import bench.peers  # noqa: F401 (registers them)
 
+    before = dict(CANDIDATES)
     if also:
         runpy.run_path(str(Path(also)))
-    return CANDIDATES
+    found = dict(CANDIDATES)
+    CANDIDATES.clear()
+    CANDIDATES.update(before)
+    return found
 
 
 def first_line(error: BaseException) -> str:

@@ -38,7 +38,8 @@ examples:
   python -m bench loss --also my_losses.py     your own loss beside the others (see docs/benchmarks.md)
   python -m bench report bench/results --readme README.md
 """
-LIMITS = {"quick": 30.0, "standard": 300.0, "paper": 600.0}  # seconds without a sign of life
+LONGEST_TRAINING = 1800.0  # seconds
+LIMITS = {"quick": 30.0, "standard": 120.0, "paper": 600.0}  # seconds without a sign of life
 
 
 class _Parser(argparse.ArgumentParser):
@@ -99,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     cases = argparse.ArgumentParser(add_help=False)
     cases.add_argument("--n", type=int, nargs="+", help="anchors, instead of the suite's cases")
     cases.add_argument("--d", type=int, nargs="+", help="features (default: 768)")
-    cases.add_argument("--dtype", choices=list(DTYPES), nargs="+", help="of the products (default: fp32 bf16)")
+    cases.add_argument(
+        "--dtype", choices=list(DTYPES), nargs="+", help="of the products (default: what the machine has)"
+    )
     cases.add_argument("--way", choices=WAYS, nargs="+", help="default: one-way")
     cases.add_argument("--candidates", nargs="+", metavar="NAME", help="only these")
     jobs = parser.add_subparsers(dest="job", metavar="SUBCOMMAND")
@@ -154,6 +157,8 @@ def _measure(
     for name in only or ():
         if name not in known:
             parser.error(f"--candidates {name} is unknown; known are {', '.join(known)}")
+    if job != "accuracy" and "bf16" not in suites.dtypes_for(_device(args)):
+        console.print("this CPU has no bf16 instructions: fp32 alone, unless --dtype asks for more", style="dim")
     entries = list(_entries(parser, job, args))
     total = sum(len(entry.cases) for entry in entries)
     told: set[tuple[str, str]] = set()
@@ -185,13 +190,16 @@ def _measure(
 def _entries(parser: argparse.ArgumentParser, job: str, args: argparse.Namespace) -> Iterator[Entry]:
     own = {name: getattr(args, name, None) for name in ("n", "d", "dtype", "way")}
     if not any(own.values()):
-        yield from getattr(suites, job)(args.suite, _device(args) == "cuda")
+        yield from getattr(suites, job)(args.suite, _device(args))
         return
     for name in ("n", "d"):
         if own[name] and min(own[name]) < 1:
             parser.error(f"--{name} {min(own[name])}: a positive number is wanted")
     grid = suites.grid(
-        sorted(own["n"] or [1024]), own["d"] or [768], own["dtype"] or ["fp32", "bf16"], own["way"] or ["one-way"]
+        sorted(own["n"] or [1024]),
+        own["d"] or [768],
+        own["dtype"] or suites.dtypes_for(_device(args)),
+        own["way"] or ["one-way"],
     )
     if job == "accuracy":
         grid = tuple(Case(c.N, c.D, c.way, c.dtype, regime=r) for c, r in product(grid, REGIMES))
@@ -210,19 +218,20 @@ def _progress(console: Console) -> Progress:
 
 
 def _train(args: argparse.Namespace, folder: Path, known: dict[str, Candidate], console: Console) -> None:
-    plan = suites.TRAIN[args.suite]
+    device = _device(args)
+    plan = suites.train(args.suite, device)
     file = getattr(args, "train_file", None)
     spec = {
         "model": getattr(args, "model", "minilm"),
         "train_file": str(Path(file).resolve()) if file else None,
-        "steps": getattr(args, "steps", None) or plan["steps"],
-        "mini_batch": plan["mini_batch"],
-        "device": _device(args),
+        "steps": getattr(args, "steps", None) or plan.steps,
+        "mini_batch": plan.mini_batch,
+        "device": device,
     }
-    batches = sorted(getattr(args, "batch", None) or plan["batches"])
+    batches = sorted(getattr(args, "batch", None) or plan.batches)
     found = _results("train", args, folder, known, **spec)
-    limit = 20 * found.document["settings"]["limit"]
-    dtypes = ("fp32", "bf16") if args.suite != "quick" else ("fp32",)
+    # fp16 needs a loss scaler, and a CPU without bf16 emulates it.
+    dtypes = [name for name in suites.dtypes_for(device) if name != "fp16"]
     gave_up: dict[tuple[str, str], str] = {}
     with _progress(console) as progress:
         task = progress.add_task("train", total=len(batches) * len(train.WAYS) * len(dtypes))
@@ -232,7 +241,7 @@ def _train(args: argparse.Namespace, folder: Path, known: dict[str, Candidate], 
             if (way, dtype) in gave_up:
                 row = spec | one | {"status": gave_up[way, dtype], "reason": "at a smaller batch already"}
             else:
-                row = train.measure(spec | one, limit)
+                row = train.measure(spec | one, LONGEST_TRAINING)
             if row["status"] in ("out of memory", "too slow", "skipped"):
                 gave_up[way, dtype] = row["status"]
             found.add([row])
@@ -247,7 +256,7 @@ def _tune(args: argparse.Namespace, folder: Path, known: dict[str, Candidate], c
     device = _device(args)
     found = _results("tune", args, folder, known)
     clock = tune.clock_for(device)
-    for (N, D), dtype in product(suites.TUNE[args.suite], ("fp32", "bf16")):
+    for (N, D), dtype in product(suites.TUNE[args.suite], suites.dtypes_for(device)):
         case = Case(N, D, dtype=dtype)
         for one in tune.searches(case, device):
             ranked: list[Any] = []

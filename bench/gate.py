@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from bench.cases import TEMPERATURE, Batch, Case, Loss, errors, make_batch, resu
 # 1/τ = 20 that is rounded to bf16 is off by up to 0.06, its ratio by 6 %, which the usual ways do under autocast;
 # 5e-3 lets tf32 pass in fp32. The error is printed beside each time.
 TOLERANCE = {"fp32": 5e-3, "bf16": 0.1, "fp16": 2e-2}
-SAMPLED = 0.1  # of a loss with noise of its own, against the same number of given directions
 # Multiply-adds of the float64 answer's matrix product; larger cases are checked at fewer rows.
 BUDGET = {"cpu": 4096**2 * 768, "cuda": 32768**2 * 768}
 
@@ -57,7 +57,8 @@ class Gate:
         if self.case.noise and candidate.expects == "sampled":
             value = float(run_step(loss, make_batch(self.case, self.device), self.case, self.device))
             off = abs(value / float(got["loss"]) - 1)
-            if not off <= SAMPLED:
+            # Four times the relative deviation of a row's sum over noise: e^(κ cos) varies by e^(κ²/D).
+            if not off <= 4 * (math.expm1(1 / TEMPERATURE**2 / self.case.D) / self.case.noise) ** 0.5:
                 raise Wrong({"loss with its own noise": off})
         return {"errors": found, "checked_at": self.case.N}
 

@@ -117,7 +117,7 @@ def _reasons(documents: dict[str, dict[str, Any]]) -> str:
     found: dict[tuple[str, str, str, str], int] = {}
     for job, document in documents.items():
         for row in document["rows"]:
-            if row["status"] != "ok":
+            if row.get("status", "ok") != "ok":
                 name = row.get("candidate") or row["way"]
                 key = (job, name, row["status"], row.get("reason", ""))
                 found[key] = found.get(key, 0) + 1

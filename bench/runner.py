@@ -70,8 +70,8 @@ class Runner:
                     keep(name, dict(event))
 
         for name in (FLOOR, *names):
-            at, status = self.gave_up.get(self._line(case, name), (case.N, ""))
-            if at < case.N:
+            at, status = self.gave_up.get(self._line(case, name), (case.N + 1, ""))
+            if at <= case.N:
                 event = {"status": status, "reason": f"{status} at N = {at} already"}
                 keep(name, event)
                 if name == FLOOR:  # then there is nothing to compare with
@@ -99,4 +99,4 @@ class Runner:
 
     @staticmethod
     def _line(case: Case, name: str) -> tuple[Any, ...]:
-        return (name, case.D, case.way, case.dtype, case.regime, case.noise > 0, case.negatives > 0)
+        return (name, case.D, case.way, case.dtype, case.noise > 0, case.negatives > 0)

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
+import torch
+
 from bench.cases import REGIMES, WAYS, Case, Way
 
 SUITES = ("quick", "standard", "paper")
@@ -21,10 +23,18 @@ class Entry:
     without: tuple[str, ...] = ()
 
 
+def dtypes_for(device: str) -> tuple[str, ...]:
+    """What this machine has instructions for: products in any other dtype are emulated, and slow for everyone."""
+    if device == "cuda":
+        return ("fp32", "bf16", "fp16")
+    has = torch.cpu.get_capabilities()
+    return ("fp32", "bf16") if has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16") else ("fp32",)
+
+
 def grid(
     Ns: Iterable[int],
     Ds: Iterable[int],
-    dtypes: Iterable[str] = ("fp32", "bf16"),
+    dtypes: Iterable[str],
     ways: Iterable[Way] = ("one-way",),
     noise: int = 0,
     negatives: int = 0,
@@ -36,24 +46,24 @@ def grid(
     )
 
 
-def loss(suite: str, gpu: bool) -> Iterator[Entry]:
+def loss(suite: str, device: str) -> Iterator[Entry]:
     slow = ("ours-reference", "naive-compile")
+    dtypes = dtypes_for(device)
     if suite == "quick":
-        yield Entry(grid([64], [384]), without=slow)
+        yield Entry(grid([64], [384], dtypes), without=slow)
         # These two take N·N·D and N·N·N; at more rows it is the wait that is measured.
-        yield Entry(grid([1024], [384]), without=(*slow, "simcse-broadcast", "pml-ntxent"))
-        yield Entry(grid([512], [384], ["fp32"], ["symmetric", "forward"]), without=slow)
-        yield Entry(grid([256], [384], ["fp32"], noise=3, negatives=1), without=slow)
-    elif suite == "standard" and not gpu:
-        yield Entry(grid([64, 256], [384, 768, 1024]), without=("ours-reference",))
-        yield Entry(grid([1024, 4096], [768]), without=("ours-reference",))
-        yield Entry(grid([1024], [128, 384, 1024, 4096]), without=slow)
-        yield Entry(grid([2048], [768], ways=["symmetric", "forward"]), without=slow)
-        yield Entry(grid([64, 1024], [768], noise=3), without=slow)
-        yield Entry(grid([64, 1024], [768], negatives=1), without=slow)
-        yield Entry(grid([2048, 4096, 8192, 16384], [256]), candidates=OURS_AND_NAIVE)
+        yield Entry(grid([1024], [384], dtypes), without=(*slow, "simcse-broadcast", "pml-ntxent"))
+        yield Entry(grid([512], [384], dtypes[:1], ["symmetric", "forward"]), without=slow)
+        yield Entry(grid([256], [384], dtypes[:1], noise=3, negatives=1), without=slow)
+    elif suite == "standard" and device == "cpu":
+        yield Entry(grid([64, 256], [384, 768, 1024], dtypes), without=("ours-reference",))
+        yield Entry(grid([1024, 4096], [768], dtypes), without=("ours-reference",))
+        yield Entry(grid([1024], [128, 384, 1024, 4096], dtypes), without=slow)
+        yield Entry(grid([2048], [768], dtypes, ["symmetric", "forward"]), without=slow)
+        yield Entry(grid([64, 1024], [768], dtypes, noise=3), without=slow)
+        yield Entry(grid([64, 1024], [768], dtypes, negatives=1), without=slow)
+        yield Entry(grid([2048, 4096, 8192, 16384], [256], dtypes), candidates=OURS_AND_NAIVE)
     elif suite == "standard":
-        dtypes = ["fp32", "bf16", "fp16"]
         yield Entry(grid([256, 1024, 4096, 16384, 32768, 65536], [768], dtypes))
         yield Entry(grid([16384], [128, 384, 1024, 4096], ["bf16"]))
         yield Entry(grid([4096, 32768], [768], ["bf16"], ["symmetric", "forward"]))
@@ -62,41 +72,52 @@ def loss(suite: str, gpu: bool) -> Iterator[Entry]:
     else:
         Ns = [4**n for n in range(3, 11)]  # 64 … 1,048,576
         for D in (128, 384, 768, 1024, 4096):
-            yield Entry(grid(Ns, [D], ["fp32", "bf16", "fp16"], WAYS))
-            yield Entry(grid(Ns, [D], ["fp32", "bf16", "fp16"], noise=3))
-            yield Entry(grid(Ns, [D], ["fp32", "bf16", "fp16"], negatives=1))
+            yield Entry(grid(Ns, [D], dtypes, WAYS))
+            yield Entry(grid(Ns, [D], dtypes, noise=3))
+            yield Entry(grid(Ns, [D], dtypes, negatives=1))
 
 
-def memory(suite: str, gpu: bool) -> Iterator[Entry]:
+def memory(suite: str, device: str) -> Iterator[Entry]:
     slow = ("ours-reference", "naive-compile", "ours-expected")
+    dtypes = dtypes_for(device)
     if suite == "quick":
-        yield Entry(grid([1024, 4096], [128], ["fp32"]), candidates=(*OURS_AND_NAIVE, "st-cached-mnrl"))
-    elif suite == "standard" and not gpu:
-        yield Entry(grid([1024, 4096, 16384, 65536], [256]), without=slow)
-        yield Entry(grid([16384, 65536], [256], ways=["symmetric", "forward"]), candidates=OURS_AND_NAIVE)
+        yield Entry(grid([1024, 4096], [128], dtypes[:1]), candidates=OURS_AND_NAIVE)
+    elif suite == "standard" and device == "cpu":
+        yield Entry(grid([1024, 4096, 16384, 65536], [256], dtypes), without=slow)
+        yield Entry(grid([16384, 65536], [256], dtypes, ["symmetric", "forward"]), candidates=OURS_AND_NAIVE)
     elif suite == "standard":
         yield Entry(grid([1024, 4096, 16384, 65536, 262144], [768], ["bf16"]))
         yield Entry(grid([16384, 65536], [768], ["bf16"], ["symmetric", "forward"]))
     else:
-        yield Entry(grid([4**n for n in range(5, 11)], [128, 768, 4096], ["fp32", "bf16"], WAYS))
+        yield Entry(grid([4**n for n in range(5, 11)], [128, 768, 4096], dtypes, WAYS))
 
 
-def accuracy(suite: str, gpu: bool) -> Iterator[Entry]:
+def accuracy(suite: str, device: str) -> Iterator[Entry]:
+    """In bf16 on any machine: what is emulated gives the same digits."""
     N = 128 if suite == "quick" else 1024
     ways: tuple[Way, ...] = ("one-way",) if suite == "quick" else ("one-way", "symmetric")
-    dtypes = ["fp32", "bf16", "fp16"] if suite == "paper" or gpu else ["fp32", "bf16"]
+    dtypes = dict.fromkeys([*dtypes_for(device), "bf16"])
     cases = tuple(Case(N, 768, way, dtype, regime=regime) for way, dtype, regime in product(ways, dtypes, REGIMES))
     yield Entry(cases, without=("ours-expected", "naive-compile"))
 
 
+@dataclass(frozen=True)
+class Training:
+    batches: tuple[int, ...]
+    mini_batch: int
+    steps: int  # that are timed
+
+
+def train(suite: str, device: str) -> Training:
+    if suite == "quick":
+        return Training((32,), 16, 2)
+    if suite == "standard":
+        return Training((64, 512, 1024), 64, 3) if device == "cpu" else Training((64, 1024, 4096, 16384), 64, 10)
+    return Training((64, 256, 1024, 4096, 16384, 65536), 64, 10)
+
+
 # How long each candidate is timed at each case, in seconds.
 SECONDS = {"quick": 0.3, "standard": 3.0, "paper": 5.0}
-# Batches, mini batches and steps of ``train``.
-TRAIN = {
-    "quick": {"batches": (32,), "mini_batch": 16, "steps": 2},
-    "standard": {"batches": (64, 256, 1024), "mini_batch": 64, "steps": 6},
-    "paper": {"batches": (64, 256, 1024, 4096, 16384, 65536), "mini_batch": 64, "steps": 10},
-}
 # N and D that ``tune`` searches at.
 TUNE = {
     "quick": ((1024, 384),),

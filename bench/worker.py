@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from bench.cases import Case
+
 ROOT = Path(__file__).parents[1]
 Event = dict[str, Any]
 
@@ -95,6 +97,19 @@ def _why(code: int) -> dict[str, str]:
     return {"status": "crashed", "reason": f"exit status {code}"}
 
 
+def alone(job: str, case: Case, candidate: str, device: str = "cpu", limit: float = 300) -> Event:
+    """The result of one candidate in a process of its own."""
+    worker = Worker(device=device)
+    spec = {"job": job, "case": case.as_dict(), "candidates": [candidate], "seconds": 0.0}
+    try:
+        for event in worker.run(spec, limit):
+            if event["event"] != "start" and event.get("candidate", candidate) == candidate:
+                return event
+    finally:
+        worker.stop()
+    raise AssertionError("a job ends with a result")
+
+
 # ------------------------------------------------------------------ inside of the process
 
 
@@ -112,7 +127,6 @@ def main() -> None:
 
     from bench import accuracy, gate, memory, timing
     from bench.candidates import load
-    from bench.cases import Case
 
     jobs = {"loss": timing.time_all, "memory": memory.peak, "accuracy": accuracy.all_errors}
     known = load(also)
