@@ -33,10 +33,10 @@ MEASURED = ("loss", "memory", "accuracy", "train")  # by a bare ``python -m benc
 EPILOG = """\
 examples:
   python -m bench --quick                      all of it on small sizes, within 5 minutes on 2 cores
-  python -m bench --out bench/results          what the README shows (an hour on 2 cores)
+  python -m bench --out bench/results --readme README.md    what the README shows (an hour on 2 cores)
   python -m bench loss --n 4096 --d 768 --dtype bf16 --candidates ours-torch naive st-mnrl
   python -m bench loss --also my_losses.py     your own loss beside the others (see docs/benchmarks.md)
-  python -m bench report bench/results --readme README.md
+  python -m bench report bench/results         tables and pictures anew
 """
 LONGEST_TRAINING = 1800.0  # seconds
 LIMITS = {"quick": 30.0, "standard": 120.0, "paper": 600.0}  # seconds without a sign of life
@@ -53,8 +53,9 @@ def main(argv: list[str] | None = None) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:
         if args.job == "report":
-            _report(parser, Path(args.folder), Path(args.readme) if args.readme else None)
+            _report(parser, Path(args.folder), args.readme)
             return
+        _check(parser, args)
         folder = Path(args.out or Path("runs/bench") / datetime.now().strftime("%Y%m%d-%H%M%S"))
         known = _load(parser, args.also)
         for job in [args.job] if args.job else MEASURED:
@@ -65,11 +66,12 @@ def main(argv: list[str] | None = None) -> None:
                 _tune(args, folder, known, console)
             else:
                 _measure(parser, job, args, folder, known, console)
-        _report(None, folder, None)
-        console.print(f"\n[bold]{folder}[/]: results (.json), pictures (.png) and all tables (report.md)")
+        _report(parser, folder, args.readme)
     except KeyboardInterrupt:
         print(f"\n{parser.prog}: interrupted; what was measured is kept", file=sys.stderr)
         raise SystemExit(130) from None
+    except report.NoMarks as error:
+        parser.error(str(error))
     except OSError as error:
         parser.error(f"cannot read or write {error.filename}: {error.strerror}")
 
@@ -91,12 +93,14 @@ def _parser() -> argparse.ArgumentParser:
     also = {"metavar": "FILE", "help": "a Python file with more candidates", "default": argparse.SUPPRESS}
     common.add_argument("--also", **also)  # type: ignore[arg-type]
     for flag, kind, text in (
+        ("--readme", Path, "file whose section between the marks is replaced by the results"),
         ("--out", str, "folder for the results (default: runs/bench/DATE-TIME)"),
-        ("--device", str, "cpu or cuda (default: cuda where there is one)"),
         ("--seconds", float, "that each candidate is timed for, at least 5 runs"),
         ("--limit", float, "seconds after which one run is given up as too slow"),
     ):
         common.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text)
+    device = {"choices": ("cpu", "cuda"), "help": "default: cuda where there is one", "default": argparse.SUPPRESS}
+    common.add_argument("--device", **device)  # type: ignore[arg-type]
     cases = argparse.ArgumentParser(add_help=False)
     cases.add_argument("--n", type=int, nargs="+", help="anchors, instead of the suite's cases")
     cases.add_argument("--d", type=int, nargs="+", help="features (default: 768)")
@@ -116,12 +120,13 @@ def _parser() -> argparse.ArgumentParser:
             made.add_argument("--steps", type=int, help="that are timed, instead of the suite's")
     found = jobs.add_parser("report", help="tables and pictures of results", description="Tables and pictures.")
     found.add_argument("folder", nargs="?", default="bench/results", help="default: %(default)s")
-    found.add_argument("--readme", metavar="FILE", help="replace the section between its marks")
+    text = "file whose section between the marks is replaced by the results"
+    found.add_argument("--readme", type=Path, default=argparse.SUPPRESS, help=text)
     # Before and after the subcommand: python -m bench --quick, python -m bench loss --quick.
     for action in common._actions:
         if action.dest != "help":
             parser._add_action(action)
-    defaults = {"suite": "standard", "also": None, "out": None, "seconds": None, "limit": None, "device": None}
+    defaults = {"suite": "standard"} | dict.fromkeys(("also", "out", "seconds", "limit", "device", "readme"))
     parser.set_defaults(**defaults)
     return parser
 
@@ -131,6 +136,26 @@ def _load(parser: argparse.ArgumentParser, also: str | None) -> dict[str, Candid
         return load(also)
     except Exception as error:
         parser.error(f"--also {also} cannot be run: {type(error).__name__}: {error}")
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error(
+            "--device cuda: torch sees no CUDA device here; leave it out, or install a CUDA build of torch"
+        )
+    for name in ("seconds", "limit", "steps"):
+        value = getattr(args, name, None)
+        if value is not None and not value > 0:
+            parser.error(f"--{name} {value}: a positive number is wanted")
+    for name in ("n", "d", "batch"):
+        values = getattr(args, name, None)
+        if values and min(values) < 1:
+            parser.error(f"--{name} {min(values)}: a positive number is wanted")
+    file = getattr(args, "train_file", None)
+    if file and not Path(file).is_file():
+        parser.error(f"--train_file {file}: there is no such file; give one of sentences, one a line")
+    if args.readme is not None:
+        report.around_marks(args.readme)
 
 
 def _device(args: argparse.Namespace) -> str:
@@ -168,10 +193,15 @@ def _measure(
 
         def done(case: Case, rows: list[Row]) -> None:
             console.print(tables.one_case(job, case, rows).rich())
-            news = [(r["candidate"], r["reason"]) for r in rows if r["status"] == "skipped"]
-            if fresh := [entry for entry in news if entry not in told]:
-                told.update(fresh)
-                console.print("skipped: " + ", ".join(f"{a} ({b})" for a, b in fresh), style="dim")
+            reasons: dict[str, list[str]] = {}
+            for row in rows:
+                news = (row["candidate"], row.get("reason", ""))
+                if row["status"] == "skipped" and news not in told:
+                    told.add(news)
+                    reasons.setdefault(news[1], []).append(news[0])
+            if reasons:
+                text = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
+                console.print(f"skipped   {text}", style="dim", highlight=False)
             progress.advance(task)
 
         Runner(
@@ -192,9 +222,6 @@ def _entries(parser: argparse.ArgumentParser, job: str, args: argparse.Namespace
     if not any(own.values()):
         yield from getattr(suites, job)(args.suite, _device(args))
         return
-    for name in ("n", "d"):
-        if own[name] and min(own[name]) < 1:
-            parser.error(f"--{name} {min(own[name])}: a positive number is wanted")
     grid = suites.grid(
         sorted(own["n"] or [1024]),
         own["d"] or [768],
@@ -278,20 +305,13 @@ def _tune(args: argparse.Namespace, folder: Path, known: dict[str, Candidate], c
     found.close()
 
 
-def _report(parser: argparse.ArgumentParser | None, folder: Path, readme: Path | None) -> None:
+def _report(parser: argparse.ArgumentParser, folder: Path, readme: Path | None) -> None:
     documents = results.read(folder) if folder.is_dir() else {}
     if not documents:
-        if parser is not None:
-            parser.error(f"{folder} holds no results; python -m bench --out {folder} makes them")
-        return
+        parser.error(f"{folder} holds no results; python -m bench --out {folder} makes them")
     plots.draw(documents, folder)
     text = report.whole(documents, folder)
     (folder / "report.md").write_text(text, encoding="utf-8")
     if readme is not None:
-        try:
-            report.put_between_marks(readme, report.section(documents, folder, readme))
-        except ValueError as error:
-            assert parser is not None
-            parser.error(str(error))
-    if parser is not None:
-        print(text if readme is None else f"{readme}: its section is that of {folder}")
+        report.put_between_marks(readme, report.section(documents, folder, readme))
+    print(f"{folder}: results (.json), pictures (.png) and all tables (report.md)")

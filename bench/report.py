@@ -41,13 +41,20 @@ def section(documents: dict[str, dict[str, Any]], folder: Path, file: Path) -> s
     return "\n".join(part for part in parts if part)
 
 
-def put_between_marks(file: Path, text: str) -> None:
-    """Replaces what is between the marks; ValueError where they are not there, once each and in order."""
+class NoMarks(Exception):  # noqa: N818 (a user's mistake)
+    """A file does not hold the two marks."""
+
+
+def around_marks(file: Path) -> tuple[str, str]:
+    """What stands before and after the part to replace; NoMarks where the marks are not there, once each."""
     content = file.read_text(encoding="utf-8")
     if content.count(BEGIN) != 1 or content.count(END) != 1 or content.index(BEGIN) > content.index(END):
-        raise ValueError(f"{file} must hold the lines '{BEGIN}' and '{END}' once each, in this order")
-    before, rest = content.split(BEGIN)
-    after = rest.split(END)[1]
+        raise NoMarks(f"{file} must hold the lines '{BEGIN}' and '{END}' once each, in this order")
+    return content.split(BEGIN)[0], content.split(END)[1]
+
+
+def put_between_marks(file: Path, text: str) -> None:
+    before, after = around_marks(file)
     file.write_text(f"{before}{BEGIN}\n{text.rstrip()}\n{END}{after}", encoding="utf-8")
 
 

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.worker import ROOT
+from bench.worker import ROOT, environment
 
 WARM_UP = 1  # steps that are not timed
 LENGTH = 32  # tokens a sentence is cut to
@@ -27,7 +27,8 @@ def measure(spec: dict[str, Any], limit: float) -> dict[str, Any]:
     """A row of the results: one trainer, batch and precision, in a fresh process."""
     command = [sys.executable, "-m", "bench.train", json.dumps(spec)]
     try:
-        out = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=limit)
+        env = environment(spec["device"])
+        out = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=limit, env=env)
     except subprocess.TimeoutExpired:
         return {**spec, "status": "too slow", "reason": f"stopped after {limit:g} s"}
     if out.returncode == 0:

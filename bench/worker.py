@@ -77,10 +77,21 @@ class Worker:
     def _start(self) -> None:
         command = [sys.executable, "-m", "bench.worker", self.device, self.also or ""]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=environment(self.device),
+            start_new_session=True,  # Ctrl-C is for the parent, which ends it
         )
         self.lines = queue.Queue()
         threading.Thread(target=_read, args=(self.process.stdout, self.lines), daemon=True).start()
+
+
+def environment(device: str) -> dict[str, str]:
+    """For a process that measures on a device: on the CPU no GPU is seen, by any candidate."""
+    return {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})}
 
 
 def _read(stream: TextIO, lines: queue.Queue[str | None]) -> None:

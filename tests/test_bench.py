@@ -274,6 +274,8 @@ def test_the_readme_takes_the_section_between_its_marks(run, tmp_path, capsys):
         (["loss", "--n", "0"], "--n 0: a positive number is wanted"),
         (["loss", "--also", "/no/such/file.py"], "--also /no/such/file.py cannot be run"),
         (["report", "/no/such/folder"], "holds no results"),
+        (["train", "--train_file", "/no/such.txt"], "--train_file /no/such.txt: there is no such file"),
+        (["loss", "--readme", "/no/such/README.md"], "cannot read or write /no/such/README.md"),
         (["speed"], "invalid choice: 'speed'"),
     ],
 )
