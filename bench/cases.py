@@ -16,6 +16,7 @@ Way = Literal["one-way", "symmetric", "forward"]
 WAYS: tuple[Way, ...] = ("one-way", "symmetric", "forward")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TEMPERATURE = 0.05
+BLOCK = 16384  # rows that are drawn at a time
 
 
 @dataclass(frozen=True)
@@ -77,15 +78,19 @@ Loss = Callable[[Batch], Tensor]
 Result = dict[str, Tensor]  # loss, dq, dk; of one-way exact answers dtau, dtau_rows; dnegatives where there are
 
 
-def regime(name: str, N: int, D: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Anchors and positives, float64 (N, D), as an encoder gives them at a stage of training.
+def regime(
+    name: str, N: int, D: int, seed: int = 0, dtype: torch.dtype = torch.float64, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Anchors and positives, (N, D), as an encoder gives them at a stage of training.
 
     trained: positives at cosine 0.92 among random negatives (at τ = 0.05 and N = 4096 a loss of 5e-5);
     middle: at 0.5; random: unrelated; cone: every cosine about 0.98, an encoder before contrastive training.
     """
-    generator = torch.Generator().manual_seed(seed)
-    q, z, u = (F.normalize(torch.randn(n, D, generator=generator, dtype=torch.float64)) for n in (N, N, 1))
+    kind = {"generator": torch.Generator(device).manual_seed(seed), "dtype": dtype, "device": device}
+    q, z = (F.normalize(torch.randn(N, D, **kind)) for _ in "qz")
     if name == "cone":
+        kind["generator"] = torch.Generator(device).manual_seed(2**32)  # one cone, whatever the seed
+        u = F.normalize(torch.randn(1, D, **kind))
         spread = (1 / 0.98 - 1) ** 0.5
         return u + spread * q, u + spread * F.normalize(0.8 * q + 0.6 * z)
     cosine = {"trained": 0.92, "middle": 0.5, "random": 0.0}[name]
@@ -94,19 +99,19 @@ def regime(name: str, N: int, D: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def make_batch(case: Case, device: str, given_noise: bool = False) -> Batch:
     """The case's tensors; ``given_noise``: the directions themselves, to compare answers with."""
-    # From 16384 rows on they are drawn in fp32: float64 on the host would take more memory than the case.
-    if case.N <= 16384:
-        q, k = (x.float() for x in regime(case.regime, case.N, case.D))
-    else:
-        blocks = range(0, case.N, 16384)
-        parts = [regime(case.regime, min(16384, case.N - b), case.D, seed=b) for b in blocks]
-        q, k = (torch.cat([part[side].float() for part in parts]) for side in (0, 1))
+    if case.N <= BLOCK:
+        q, k = (x.float().to(device) for x in regime(case.regime, case.N, case.D))
+    else:  # where they are needed, block by block: on the host and in float64 it would take longer than the case
+        blocks = range(0, case.N, BLOCK)
+        kind = {"dtype": torch.float32, "device": device}
+        parts = [regime(case.regime, min(BLOCK, case.N - b), case.D, b, **kind) for b in blocks]
+        q, k = (torch.cat([part[side] for part in parts]) for side in (0, 1))
     generator = torch.Generator().manual_seed(1)
     negatives = torch.randn(case.negatives, case.D, generator=generator) if case.negatives else None
     noise: int | Tensor = case.noise
     if given_noise and case.noise:
         noise = torch.randn(case.noise, case.D, generator=generator).to(device)
-    batch = Batch(q.to(device), k.to(device), None if negatives is None else negatives.to(device), noise)
+    batch = Batch(q, k, None if negatives is None else negatives.to(device), noise)
     for x in batch.leaves.values():
         x.requires_grad_(case.gradients)
     return batch

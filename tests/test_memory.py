@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from bench.cases import WAYS, Case
+from bench.suites import dtypes_for
 from bench.worker import alone
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of a process as Linux reports it")
@@ -23,7 +24,8 @@ def test_64_mib_by_default(way, dtype):
 
 
 def test_the_same_at_65536():
-    assert beyond(Case(65536, 16, dtype="bf16")) <= 64
+    """In bf16 where the CPU has it: emulated it takes minutes."""
+    assert beyond(Case(65536, 16, dtype=dtypes_for("cpu")[-1])) <= 64
 
 
 def test_the_usual_way_is_measured_as_what_it_is():
