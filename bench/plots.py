@@ -43,6 +43,9 @@ REGIME_NAMES = {"random": "start", "cone": "narrow\ncone", "middle": "middle", "
 REGIME_ORDER = ("cone", "random", "middle", "trained")
 
 
+PRODUCTS = "floor: bare matrix products"
+
+
 def draw(documents: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
     """Writes every picture that the results hold something for; → the files."""
     jobs: dict[str, tuple[str, Callable[[list[Row]], Figure | None]]] = {
@@ -62,21 +65,29 @@ def draw(documents: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
 
 
 def time_over_n(rows: list[Row]) -> Figure | None:
-    def value(found: dict[str, Row], name: str) -> float | None:
-        return median(found, name)
+    def floor(found: dict[str, Row]) -> float | None:
+        return median(found, FLOOR)
 
-    return _over_n(rows, value, "milliseconds, forward + backward", floor=True)
+    return _over_n(rows, median, "milliseconds, forward + backward", floor, PRODUCTS)
 
 
 def memory_over_n(rows: list[Row]) -> Figure | None:
     def value(found: dict[str, Row], name: str) -> float | None:
         return found[name]["mib"]["all"] if "mib" in found.get(name, {}) else None
 
-    return _over_n(rows, value, "MiB beyond the inputs", floor=False)
+    def floor(found: dict[str, Row]) -> float | None:
+        measured = (row["mib"] for row in found.values() if "mib" in row)
+        return next((mib["all"] - mib["beyond"] for mib in measured), None)
+
+    return _over_n(rows, value, "MiB beyond the inputs", floor, "floor: gradients and normalised rows")
 
 
 def _over_n(
-    rows: list[Row], value: Callable[[dict[str, Row], str], float | None], label: str, floor: bool
+    rows: list[Row],
+    value: Callable[[dict[str, Row], str], float | None],
+    label: str,
+    floor: Callable[[dict[str, Row]], float | None],
+    floor_label: str,
 ) -> Figure | None:
     """Log-log, a panel for each dtype, one-way, at the D that has the most N."""
     plain = {c: f for c, f in by_case(rows).items() if c.way == "one-way" and not c.noise and not c.negatives}
@@ -92,12 +103,12 @@ def _over_n(
             panels.append((f"{dtype}, D = {D}", cases))
     if not panels:
         return None
-    figure = Figure(figsize=(5.2 * len(panels) + 0.4, 5.6), layout="constrained")
+    figure = Figure(figsize=(_width(len(panels)), 5.6), layout="constrained")
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     names = names_in(plain[c] for _, cases in panels for c in cases)
     for axes, (title, cases) in zip(all_axes, panels, strict=True):
-        if floor:
-            points = [(c.N, m) for c in cases if (m := median(plain[c], FLOOR))]
+        points = [(c.N, v) for c in cases if (v := floor(plain[c]))]
+        if points:
             axes.plot(*zip(*points, strict=True), color="black", linestyle="--", linewidth=1.4)
         for name in names:
             points = [(c.N, v) for c in cases if (v := value(plain[c], name))]
@@ -108,7 +119,7 @@ def _over_n(
         _axis(axes, "N, anchors in the batch", [c.N for c in cases])
         axes.set_title(title)
     all_axes[0].set_ylabel(label)
-    _legend(figure, names, floor)
+    _legend(figure, names, floor_label)
     return figure
 
 
@@ -126,7 +137,7 @@ def share_over_d(rows: list[Row]) -> Figure | None:
             panels.append((f"{dtype}, N = {N}", cases))
     if not panels:
         return None
-    figure = Figure(figsize=(5.2 * len(panels) + 0.4, 5.2), layout="constrained")
+    figure = Figure(figsize=(_width(len(panels)), 5.2), layout="constrained")
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     names = names_in(plain[c] for _, cases in panels for c in cases)
     for axes, (title, cases) in zip(all_axes, panels, strict=True):
@@ -142,7 +153,7 @@ def share_over_d(rows: list[Row]) -> Figure | None:
         _axis(axes, "D, features", [c.D for c in cases])
         axes.set_title(title)
     all_axes[0].set_ylabel("share of the floor: time of the bare products / time")
-    _legend(figure, names, True)
+    _legend(figure, names, PRODUCTS)
     return figure
 
 
@@ -153,7 +164,7 @@ def error_over_regime(rows: list[Row]) -> Figure | None:
     if not dtypes:
         return None
     regimes = [r for r in REGIME_ORDER if r in REGIMES and any(c.regime == r for c in found)]
-    figure = Figure(figsize=(5.2 * len(dtypes) + 0.4, 5.2), layout="constrained")
+    figure = Figure(figsize=(_width(len(dtypes)), 5.2), layout="constrained")
     all_axes = figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0]
     names = names_in(found.values())
     for axes, dtype in zip(all_axes, dtypes, strict=True):
@@ -177,8 +188,12 @@ def error_over_regime(rows: list[Row]) -> Figure | None:
         axes.set_title(dtype)
         axes.set_xlabel("stage of training")
     all_axes[0].set_ylabel("‖error of dq‖ / ‖dq‖ against float64   (better ↓)")
-    _legend(figure, names, False, lines=False)
+    _legend(figure, names, None, lines=False)
     return figure
+
+
+def _width(panels: int) -> float:
+    return max(7.6, 5.2 * panels + 0.4)  # inches: the legend needs them
 
 
 def _look(name: str) -> dict[str, Any]:
@@ -202,8 +217,13 @@ def _axis(axes: Axes, label: str, ticks: Iterable[int]) -> None:
     axes.set_axisbelow(True)
 
 
-def _legend(figure: Figure, names: list[str], floor: bool, lines: bool = True) -> None:
+def _legend(figure: Figure, names: list[str], floor: str | None, lines: bool = True) -> None:
     handles = [Line2D([], [], label=n, **_look(n) | ({} if lines else {"linestyle": "none"})) for n in names]
-    if floor:
-        handles.insert(0, Line2D([], [], color="black", linestyle="--", label="floor: bare matrix products"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)), frameon=False)
+    if floor is not None:
+        handles.insert(0, Line2D([], [], color="black", linestyle="--", label=floor))
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=min(4 if figure.get_figwidth() < 10 else 5, len(handles)),
+        frameon=False,
+    )
