@@ -165,9 +165,12 @@ def _device(args: argparse.Namespace) -> str:
 def _results(
     job: str, args: argparse.Namespace, folder: Path, known: dict[str, Candidate], **more: Any
 ) -> Results:
-    settings = {"seconds": args.seconds or suites.SECONDS[args.suite], "limit": args.limit or LIMITS[args.suite]}
-    head = describe(_device(args), known)
-    return Results(job, folder, suite=args.suite, device=_device(args), settings=settings | more, **head)
+    device = _device(args)
+    limit = args.limit or (LIMITS[args.suite] if device == "cpu" else LIMITS["paper"])  # kernels compile, and tune
+    settings = {"seconds": args.seconds or suites.SECONDS[args.suite], "limit": limit}
+    return Results(
+        job, folder, suite=args.suite, device=device, settings=settings | more, **describe(device, known)
+    )
 
 
 def _measure(
@@ -182,8 +185,8 @@ def _measure(
     for name in only or ():
         if name not in known:
             parser.error(f"--candidates {name} is unknown; known are {', '.join(known)}")
-    if job != "accuracy" and "bf16" not in suites.dtypes_for(_device(args)):
-        console.print("this CPU has no bf16 instructions: fp32 alone, unless --dtype asks for more", style="dim")
+    if job != "accuracy" and not args.dtype and "bf16" not in suites.dtypes_for(_device(args)):
+        console.print("this CPU has no bf16 instructions: fp32 alone (--dtype bf16 emulates it)", style="dim")
     entries = list(_entries(parser, job, args))
     total = sum(len(entry.cases) for entry in entries)
     told: set[tuple[str, str]] = set()

@@ -27,7 +27,8 @@ def whole(documents: dict[str, dict[str, Any]], folder: Path) -> str:
     parts = ["# Results\n", *_head(documents)]
     for title, picture, text in _sections(documents, everything=True):
         parts += [f"## {title}\n", text, _image(picture, folder, folder)]
-    parts += ["## What was left out, and why\n", _reasons(documents)]
+    if reasons := _reasons(documents):
+        parts += ["## What was left out, and why\n", reasons]
     return "\n".join(part for part in parts if part)
 
 
@@ -120,7 +121,7 @@ def _image(picture: str | None, folder: Path, base: Path) -> str:
 
 
 def _reasons(documents: dict[str, dict[str, Any]]) -> str:
-    """Candidate → why not, and in how many cases; what a case asks of it that it does not do is left out."""
+    """Candidate → why there is no number, and in how many cases."""
     found: dict[tuple[str, str, str, str], int] = {}
     for job, document in documents.items():
         for row in document["rows"]:
@@ -129,4 +130,6 @@ def _reasons(documents: dict[str, dict[str, Any]]) -> str:
                 key = (job, name, row["status"], row.get("reason", ""))
                 found[key] = found.get(key, 0) + 1
     lines = [[*key, str(count)] for key, count in found.items()]
+    if not lines:
+        return ""
     return Table("", ["job", "candidate", "result", "reason", "cases"], lines, text_columns=4).markdown()

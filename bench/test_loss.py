@@ -3,7 +3,7 @@
     pytest bench --benchmark-save before     # then change something
     pytest bench --benchmark-compare
 
-``-k`` picks: ``pytest bench -k "ours-torch and N=1024"``.
+``-k`` picks: ``pytest bench -k "ours-torch and N1024"``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SLOW = ("simcse-broadcast", "pml-ntxent", "naive-compile", "ours-reference")
 CANDIDATES = {name: found for name, found in load().items() if name not in SLOW}
 
 
-@pytest.fixture(params=CASES, ids=lambda case: case.label)
+@pytest.fixture(params=CASES, ids=lambda case: case.label.replace("=", "").replace(" ", "-"))
 def case(request):
     return request.param
 

@@ -37,7 +37,7 @@ def searches(case: Case, device: str) -> list[Search]:
 def workspace(case: Case, device: str) -> Search:
     """``workspace_bytes``, from 4 MiB in powers of 2 to what holds the whole matrix (at most 1 GiB)."""
     batch = make_batch(case, device)
-    whole = 8 * case.N * case.N  # the tile is 3/8 of the workspace, 2 or 4 bytes an entry
+    whole = 16 * case.N * case.N  # a tile of 4 bytes an entry, and the scratch of elementwise passes
     sizes = [2**n for n in range(22, 31)]
     enough = next((i for i, size in enumerate(sizes) if size >= whole), len(sizes) - 1)
 

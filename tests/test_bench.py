@@ -153,11 +153,16 @@ def test_what_was_measured_is_kept_when_interrupted(tmp_path):
 # ------------------------------------------------------------------ what is compared with what
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("more", [{}, {"noise": 96, "negatives": 32}], ids=["plain", "noise and negatives"])
+PLAIN = [(way, {}) for way in WAYS]
+MORE = [
+    (way, more) for way in ("one-way", "forward") for more in ({"negatives": 32}, {"noise": 96, "negatives": 32})
+]
+
+
+@pytest.mark.parametrize(("way", "more"), PLAIN + MORE, ids=str)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_every_candidate_that_can_be_had_here_passes_the_gate(way, more, dtype):
-    case = Case(32, 384, way, dtype, **(more if way == "one-way" else {}))
+    case = Case(32, 384, way, dtype, **more)
     gate, passed = Gate(case, "cpu"), []
     for name, candidate in load().items():
         if name == "naive-compile":
@@ -169,7 +174,7 @@ def test_every_candidate_that_can_be_had_here_passes_the_gate(way, more, dtype):
         gate.check(candidate, loss)
         passed.append(name)
     assert {"ours-torch", "naive"} <= set(passed)
-    if not more:
+    if "noise" not in more:
         assert {"st-mnrl", "st-cached-mnrl"} <= set(passed)
 
 
