@@ -149,10 +149,10 @@ def share_over_d(rows: list[Row]) -> Figure | None:
             if points:
                 axes.plot(*zip(*points, strict=True), **_look(name))
         axes.set_xscale("log")
-        axes.set_ylim(0, 1.15)
         _axis(axes, "D, features", [c.D for c in cases])
         axes.set_title(title)
     all_axes[0].set_ylabel("share of the floor: time of the bare products / time")
+    all_axes[0].set_ylim(0, max(1.15, all_axes[0].get_ylim()[1]))
     _legend(figure, names, PRODUCTS)
     return figure
 
@@ -199,6 +199,7 @@ def _width(panels: int) -> float:
 def _look(name: str) -> dict[str, Any]:
     colour, marker, width = STYLE.get(name, ("#555555", "+", 1.2))
     return {
+        "gid": name,
         "color": colour,
         "marker": marker,
         "linewidth": width,
@@ -218,12 +219,14 @@ def _axis(axes: Axes, label: str, ticks: Iterable[int]) -> None:
 
 
 def _legend(figure: Figure, names: list[str], floor: str | None, lines: bool = True) -> None:
+    drawn = {line.get_gid() for axes in figure.axes for line in axes.lines}
+    names = [name for name in names if name in drawn]
     handles = [Line2D([], [], label=n, **_look(n) | ({} if lines else {"linestyle": "none"})) for n in names]
     if floor is not None:
         handles.insert(0, Line2D([], [], color="black", linestyle="--", label=floor))
     figure.legend(
         handles=handles,
         loc="outside lower center",
-        ncols=min(4 if figure.get_figwidth() < 10 else 5, len(handles)),
+        ncols=min(3 if figure.get_figwidth() < 10 else 5, len(handles)),
         frameon=False,
     )

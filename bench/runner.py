@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from bench.candidates import FLOOR, Candidate
+from bench.candidates import COPY, FLOOR, Candidate
 from bench.cases import Case
 from bench.results import Results, Row
 from bench.suites import Entry
@@ -48,14 +48,14 @@ class Runner:
                 names += [name for name in only or () if name not in names]
                 for case in entry.cases:
                     self.tell(case.label)
-                    rows = list(self._case(case, names))
+                    rows = self._case(case, names)
                     self.results.add(rows)
                     self.done(case, rows)
         finally:
             self.worker.stop()
         self.results.close()
 
-    def _case(self, case: Case, names: list[str]) -> Iterable[Row]:
+    def _case(self, case: Case, names: list[str]) -> list[Row]:
         rows: dict[str, Row] = {}
 
         def keep(name: str, facts: dict[str, Any]) -> None:
@@ -95,7 +95,7 @@ class Runner:
                     keep_rest(event)
             if alone:
                 self.worker.stop()
-        return rows.values()
+        return [rows[name] for name in (*names, FLOOR, COPY) if name in rows]
 
     @staticmethod
     def _line(case: Case, name: str) -> tuple[Any, ...]:

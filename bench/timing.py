@@ -34,6 +34,7 @@ def time_all(
         yield "start", {"candidate": candidate.name}
         try:
             loss = candidate.loss_for(case)
+            yield "alive", {}  # importing, checking and running may each take their time
             facts[candidate.name] = gate.check(candidate, loss) | {"loss": candidate.loss}
 
             def step(loss: Any = loss) -> object:
