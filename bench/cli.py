@@ -185,7 +185,7 @@ def _measure(
     for name in only or ():
         if name not in known:
             parser.error(f"--candidates {name} is unknown; known are {', '.join(known)}")
-    if job != "accuracy" and not args.dtype and "bf16" not in suites.dtypes_for(_device(args)):
+    if job != "accuracy" and not getattr(args, "dtype", None) and "bf16" not in suites.dtypes_for(_device(args)):
         console.print("this CPU has no bf16 instructions: fp32 alone (--dtype bf16 emulates it)", style="dim")
     entries = list(_entries(parser, job, args))
     total = sum(len(entry.cases) for entry in entries)

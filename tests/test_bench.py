@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import report, suites, tables, tune
+from bench import cli, report, suites, tables, tune
 from bench.candidates import FLOOR, Unsupported, load
 from bench.cases import TEMPERATURE, WAYS, Case, errors, exact, make_batch, regime
 from bench.cli import main
@@ -118,6 +118,16 @@ def test_the_report_of_a_run(run):
     for picture in ("time.png", "error.png"):
         assert (folder / picture).stat().st_size > 10_000
         assert f"({picture})" in text
+
+
+def test_without_a_subcommand(tmp_path, monkeypatch, capsys):
+    """Every job of the suite in turn; here one, of one case."""
+    entry = suites.Entry(suites.grid([16], [16], ["fp32"]), candidates=("ours-torch", "naive"))
+    monkeypatch.setattr(cli, "MEASURED", ("accuracy",))
+    monkeypatch.setattr(suites, "accuracy", lambda suite, device: [entry])
+    main(["--quick", "--out", str(tmp_path), "--device", "cpu"])
+    assert "ours-torch" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"accuracy.json", "error.png", "report.md"}
 
 
 def test_a_hanging_candidate_is_given_up():
