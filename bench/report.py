@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from bench import tables
+from bench.candidates import FLOOR
 from bench.results import Row
 from bench.tables import Table
 
 BEGIN, END = "<!-- bench: begin (python -m bench report) -->", "<!-- bench: end -->"
 HEADLINE_D = 768
+SPREAD = 1.25  # of the floor's times: beyond it something else was running
 
 PICTURES = {
     "time.png": "Time over N for every candidate, the bare matrix products as a dashed line",
@@ -81,7 +83,8 @@ def _sections(documents: dict[str, dict[str, Any]], everything: bool) -> Iterato
     if "loss" in rows:
         some = rows["loss"] if everything else _headline(rows["loss"])
         floor = "the floor is the bare matrix products of the same shapes and dtype"
-        yield f"Speed of ours, forward + backward; {floor}", "time.png", tables.ratios("", some).markdown()
+        text = tables.ratios("", some).markdown() + _disturbed(rows["loss"])
+        yield f"Speed of ours, forward + backward; {floor}", "time.png", text
         if everything:
             yield "Every candidate as a multiple of the floor", "share.png", tables.speed("", some).markdown()
         grown = tables.growth("", rows["loss"])
@@ -107,6 +110,18 @@ def _sections(documents: dict[str, dict[str, Any]], everything: bool) -> Iterato
         ]
         table = Table("", ["search", "case", "setting", "ms"], lines, text_columns=2)
         yield "Settings, the fastest first", None, table.markdown()
+
+
+def _disturbed(rows: list[Row]) -> str:
+    """A warning where the bare products' own times are far apart."""
+    floors = [row["ms"] for row in rows if row["candidate"] == FLOOR and row["status"] == "ok"]
+    wide = [ms for ms in floors if ms["p80"] > SPREAD * ms["p20"]]
+    if not wide:
+        return ""
+    return (
+        f"\n**Disturbed**: in {len(wide)} of {len(floors)} cases the bare products' own 80 % quantile is more than "
+        f"{SPREAD} times their 20 % quantile. Run again with nothing beside it.\n"
+    )
 
 
 def _headline(rows: list[Row]) -> list[Row]:

@@ -94,7 +94,7 @@ def memory(suite: str, device: str) -> Iterator[Entry]:
 
 def accuracy(suite: str, device: str) -> Iterator[Entry]:
     """In bf16 on any machine: what is emulated gives the same digits."""
-    N = 128 if suite == "quick" else 1024
+    N = 256 if suite == "quick" else 1024
     ways: tuple[Way, ...] = ("one-way",) if suite == "quick" else ("one-way", "symmetric")
     dtypes = dict.fromkeys([*dtypes_for(device), "bf16"])
     cases = tuple(Case(N, 768, way, dtype, regime=regime) for way, dtype, regime in product(ways, dtypes, REGIMES))

@@ -269,6 +269,16 @@ def test_ratios_are_of_one_case():
     assert line[3:] == ["3.00×", "1.50×", "–", "0.50× (st-mnrl)"]
 
 
+@pytest.mark.parametrize(("p80", "warned"), [(1.1, False), (1.5, True)])
+def test_a_disturbed_run_says_so(p80, warned, tmp_path):
+    floor = fake(64, 1.0, FLOOR)
+    floor["ms"]["p80"] = p80
+    head = {"machine": {"cpu": "", "capability": "", "threads": 1}, "versions": {"torch": "", "python": ""}}
+    head |= {"commit": "", "started": "", "suite": "", "complete": True}
+    text = report.whole({"loss": head | {"rows": [fake(64, 2.0), floor]}}, tmp_path)
+    assert ("in 1 of 1 cases the bare products' own" in text) == warned
+
+
 def test_the_readme_takes_the_section_between_its_marks(run, tmp_path, capsys):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
