@@ -55,7 +55,9 @@ def _gpu() -> dict[str, Any]:
 
 def _commit() -> str | None:
     commit = _output(["git", "rev-parse", "--short=12", "HEAD"])
-    changed = _output(["git", "status", "--porcelain", "--untracked-files=no"])
+    # What a run itself writes is no change.
+    paths = [".", ":!bench/results", ":!README.md"]
+    changed = _output(["git", "status", "--porcelain", "--untracked-files=no", "--", *paths])
     return f"{commit} with changes" if commit and changed else commit
 
 

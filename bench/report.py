@@ -119,8 +119,8 @@ def _disturbed(rows: list[Row]) -> str:
     if not wide:
         return ""
     return (
-        f"\n**Disturbed**: in {len(wide)} of {len(floors)} cases the bare products' own 80 % quantile is more than "
-        f"{SPREAD} times their 20 % quantile. Run again with nothing beside it.\n"
+        f"\n**Disturbed**: in {len(wide)} of {len(floors)} cases the bare products' own 80 % quantile is more "
+        f"than {SPREAD} times their 20 % quantile. Run again with nothing beside it.\n"
     )
 
 
