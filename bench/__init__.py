@@ -1,1 +1,1 @@
-"""How fast, how lean, how exact: run ``python -m bench.speed``, ``bench.memory`` or ``bench.accuracy``."""
+"""How fast, how lean, how exact, against what people use today and against the machine: ``python -m bench``."""

@@ -1,0 +1,74 @@
+"""No time without a right answer: loss and gradients against float64 before anything is timed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.candidates import Candidate, Unsupported, first_line
+from bench.cases import TEMPERATURE, Batch, Case, Loss, errors, make_batch, result_of, run_step
+
+# Relative errors that are let pass, of the loss and of each gradient. A logit of
+# 1/τ = 20 that is rounded to bf16 is off by up to 0.06, its ratio by 6 %, which the usual ways do under autocast;
+# 5e-3 lets tf32 pass in fp32. The error is printed beside each time.
+TOLERANCE = {"fp32": 5e-3, "bf16": 0.1, "fp16": 2e-2}
+# Multiply-adds of the float64 answer's matrix product; larger cases are checked at fewer rows.
+BUDGET = {"cpu": 4096**2 * 768, "cuda": 32768**2 * 768}
+
+
+class Wrong(Exception):  # noqa: N818 (no error: a result)
+    """An answer is off."""
+
+    def __init__(self, found: dict[str, float]) -> None:
+        worst = max(found, key=lambda name: found[name] if found[name] == found[name] else torch.inf)
+        super().__init__(f"{worst} is off by {found[worst]:.1e}")
+        self.found = found
+
+
+class Gate:
+    """The gate's inputs and answers for a case, shared by its candidates."""
+
+    def __init__(self, case: Case, device: str) -> None:
+        columns = case.N + case.noise + case.negatives
+        share = (BUDGET.get(device, BUDGET["cuda"]) / (case.N * columns * case.D)) ** 0.5
+        self.case = case if share >= 1 else case.at(max(64, int(case.N * share) // 64 * 64))
+        self.full, self.device = case, device
+        self.batch: Batch | None = None
+        self.answers: dict[str, dict[str, Tensor]] = {}
+
+    def check(self, candidate: Candidate, loss: Loss) -> dict[str, Any]:
+        """Relative errors and the number of rows they were measured at; Wrong where one is too large."""
+        if candidate.loss != "InfoNCE":
+            return {}
+        if self.batch is None:
+            self.batch = make_batch(self.case, self.device, given_noise=True)
+        if candidate.expects not in self.answers:
+            self.answers[candidate.expects] = candidate.answer(self.batch, self.case)
+        if self.case != self.full:
+            loss = candidate.loss_for(self.case)
+        got = result_of(loss, self.batch, self.case, self.device)
+        found = errors(got, self.answers[candidate.expects], TEMPERATURE)
+        tolerance = TOLERANCE[self.case.dtype]
+        if not all(value <= tolerance for value in found.values()):  # NaN is not <=
+            raise Wrong(found)
+        if self.case.noise and candidate.expects == "sampled":
+            value = float(run_step(loss, make_batch(self.case, self.device), self.case, self.device))
+            off = abs(value / float(got["loss"]) - 1)
+            # Four times the relative deviation of a row's sum over noise: e^(κ cos) varies by e^(κ²/D).
+            if not off <= 4 * (math.expm1(1 / TEMPERATURE**2 / self.case.D) / self.case.noise) ** 0.5:
+                raise Wrong({"loss with its own noise": off})
+        return {"errors": found, "checked_at": self.case.N}
+
+
+def outcome(error: Exception) -> dict[str, Any]:
+    """What a candidate that gave no result is shown as."""
+    if isinstance(error, Unsupported):
+        return {"status": "skipped", "reason": str(error)}
+    if isinstance(error, Wrong):
+        return {"status": "wrong", "reason": str(error), "errors": error.found}
+    text = str(error)
+    memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text
+    return {"status": "out of memory" if memory else "failed", "reason": first_line(error)}

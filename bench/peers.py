@@ -1,0 +1,190 @@
+"""Published packages as candidates, each in the best way that its own documentation gives.
+
+Cross entropy over a linear layer (Liger, Cut Cross-Entropy, quack) is InfoNCE where the layer's weight is the
+normalised positives and the target the row's number; those normalise and scale in torch, inside of the timing.
+What a package cannot do, or cannot do here, is a reason, not an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.candidates import EVERY, Unsupported, candidate
+from bench.cases import TEMPERATURE, Batch, Case, Loss
+
+CACHED_ROWS = 1024  # its mini batch; larger is faster, says its documentation
+
+
+def _needs_cuda() -> None:
+    if not torch.cuda.is_available():
+        raise Unsupported("needs CUDA")
+
+
+def _unit(batch: Batch, case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """q̂/τ and k̂ in the products' dtype, and the targets."""
+    q = (F.normalize(batch.q, dim=1) / TEMPERATURE).to(case.product_dtype)
+    k = F.normalize(batch.k, dim=1).to(case.product_dtype)
+    return q, k, torch.arange(len(q), device=q.device)
+
+
+@candidate("st-mnrl", ways=EVERY, negatives=True, package="sentence-transformers")
+def _mnrl(case: Case) -> Loss:
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    loss = MultipleNegativesRankingLoss(None, scale=1 / TEMPERATURE, **_directions(case))
+    return _outside_autocast(lambda batch: loss.compute_loss_from_embeddings(_columns(batch), None))
+
+
+@candidate("st-cached-mnrl", ways=EVERY, negatives=True, package="sentence-transformers")
+def _cached_mnrl(case: Case) -> Loss:
+    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+
+    rows = min(case.N, CACHED_ROWS)
+    model = torch.nn.Sequential(torch.nn.Identity())
+    loss = CachedMultipleNegativesRankingLoss(
+        model, scale=1 / TEMPERATURE, mini_batch_size=rows, **_directions(case)
+    )
+
+    # As its own training step does: a backward for each mini batch, gradients added up in the embeddings.
+    def run(batch: Batch) -> Tensor:
+        return loss.calculate_loss([[x] for x in _columns(batch)], with_backward=case.gradients)
+
+    return _outside_autocast(run)
+
+
+def _directions(case: Case) -> dict[str, Any]:
+    if case.way != "symmetric":
+        return {}
+    return {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+
+
+def _outside_autocast(loss: Loss) -> Loss:
+    """As sentence-transformers' trainer calls a loss under ``bf16=True``: the encoder alone is under autocast."""
+
+    def run(batch: Batch) -> Tensor:
+        with torch.autocast(batch.q.device.type, enabled=False):
+            return loss(batch)
+
+    return run
+
+
+def _columns(batch: Batch) -> list[Tensor]:
+    return [batch.q, batch.k] if batch.negatives is None else [batch.q, batch.k, batch.negatives]
+
+
+@candidate("open-clip", ways=("symmetric",), package="open-clip-torch")
+def _open_clip(case: Case) -> Loss:
+    from open_clip.loss import ClipLoss
+
+    loss = ClipLoss()
+    return lambda batch: loss(F.normalize(batch.q, dim=1), F.normalize(batch.k, dim=1), 1 / TEMPERATURE)
+
+
+@candidate("pml-ntxent", package="pytorch-metric-learning")
+def _ntxent(case: Case) -> Loss:
+    from pytorch_metric_learning.losses import NTXentLoss, SelfSupervisedLoss
+
+    loss = SelfSupervisedLoss(NTXentLoss(temperature=TEMPERATURE), symmetric=False)
+    # Under autocast its sums of exponentials are in bf16, and wrong.
+    return _outside_autocast(lambda batch: loss(batch.q, batch.k))
+
+
+@candidate("info-nce-pytorch", package="info-nce-pytorch")
+def _info_nce_pytorch(case: Case) -> Loss:
+    from info_nce import info_nce
+
+    return lambda batch: info_nce(batch.q, batch.k, temperature=TEMPERATURE)
+
+
+@candidate("liger", package="liger-kernel")
+def _liger(case: Case) -> Loss:
+    _needs_cuda()
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.float32)
+
+    def run(batch: Batch) -> Tensor:
+        q, k, targets = _unit(batch, case)
+        return loss(k, q, targets)
+
+    return run
+
+
+def _cut_cross_entropy(case: Case, **options: object) -> Loss:
+    from cut_cross_entropy import linear_cross_entropy
+
+    _needs_cuda()
+
+    def run(batch: Batch) -> Tensor:
+        return linear_cross_entropy(*_unit(batch, case), **options)
+
+    return run
+
+
+@candidate("cce", package="cut-cross-entropy")
+def _cce(case: Case) -> Loss:
+    """With its default filter, which leaves small gradients out."""
+    return _cut_cross_entropy(case)
+
+
+@candidate("cce-exact", package="cut-cross-entropy")
+def _cce_exact(case: Case) -> Loss:
+    return _cut_cross_entropy(case, filter_eps=None)
+
+
+@candidate("quack", package="quack-kernels")
+def _quack(case: Case) -> Loss:
+    _needs_cuda()
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    if case.dtype == "fp32":
+        raise Unsupported("bf16 and fp16 only")
+    if case.N % 8 or case.D % 8:
+        raise Unsupported("N and D must be multiples of 8")
+    return lambda batch: chunked_linear_cross_entropy(*_unit(batch, case))
+
+
+@candidate("inf-cl", package="inf-cl")
+def _inf_cl(case: Case) -> Loss:
+    _needs_cuda()
+    from inf_cl import cal_inf_loss
+
+    head = min(256, case.D & -case.D)  # the largest power of 2 that divides D, as its kernels want
+    if head < 16:
+        raise Unsupported("D must be a multiple of 16")
+
+    def run(batch: Batch) -> Tensor:
+        q, k = F.normalize(batch.q, dim=1), F.normalize(batch.k, dim=1)
+        with torch.autocast(q.device.type, enabled=False):  # its kernels take fp32, and use tf32
+            return cal_inf_loss(q.float() / TEMPERATURE, k.float(), head_dim=head)
+
+    return run
+
+
+@candidate("memeff", ways=("symmetric",), package="memeff")
+def _memeff(case: Case) -> Loss:
+    _needs_cuda()
+    from memeff import MemoryEfficientCLIPLoss
+
+    # stable=True, its default, scales the gradients by another factor.
+    loss = MemoryEfficientCLIPLoss(temperature=TEMPERATURE, stable=False)
+    return lambda batch: loss(batch.q.to(case.product_dtype), batch.k.to(case.product_dtype))
+
+
+@candidate("siglip-kernel", ways=("symmetric",), package="siglip-kernel", loss="sigmoid")
+def _siglip(case: Case) -> Loss:
+    _needs_cuda()
+    from siglip_kernel import fused_siglip_loss
+
+    scale = torch.tensor(10.0, device="cuda").log()
+    bias = torch.tensor(-10.0, device="cuda")
+
+    def run(batch: Batch) -> Tensor:
+        q, k = (F.normalize(x, dim=1).to(case.product_dtype) for x in (batch.q, batch.k))
+        return fused_siglip_loss(q, k, scale, bias)
+
+    return run

@@ -1,0 +1,126 @@
+"""Which cases are measured: ``quick`` in minutes, ``standard`` for the README, ``paper`` as far as memory goes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+
+from bench.cases import REGIMES, WAYS, Case, Way
+
+SUITES = ("quick", "standard", "paper")
+OURS_AND_NAIVE = ("ours-torch", "ours-triton", "naive")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Some cases and who is measured on them: None is everyone."""
+
+    cases: tuple[Case, ...]
+    candidates: tuple[str, ...] | None = None
+    without: tuple[str, ...] = ()
+
+
+def dtypes_for(device: str) -> tuple[str, ...]:
+    """What this machine has instructions for: products in any other dtype are emulated, and slow for everyone."""
+    if device == "cuda":
+        return ("fp32", "bf16", "fp16")
+    has = torch.cpu.get_capabilities()
+    return ("fp32", "bf16") if has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16") else ("fp32",)
+
+
+def grid(
+    Ns: Iterable[int],
+    Ds: Iterable[int],
+    dtypes: Iterable[str],
+    ways: Iterable[Way] = ("one-way",),
+    noise: int = 0,
+    negatives: int = 0,
+) -> tuple[Case, ...]:
+    """Cases by growing N, so that what has run out of memory is not tried at more; noise and negatives a row."""
+    return tuple(
+        Case(N, D, way, dtype, noise=noise * N, negatives=negatives * N)
+        for D, way, dtype, N in product(Ds, ways, dtypes, Ns)
+    )
+
+
+def loss(suite: str, device: str) -> Iterator[Entry]:
+    slow = ("ours-reference", "naive-compile")
+    dtypes = dtypes_for(device)
+    if suite == "quick":
+        yield Entry(grid([64], [384], dtypes), without=slow)
+        slow += ("simcse-broadcast", "pml-ntxent")  # N·N·D and N·N·N: at more rows it is the wait that is measured
+        yield Entry(grid([1024], [384], dtypes), without=slow)
+        yield Entry(grid([512], [384], dtypes[:1], ["symmetric", "forward"]), without=slow)
+        yield Entry(grid([256], [384], dtypes[:1], noise=3, negatives=1), without=slow)
+    elif suite == "standard" and device == "cpu":
+        yield Entry(grid([64, 256], [384, 768, 1024], dtypes), without=("ours-reference",))
+        yield Entry(grid([1024, 4096], [768], dtypes), without=("ours-reference",))
+        yield Entry(grid([1024], [128, 384, 1024, 4096], dtypes), without=slow)
+        yield Entry(grid([2048], [768], dtypes, ["symmetric", "forward"]), without=slow)
+        yield Entry(grid([64, 1024], [768], dtypes, noise=3), without=slow)
+        yield Entry(grid([64, 1024], [768], dtypes, negatives=1), without=slow)
+        yield Entry(grid([2048, 4096, 8192, 16384], [256], dtypes), candidates=OURS_AND_NAIVE)
+    elif suite == "standard":
+        yield Entry(grid([256, 1024, 4096, 16384, 32768, 65536], [768], dtypes))
+        yield Entry(grid([16384], [128, 384, 1024, 4096], ["bf16"]))
+        yield Entry(grid([4096, 32768], [768], ["bf16"], ["symmetric", "forward"]))
+        yield Entry(grid([4096, 32768], [768], ["bf16"], noise=3))
+        yield Entry(grid([4096, 32768], [768], ["bf16"], negatives=1))
+    else:
+        Ns = [4**n for n in range(3, 11)]  # 64 … 1,048,576
+        for D in (128, 384, 768, 1024, 4096):
+            yield Entry(grid(Ns, [D], dtypes, WAYS))
+            yield Entry(grid(Ns, [D], dtypes, noise=3))
+            yield Entry(grid(Ns, [D], dtypes, negatives=1))
+
+
+def memory(suite: str, device: str) -> Iterator[Entry]:
+    slow = ("ours-reference", "naive-compile", "ours-expected")
+    dtypes = dtypes_for(device)
+    if suite == "quick":
+        yield Entry(grid([1024, 4096], [128], dtypes[:1]), candidates=OURS_AND_NAIVE)
+    elif suite == "standard" and device == "cpu":
+        yield Entry(grid([1024, 4096, 16384, 65536], [256], dtypes), without=slow)
+        yield Entry(grid([16384, 65536], [256], dtypes, ["symmetric", "forward"]), candidates=OURS_AND_NAIVE)
+    elif suite == "standard":
+        yield Entry(grid([1024, 4096, 16384, 65536, 262144], [768], ["bf16"]))
+        yield Entry(grid([16384, 65536], [768], ["bf16"], ["symmetric", "forward"]))
+    else:
+        yield Entry(grid([4**n for n in range(5, 11)], [128, 768, 4096], dtypes, WAYS))
+
+
+def accuracy(suite: str, device: str) -> Iterator[Entry]:
+    """In bf16 on any machine: what is emulated gives the same digits."""
+    N = 256 if suite == "quick" else 1024
+    ways: tuple[Way, ...] = ("one-way",) if suite == "quick" else ("one-way", "symmetric")
+    dtypes = dict.fromkeys([*dtypes_for(device), "bf16"])
+    cases = tuple(Case(N, 768, way, dtype, regime=regime) for way, dtype, regime in product(ways, dtypes, REGIMES))
+    yield Entry(cases, without=("ours-expected", "naive-compile"))
+
+
+@dataclass(frozen=True)
+class Training:
+    batches: tuple[int, ...]
+    mini_batch: int
+    steps: int  # that are timed
+
+
+def train(suite: str, device: str) -> Training:
+    if suite == "quick":
+        return Training((32,), 16, 2)
+    if suite == "standard":
+        return Training((64, 512, 1024), 64, 3) if device == "cpu" else Training((64, 1024, 4096, 16384), 64, 10)
+    return Training((64, 256, 1024, 4096, 16384, 65536), 64, 10)
+
+
+# How long each candidate is timed at each case, in seconds.
+SECONDS = {"quick": 0.3, "standard": 3.0, "paper": 5.0}
+# N and D that ``tune`` searches at.
+TUNE = {
+    "quick": ((1024, 384),),
+    "standard": ((1024, 384), (4096, 768), (16384, 256)),
+    "paper": ((4096, 768), (32768, 768), (262144, 768), (32768, 128)),
+}

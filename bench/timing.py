@@ -1,0 +1,115 @@
+"""Time: candidates in turn, again and again, on a CPU; ``triton.testing.do_bench`` on a GPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.candidates import COPY, FLOOR, Candidate, copy, floor
+from bench.cases import Case, make_batch, run_step
+from bench.gate import Gate, outcome
+
+ROUNDS = 5  # at least
+MOST_ROUNDS = 2000
+
+Step = Callable[[], object]
+Times = dict[str, Any]  # median, p20, p80 in milliseconds, and how many repeats
+
+
+def time_all(
+    case: Case, candidates: list[Candidate], device: str, seconds: float
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Job ``loss``: each candidate through the gate, those that pass against the clock with the bare products.
+
+    Yields ``start``, ``alive`` and, a candidate each, ``result``.
+    """
+    gate, batch = Gate(case, device), make_batch(case, device)
+    steps: dict[str, Step] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    for candidate in candidates:
+        yield "start", {"candidate": candidate.name}
+        try:
+            loss = candidate.loss_for(case)
+            yield "alive", {}  # importing, checking and running may each take their time
+            facts[candidate.name] = gate.check(candidate, loss) | {"loss": candidate.loss}
+
+            def step(loss: Any = loss) -> object:
+                return run_step(loss, batch, case, device)
+
+            for _ in range(2):
+                step()
+                yield "alive", {}
+            steps[candidate.name] = step
+        except Exception as error:
+            yield "result", {"candidate": candidate.name, **outcome(error)}
+    yield "start", {"candidate": FLOOR}
+    for name, step in ((FLOOR, floor(case, batch)), (COPY, copy(batch))):
+        step()
+        steps[name] = step
+    if device == "cpu":
+        yield from _results(case, facts, _interleaved(steps, seconds))
+    else:
+        for name, step in steps.items():
+            yield "start", {"candidate": name}
+            try:
+                yield from _results(case, facts, [{name: _on_gpu(step, seconds)}])
+            except Exception as error:
+                yield "result", {"candidate": name, **outcome(error)}
+
+
+def _results(case: Case, facts: dict[str, dict[str, Any]], timed: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    for times in timed:
+        if isinstance(times, str):
+            yield ("start", {"candidate": times}) if times else ("alive", {})
+            continue
+        for name, ms in times.items():
+            rate = {} if name == COPY else {"tflops": case.flops / ms["median"] / 1e9}
+            yield "result", {"candidate": name, "status": "ok", "ms": ms, **rate, **facts.get(name, {})}
+
+
+def _interleaved(steps: dict[str, Step], seconds: float) -> Iterator[str | dict[str, Times]]:
+    """Times of every step, each called in turn until it has had ``seconds`` and five rounds.
+
+    What disturbs the machine for a while disturbs all of them. Yields the name before the first call of each,
+    now and then between rounds "" (a sign of life), and last the times.
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    spent = dict.fromkeys(steps, 0.0)
+    waiting, told = list(steps), time.perf_counter()
+    while waiting:
+        for name in waiting:
+            if not times[name]:
+                yield name
+            start = time.perf_counter()
+            steps[name]()
+            took = time.perf_counter() - start
+            times[name].append(1e3 * took)
+            spent[name] += took
+            if start > told + 0.5:
+                told = start
+                yield ""
+        waiting = [
+            name
+            for name in waiting
+            if len(times[name]) < ROUNDS or (spent[name] < seconds and len(times[name]) < MOST_ROUNDS)
+        ]
+    yield {name: summary(values) for name, values in times.items()}
+
+
+def summary(milliseconds: list[float]) -> Times:
+    low, middle, high = np.quantile(milliseconds, [0.2, 0.5, 0.8]).tolist()
+    return {"median": middle, "p20": low, "p80": high, "repeats": len(milliseconds)}
+
+
+def _on_gpu(step: Step, seconds: float) -> Times:
+    """By CUDA events, after a warm-up, the L2 cache flushed before each run."""
+    from triton.testing import do_bench
+
+    warm_up = max(25, 100 * seconds)
+    middle, low, high = do_bench(step, warmup=warm_up, rep=1000 * seconds, quantiles=[0.5, 0.2, 0.8])
+    torch.cuda.synchronize()
+    return {"median": middle, "p20": low, "p80": high, "repeats": None}

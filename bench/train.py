@@ -1,0 +1,188 @@
+"""Steps of the trainers: sentences a second and peak memory, ours against sentence-transformers'.
+
+The same encoder, sentences, batch, length, precision and optimiser; unsupervised SimCSE, where a sentence is its
+own positive. Each run is a process of its own: ``python -m bench.train '{...}'`` prints its row.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.worker import ROOT, environment
+
+WARM_UP = 1  # steps that are not timed
+LENGTH = 32  # tokens a sentence is cut to
+LEARNING_RATE = 3e-5
+# way → whether it splits the encoder's pass into mini batches
+WAYS = {"simcse.train": False, "st-mnrl": False, "simcse.train, mini batches": True, "st-cached-mnrl": True}
+
+
+def measure(spec: dict[str, Any], limit: float) -> dict[str, Any]:
+    """A row of the results: one trainer, batch and precision, in a fresh process."""
+    command = [sys.executable, "-m", "bench.train", json.dumps(spec)]
+    try:
+        env = environment(spec["device"])
+        out = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=limit, env=env)
+    except subprocess.TimeoutExpired:
+        return {**spec, "status": "too slow", "reason": f"stopped after {limit:g} s"}
+    if out.returncode == 0:
+        return {**spec, **json.loads(out.stdout.splitlines()[-1])}
+    if out.returncode == -9:
+        return {**spec, "status": "out of memory", "reason": "killed by SIGKILL"}
+    last = (out.stderr.strip().splitlines() or ["no message"])[-1]
+    return {**spec, "status": "failed", "reason": f"exit status {out.returncode}: {last[:200]}"}
+
+
+# ------------------------------------------------------------------ inside of the process
+
+
+def child(spec: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    from bench.gate import outcome
+    from bench.memory import MIB, begin_peak, status
+    from bench.worker import limit_memory
+
+    on_gpu = spec["device"] == "cuda"
+    if not on_gpu:
+        limit_memory()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            make = _simcse if spec["way"].startswith("simcse.train") else _sentence_transformers
+            trainer = make(spec, _sentences(spec), Path(folder))
+            clock = _clock(on_gpu)
+            trainer.add_callback(clock)
+            before = torch.cuda.memory_allocated() if on_gpu else begin_peak()
+            trainer.train()
+        except Exception as error:
+            return outcome(error)
+        peak = torch.cuda.max_memory_allocated() if on_gpu else status("VmHWM")
+    from bench.timing import summary
+
+    ms = summary(clock.milliseconds[WARM_UP:])
+    return {
+        "status": "ok",
+        "ms": ms,
+        "sentences_per_second": 1e3 * spec["batch"] / ms["median"],
+        "mib": (peak - before) / MIB,
+    }
+
+
+def _sentences(spec: dict[str, Any]) -> list[str]:
+    """As many as the steps take, from the file, over again where it has fewer."""
+    from simcse.dataset import read_sentences, shipped
+
+    some = read_sentences(spec["train_file"] or shipped("sentences.txt"))
+    wanted = spec["batch"] * (WARM_UP + spec["steps"])
+    return (some * -(-wanted // len(some)))[:wanted]
+
+
+def _simcse(spec: dict[str, Any], sentences: list[str], folder: Path) -> Any:
+    from bench.candidates import Unsupported
+    from simcse.errors import UserError
+    from simcse.train import prepare
+
+    file = folder / "sentences.txt"
+    file.write_text("\n".join(sentences), encoding="utf-8")
+    flags = {
+        "train_file": file,
+        "model_name_or_path": spec["model"],
+        "pooler_type": "cls_before_pooler",
+        "num_noise": 0,
+        "per_device_train_batch_size": spec["batch"],
+        "max_steps": WARM_UP + spec["steps"],
+        "max_seq_length": LENGTH,
+        "learning_rate": LEARNING_RATE,
+        "output_dir": folder / "run",
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": "true",
+        "bf16": "true" if spec["dtype"] == "bf16" else "false",
+    }
+    if WAYS[spec["way"]]:
+        flags["mini_batch_size"] = spec["mini_batch"]
+    try:
+        return prepare([part for name, value in flags.items() for part in (f"--{name}", str(value))])
+    except UserError as error:
+        raise Unsupported(str(error)) from None
+
+
+def _sentence_transformers(spec: dict[str, Any], sentences: list[str], folder: Path) -> Any:
+    from datasets import Dataset
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+    from sentence_transformers.sentence_transformer.losses import (
+        CachedMultipleNegativesRankingLoss,
+        MultipleNegativesRankingLoss,
+    )
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    from simcse.model import load_encoder
+
+    encoder, tokenizer = load_encoder(spec["model"], "cls_before_pooler")
+    place = folder / "model"
+    encoder.backbone.save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    transformer = Transformer(str(place), max_seq_length=LENGTH)
+    model = SentenceTransformer(
+        modules=[transformer, Pooling(encoder.config.hidden_size, pooling_mode="cls")],
+        device=None if spec["device"] == "cuda" else "cpu",
+    )
+    if WAYS[spec["way"]]:
+        loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=spec["mini_batch"])
+    else:
+        loss = MultipleNegativesRankingLoss(model)
+    args = SentenceTransformerTrainingArguments(
+        output_dir=str(folder / "run"),
+        per_device_train_batch_size=spec["batch"],
+        max_steps=WARM_UP + spec["steps"],
+        learning_rate=LEARNING_RATE,
+        bf16=spec["dtype"] == "bf16",
+        use_cpu=spec["device"] == "cpu",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_drop_last=True,
+    )
+    pairs = Dataset.from_dict({"anchor": sentences, "positive": sentences})
+    return SentenceTransformerTrainer(model=model, args=args, train_dataset=pairs, loss=loss)
+
+
+def _clock(on_gpu: bool) -> Any:
+    import torch
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        """Milliseconds from one step's end to the next's: encoder, loss, optimiser and loading."""
+
+        def __init__(self) -> None:
+            self.milliseconds: list[float] = []
+            self.last: float | None = None
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.last = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            if on_gpu:
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            self.milliseconds.append(1e3 * (now - (self.last or now)))
+            self.last = now
+
+    return Clock()
+
+
+if __name__ == "__main__":
+    found = child(json.loads(sys.argv[1]))
+    print()
+    print(json.dumps(found))

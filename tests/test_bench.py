@@ -1,0 +1,331 @@
+"""The benchmark harness: no time without a right answer, and whatever a candidate does, the rest is measured."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bench import cli, report, suites, tables, tune
+from bench.candidates import FLOOR, Unsupported, load
+from bench.cases import TEMPERATURE, WAYS, Case, errors, exact, make_batch, regime
+from bench.cli import main
+from bench.gate import Gate
+from bench.train import measure
+from bench.worker import Worker
+from fused_infonce import gs_infonce
+
+ROOT = Path(__file__).parents[1]
+ALSO = ROOT / "tests" / "losses_for_bench.py"
+RUDE = ["wrong-loss", "wrong-gradient", "no-gradient", "nan", "raising", "crashing", "greedy", "not-here"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of every subcommand that measures a loss, on tiny sizes, rude candidates among the others."""
+    folder = tmp_path_factory.mktemp("bench")
+    small = ["--d", "16", "--dtype", "fp32", "--out", str(folder), "--seconds", "0.01", "--device", "cpu"]
+    rude = ["--also", str(ALSO), "--candidates", "ours-torch", *RUDE, "naive"]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        main(["loss", "--n", "16", "32", *small, *rude])
+        main(["memory", "--n", "64", *small, "--candidates", "ours-torch"])
+        main(["accuracy", "--n", "16", *small, "--candidates", "ours-torch", "naive"])
+    return folder, said.getvalue()
+
+
+def rows_of(folder, job="loss"):
+    document = json.loads((folder / f"{job}.json").read_text())
+    return document, {(row["candidate"], row["N"]): row for row in document["rows"]}
+
+
+# ------------------------------------------------------------------ the gate
+
+
+@pytest.mark.parametrize("name", ["wrong-loss", "wrong-gradient", "nan"])
+def test_a_wrong_candidate_is_shown_as_wrong_without_a_time(run, name):
+    folder, said = run
+    row = rows_of(folder)[1][name, 32]
+    assert row["status"] == "wrong"
+    assert "ms" not in row
+    assert "off by" in row["reason"]
+    assert name in said
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "reason"),
+    [
+        ("no-gradient", "failed", "gives no dk"),
+        ("raising", "failed", "this one raises"),
+        ("crashing", "crashed", "SIGABRT"),
+        ("greedy", "out of memory", ""),
+        ("not-here", "skipped", "not installed"),
+    ],
+)
+def test_what_gives_no_result_is_a_result(run, name, status, reason):
+    row = rows_of(run[0])[1][name, 32]
+    assert row["status"] == status
+    assert reason in row["reason"]
+    assert "ms" not in row
+
+
+def test_the_rest_is_measured(run):
+    document, rows = rows_of(run[0])
+    assert document["complete"]
+    for N in (16, 32):
+        for name in ("ours-torch", "naive", FLOOR):
+            ms = rows[name, N]["ms"]
+            assert 0 < ms["p20"] <= ms["median"] <= ms["p80"]
+            assert ms["repeats"] >= 5
+            expected = 3 * 2 * N * N * 16 / (ms["median"] / 1e3) / 1e12
+            assert rows[name, N]["tflops"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_what_ran_out_of_memory_is_not_tried_at_more_rows(run):
+    assert rows_of(run[0])[1]["greedy", 32]["reason"].endswith("at N = 16 already")
+
+
+def test_a_result_says_where_and_with_what(run):
+    document, _ = rows_of(run[0])
+    assert document["versions"]["torch"] == torch.__version__
+    assert {"cpu", "cores", "threads"} <= document["machine"].keys()
+    assert {"commit", "started", "suite", "device", "settings"} <= document.keys()
+
+
+def test_memory_and_accuracy(run):
+    folder, _ = run
+    _, memory = rows_of(folder, "memory")
+    assert memory["ours-torch", 64]["mib"]["all"] >= 0
+    rows = json.loads((folder / "accuracy.json").read_text())["rows"]
+    trained = {r["candidate"]: r["errors"]["dq"] for r in rows if r["regime"] == "trained"}
+    assert trained["ours-torch"] < 1e-5 < trained["naive"]
+
+
+def test_the_report_of_a_run(run):
+    folder, _ = run
+    text = (folder / "report.md").read_text()
+    assert "| fp32 one-way N=32 D=16 |" in text
+    assert "killed by SIGABRT" in text
+    for picture in ("time.png", "error.png"):
+        assert (folder / picture).stat().st_size > 10_000
+        assert f"({picture})" in text
+
+
+def test_without_a_subcommand(tmp_path, monkeypatch, capsys):
+    """Every job of the suite in turn; here one, of one case."""
+    entry = suites.Entry(suites.grid([16], [16], ["fp32"]), candidates=("ours-torch", "naive"))
+    monkeypatch.setattr(cli, "MEASURED", ("accuracy",))
+    monkeypatch.setattr(suites, "accuracy", lambda suite, device: [entry])
+    main(["--quick", "--out", str(tmp_path), "--device", "cpu"])
+    assert "ours-torch" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"accuracy.json", "error.png", "report.md"}
+
+
+def test_a_hanging_candidate_is_given_up():
+    worker = Worker(str(ALSO))
+    job = {"job": "loss", "case": Case(16, 16).as_dict(), "seconds": 0.0, "candidates": ["hanging"]}
+    try:
+        assert [e for e in worker.run(job, 120) if e.get("candidate") == "hanging"][-1]["status"] == "ok"
+        last = list(worker.run(job | {"case": Case(24, 16).as_dict()}, 2))[-1]
+    finally:
+        worker.stop()
+    assert (last["event"], last["status"]) == ("died", "too slow")
+
+
+def test_what_was_measured_is_kept_when_interrupted(tmp_path):
+    arguments = ["loss", "--n", "16", "24", "--d", "16", "--dtype", "fp32", "--seconds", "0.01", "--out", tmp_path]
+    candidates = ["--also", ALSO, "--candidates", "naive", "hanging"]
+    command = [sys.executable, "-m", "bench", *map(str, arguments + candidates)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        end = time.monotonic() + 60
+        while not (tmp_path / "loss.json").exists() and time.monotonic() < end:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert said.strip().splitlines()[-1].endswith("what was measured is kept")
+    document, rows = rows_of(tmp_path)
+    assert not document["complete"]
+    assert rows["naive", 16]["status"] == rows["hanging", 16]["status"] == "ok"
+
+
+# ------------------------------------------------------------------ what is compared with what
+
+
+PLAIN = [(way, {}) for way in WAYS]
+MORE = [
+    (way, more) for way in ("one-way", "forward") for more in ({"negatives": 32}, {"noise": 96, "negatives": 32})
+]
+
+
+@pytest.mark.parametrize(("way", "more"), PLAIN + MORE, ids=str)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_every_candidate_that_can_be_had_here_passes_the_gate(way, more, dtype):
+    case = Case(32, 384, way, dtype, **more)
+    gate, passed = Gate(case, "cpu"), []
+    for name, candidate in load().items():
+        if name == "naive-compile":
+            continue  # naive, compiled: half a minute
+        try:
+            loss = candidate.loss_for(case)
+        except Unsupported:
+            continue
+        gate.check(candidate, loss)
+        passed.append(name)
+    assert {"ours-torch", "naive"} <= set(passed)
+    if "noise" not in more:
+        assert {"st-mnrl", "st-cached-mnrl"} <= set(passed)
+
+
+def test_the_exact_answer_is_that_of_the_formula():
+    """Against autograd in float64, with noise and hard negatives, and chunk by chunk."""
+    q, k = (x.requires_grad_() for x in regime("middle", 40, 12))
+    negatives = torch.randn(40, 12, dtype=torch.float64, requires_grad=True)
+    noise = torch.randn(50, 12, dtype=torch.float64)
+    columns = F.normalize(torch.cat([k, negatives, noise]), dim=1)
+    loss = F.cross_entropy(F.normalize(q, dim=1) @ columns.T / TEMPERATURE, torch.arange(40))
+    dq, dk, dn = torch.autograd.grad(loss, (q, k, negatives))
+    want = exact(q, k, TEMPERATURE, negatives=negatives, noise=noise)
+    got = {"loss": loss.detach(), "dq": dq, "dk": dk, "dnegatives": dn}
+    assert max(errors(got, want, TEMPERATURE).values()) < 1e-12
+
+
+@pytest.mark.parametrize("options", [{"symmetric": True}, {"noise": "expected", "num_noise": 64}], ids=str)
+def test_the_exact_answer_is_that_of_the_reference(options):
+    q, k = (x.requires_grad_() for x in regime("middle", 40, 12))
+    value = gs_infonce(q, k, **({"num_noise": 0} | options), backend="reference")
+    dq, dk = torch.autograd.grad(value, (q, k))
+    case = Case(40, 12, "symmetric" if "symmetric" in options else "one-way", noise=options.get("num_noise", 0))
+    batch = make_batch(case, "cpu", given_noise=True)
+    batch.q, batch.k = q, k
+    want = load()["ours-expected" if case.noise else "ours-torch"].answer(batch, case)
+    assert max(errors({"loss": value.detach(), "dq": dq, "dk": dk}, want, TEMPERATURE).values()) < 1e-12
+
+
+# ------------------------------------------------------------------ the trainers, and tuning
+
+
+@pytest.mark.parametrize("way", ["simcse.train", "st-cached-mnrl"])
+def test_training_steps(way):
+    spec = {"way": way, "batch": 4, "mini_batch": 2, "steps": 1, "dtype": "fp32", "device": "cpu"}
+    row = measure(spec | {"model": "minilm", "train_file": None}, limit=120)
+    assert row["status"] == "ok", row
+    assert row["sentences_per_second"] == pytest.approx(4e3 / row["ms"]["median"])
+    assert row["mib"] > 0
+
+
+def test_tuning_finds_the_fastest_and_leaves_out_what_fails():
+    cost = {"a": 3.0, "b": 1.0, "c": 1.1, "d": 9.0}
+    calls: list[str] = []
+
+    def step(setting):
+        if setting == "broken":
+            raise RuntimeError("no such tile")
+        return lambda: calls.append(setting)
+
+    def clock(made):
+        made()
+        return cost[calls[-1]]
+
+    *_, (_, ranked) = tune.search(["a", "broken", "b", "c", "d"], step, clock)
+    assert [setting for setting, _ in ranked] == ["b", "c"]
+    assert calls.count("d") < calls.count("b")
+
+
+def test_tuning_the_workspace(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(suites.TUNE, "quick", ((64, 16),))
+    main(["tune", "--quick", "--out", str(tmp_path), "--device", "cpu"])
+    assert "put workspace_bytes =" in capsys.readouterr().out
+    assert json.loads((tmp_path / "tune.json").read_text())["rows"]
+
+
+# ------------------------------------------------------------------ the report
+
+
+def fake(N, ms, candidate="ours-torch", **more):
+    times = {"median": ms, "p20": ms, "p80": ms, "repeats": 5}
+    return Case(N, 256).as_dict() | {"candidate": candidate, "status": "ok", "ms": times} | more
+
+
+def test_growth_is_time_over_the_size_of_the_matrix():
+    table = tables.growth("", [fake(2048, 10.0), fake(4096, 44.0), fake(8192, 160.0)])
+    assert [row[-1] for row in table.rows] == ["1.00", "1.10", "1.00"]
+
+
+def test_ratios_are_of_one_case():
+    rows = [fake(64, 3.0), fake(64, 2.0, "naive"), fake(64, 1.0, FLOOR), fake(64, 6.0, "st-mnrl", loss="InfoNCE")]
+    (line,) = tables.ratios("", rows).rows
+    assert line[3:] == ["3.00×", "1.50×", "–", "0.50× (st-mnrl)"]
+
+
+@pytest.mark.parametrize(("p80", "warned"), [(1.1, False), (1.5, True)])
+def test_a_disturbed_run_says_so(p80, warned, tmp_path):
+    floor = fake(64, 1.0, FLOOR)
+    floor["ms"]["p80"] = p80
+    head = {"machine": {"cpu": "", "capability": "", "threads": 1}, "versions": {"torch": "", "python": ""}}
+    head |= {"commit": "", "started": "", "suite": "", "complete": True}
+    text = report.whole({"loss": head | {"rows": [fake(64, 2.0), floor]}}, tmp_path)
+    assert ("in 1 of 1 cases the bare products' own" in text) == warned
+
+
+def test_the_readme_takes_the_section_between_its_marks(run, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    main(["report", str(run[0]), "--readme", str(readme)])
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert "| fp32 one-way N=32 D=16 |" in text
+    main(["report", str(run[0]), "--readme", str(readme)])
+    assert readme.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["loss", "--candidates", "st-mnlr"], "st-mnlr is unknown; known are"),
+        (["loss", "--n", "0"], "--n 0: a positive number is wanted"),
+        (["loss", "--also", "/no/such/file.py"], "--also /no/such/file.py cannot be run"),
+        (["report", "/no/such/folder"], "holds no results"),
+        (["train", "--train_file", "/no/such.txt"], "--train_file /no/such.txt: there is no such file"),
+        (["loss", "--readme", "/no/such/README.md"], "cannot read or write /no/such/README.md"),
+        (["speed"], "invalid choice: 'speed'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert len(said.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_marks_that_are_not_there_are_named(run, tmp_path, capsys):
+    (tmp_path / "README.md").write_text("no marks")
+    with pytest.raises(SystemExit):
+        main(["report", str(run[0]), "--readme", str(tmp_path / "README.md")])
+    assert report.BEGIN in capsys.readouterr().err
+
+
+def test_flops_of_the_floor():
+    unit = 2 * 10 * 10 * 4
+    assert Case(10, 4).flops == 3 * unit
+    assert Case(10, 4, "symmetric").flops == 4 * unit
+    assert Case(10, 4, "forward").flops == unit
+    assert Case(10, 4, noise=10, negatives=20).flops == 3 * 3 * unit + 2 * unit
+    assert math.isclose(Case(100, 4, noise=300).at(50).noise, 150)
