@@ -193,7 +193,7 @@ def parse(dataclasses: Any, program: str, description: str, argv: list[str] | No
     """The command line as instances of ``dataclasses``; ``UserError`` for an unknown flag or value."""
     parser = _Parser(
         dataclasses,
-        prog=f"python -m {program}",
+        prog=f"python -m {program}" if "." in program else program,
         usage="%(prog)s [--flag value ...]",
         description=description,
         formatter_class=_HelpFormatter,

@@ -91,29 +91,42 @@ def encode(
     batch_size: int = 64,
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """Each distinct sentence → its vector (D,), on the CPU; fp32, no dropout.
-
-    Cut only at the model's own limit. Sentences of like length share a batch, to save padding.
-    """
+    """Each distinct sentence → its vector (D,) on the CPU; cut only at the model's own limit."""
     sentences = list(dict.fromkeys(sentences))
+    return dict(zip(sentences, encode_rows(encoder, tokenizer, sentences, batch_size, progress), strict=True))
+
+
+def encode_rows(
+    encoder: SentenceEncoder,
+    tokenizer: PreTrainedTokenizerBase,
+    sentences: list[str],
+    batch_size: int = 64,
+    progress: bool = True,
+    max_length: int | None = None,
+) -> Tensor:
+    """N sentences → (N, D) on the CPU; fp32, no dropout. Sentences of like length share a batch."""
+    if not sentences:
+        return torch.empty(0, encoder.config.hidden_size)
+    limit = max_tokens(encoder, tokenizer)
     tokens = tokenizer(
-        sentences, truncation=True, max_length=max_tokens(encoder, tokenizer), return_attention_mask=True
+        sentences, truncation=True, max_length=min(limit, max_length or limit), return_attention_mask=True
     )
     lengths = [len(ids) for ids in tokens["input_ids"]]
     order = sorted(range(len(sentences)), key=lengths.__getitem__, reverse=True)
 
     training = encoder.training
     encoder.eval()
-    vectors: dict[str, Tensor] = {}
+    vectors = torch.empty(len(sentences), encoder.config.hidden_size)  # (N, D)
     with torch.no_grad(), torch.autocast(encoder.device.type, enabled=False):
         starts = range(0, len(order), batch_size)
-        for start in tqdm(starts, desc="encoding", unit="batch", leave=False, disable=not progress):
+        for start in tqdm(
+            starts, desc="encoding", unit="batch", leave=False, disable=not progress or len(starts) < 2
+        ):
             chosen = order[start : start + batch_size]
             batch = tokenizer.pad(
                 {name: [rows[i] for i in chosen] for name, rows in tokens.items()}, return_tensors="pt"
             )
-            rows = encoder.embed(**batch.to(encoder.device)).float().cpu()  # (B, D)
-            vectors.update((sentences[i], row) for i, row in zip(chosen, rows, strict=True))
+            vectors[chosen] = encoder.embed(**batch.to(encoder.device)).float().cpu()
     encoder.train(training)
     return vectors
 

@@ -213,7 +213,7 @@ def test_every_recipe_is_flags_that_exist(folder, tmp_path, capsys):
 
 def test_flags_of_the_reference_scripts_are_todays(folder, tmp_path, capsys):
     warnings = []
-    old = "--evaluation_strategy steps --random_size 128 --random_std 0.5 --lambda_g 1.0 --overwrite_output_dir --x 1"
+    old = "--evaluation_strategy steps --random_size 128 --random_std 0.5 --lambda_g 1.0 --overwrite_output_dir --x 1"  # noqa: E501
     new = translate(old.split(), warnings.append)
     assert new == ["--eval_strategy", "steps", "--num_noise", "128", "--noise_weight", "1.0", "--x", "1"]
     assert len(warnings) == 3
