@@ -78,6 +78,13 @@ def closing_table(title: str, before: dict[str, Any], after: dict[str, Any]) -> 
     return table(rows)
 
 
+def markdown(rows: list[tuple[str, ...]]) -> str:
+    """Rows of cells as a Markdown table, the first row a header."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|" + "---|" * len(rows[0]))
+    return "\n".join(lines)
+
+
 def table(rows: list[tuple[str, ...]]) -> str:
     """Rows of cells as aligned text, the first row a header; the first column to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
