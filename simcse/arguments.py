@@ -11,6 +11,7 @@ from transformers.hf_argparser import string_to_bool
 
 from simcse.errors import UserError
 from simcse.model import PoolerType
+from simcse.recipes import RECIPES
 
 POOLERS = (
     "'cls': last-layer [CLS] through an MLP; 'cls_before_pooler': last-layer [CLS] as it is; 'avg': mean "
@@ -41,6 +42,15 @@ class ModelArguments:
         nargs="?",
         const=True,
     )
+    dropout: float | None = flag(
+        None,
+        "Probability of hidden and attention dropout in training; the saved configuration keeps its own. "
+        "Default: the model's.",
+    )
+
+    def __post_init__(self) -> None:
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ValueError(f"--dropout is {self.dropout}; wanted is a number from 0 to below 1, 0.1 is usual")
 
 
 @dataclass
@@ -48,8 +58,12 @@ class DataArguments:
     _argument_group_name = "data"
 
     train_file: str | None = flag(
-        None, "Training sentences, .txt or .txt.gz, one a line, UTF-8. Default: the sentences in the package."
+        None,
+        "Training data, UTF-8: .txt (a sentence a line), .csv, .tsv (with a header), .jsonl, each also .gz, "
+        ".parquet, or a hub dataset 'owner/name'. One column: each sentence is encoded twice; two: pairs; "
+        "three or more: a pair and its hard negatives. Default: the sentences in the package.",
     )
+    strict_data: bool = flag(False, "Stop at rows that cannot be used. Default: report them and go on without.")
     sts_data: str | None = flag(
         None,
         "Graded pairs to watch training on: TSV with the columns task, subset, split, score, sentence1, "
@@ -70,6 +84,24 @@ class LossArguments:
     _argument_group_name = "loss"
 
     temp: float = flag(0.05, "Temperature τ; similarities are cosine / τ.")
+    learn_temperature: bool = flag(False, "Learn τ, from --temp on, between 0.015 and 1.")
+    hard_negative_weight: float = flag(
+        0.0, "Natural logarithm of the weight of an anchor's own hard negatives in its denominator."
+    )
+    mask_duplicates: bool = flag(
+        False, "Rows of a batch with the same text (case and white space apart) are no negatives of each other."
+    )
+    queue_size: int = flag(
+        0, "Embeddings of past batches to keep as further negatives. --mask_duplicates does not look at them."
+    )
+    mini_batch_size: int | None = flag(
+        None,
+        "Sentences that are embedded at a time (gradient caching): memory follows it, while the loss sees the "
+        "whole batch. Costs a second forward pass. Default: the whole batch.",
+    )
+    do_mlm: bool = flag(False, "Also train a masked language model, with a head that is not saved.")
+    mlm_weight: float = flag(0.1, "Weight of the masked language model's loss.")
+    mlm_probability: float = flag(0.15, "Share of the tokens that are masked for it.")
     num_noise: int = flag(
         192, "Gaussian noise vectors that serve as further negatives (GS-InfoNCE); 0 is InfoNCE."
     )
@@ -87,6 +119,17 @@ class LossArguments:
             raise ValueError(
                 f"--num_noise is {self.num_noise} and --noise_weight {self.noise_weight}; wanted is 0 or more"
             )
+        if self.learn_temperature and not 0.015 <= self.temp <= 1:
+            raise ValueError(f"--learn_temperature starts at --temp, {self.temp}; wanted is 0.015 to 1")
+        if self.queue_size < 0:
+            raise ValueError(f"--queue_size is {self.queue_size}; wanted is 0 or more")
+        if self.mini_batch_size is not None and self.mini_batch_size < 1:
+            raise ValueError(f"--mini_batch_size is {self.mini_batch_size}; wanted is 1 or more")
+        if not 0 < self.mlm_probability <= 1 or not self.mlm_weight >= 0:
+            raise ValueError(
+                f"--mlm_probability is {self.mlm_probability} and --mlm_weight {self.mlm_weight}; wanted is "
+                "above 0 to 1, and 0 or more"
+            )
 
 
 @dataclass
@@ -94,6 +137,10 @@ class SimCSETrainingArguments(TrainingArguments):
     """``TrainingArguments`` with defaults for unsupervised SimCSE."""
 
     _argument_group_name = "training"
+
+    recipe: str | None = flag(
+        None, f"Published hyper-parameters, which any other flag overrides: {', '.join(RECIPES)}."
+    )
 
     output_dir: str = flag("runs/simcse", "Folder for the best model, the checkpoints, the log and the plot.")
     per_device_train_batch_size: int = flag(64, "Sentences a batch on each device; the others are its negatives.")
@@ -146,7 +193,7 @@ def parse(dataclasses: Any, program: str, description: str, argv: list[str] | No
     """The command line as instances of ``dataclasses``; ``UserError`` for an unknown flag or value."""
     parser = _Parser(
         dataclasses,
-        prog=f"python -m {program}",
+        prog=f"python -m {program}" if "." in program else program,
         usage="%(prog)s [--flag value ...]",
         description=description,
         formatter_class=_HelpFormatter,

@@ -1,14 +1,13 @@
-"""Training text: a sentence a line, and the batch that encodes each sentence twice."""
+"""What is trained on: the sentences in the package, and the batch that holds V views of each row."""
 
-import gzip
-import zlib
 from importlib import resources
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from simcse.errors import UserError
+Row = tuple[str, ...]
 
 
 def shipped(name: str) -> Path:
@@ -16,40 +15,48 @@ def shipped(name: str) -> Path:
     return Path(str(resources.files("simcse") / "data" / name))
 
 
-def read_sentences(path: str | Path) -> list[str]:
-    """The sentences of a ``.txt`` or ``.txt.gz`` file, one a line, UTF-8; blank lines are skipped."""
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f"there is no file {path}; --train_file takes a .txt or .txt.gz file, a sentence a line")
-    if not path.name.endswith((".txt", ".txt.gz")):
-        raise UserError(f"{path} is neither .txt nor .txt.gz; --train_file takes plain text, a sentence a line")
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig") as lines:
-            sentences = [sentence for line in lines if (sentence := line.strip())]
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not text: {error.reason} in UTF-8; save it as UTF-8") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    if any("\0" in sentence for sentence in sentences):
-        raise UserError(f"{path} is not text: it has NUL bytes; save it as UTF-8")
-    if not sentences:
-        raise UserError(f"{path} holds no sentence; put one on each line")
-    return sentences
+class Views:
+    """B rows of sentences → token ids and masks of V·B rows, view after view: row v·B + i is view v of row i.
 
+    A row of one sentence gives it twice: the two views differ only by the dropout that the model draws for each,
+    SimCSE's positive pair. A row of several gives anchor, positive, and then its hard negatives.
 
-class TwoViews:
-    """B sentences → token ids and masks of 2B rows: row i and row B + i hold sentence i.
-
-    The two rows differ only by the dropout that the model draws for each: SimCSE's positive pair.
+    With ``mask_duplicates`` the batch also has ``ids`` (V·B,): see :func:`duplicate_ids`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, mask_duplicates: bool = False):
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.mask_duplicates = mask_duplicates
 
-    def __call__(self, sentences: list[str]) -> dict[str, Tensor]:
+    def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
+        views = list(zip(*(row * 2 if len(row) == 1 else row for row in rows), strict=True))  # V of B
+        texts = [text for view in views for text in view]
         tokens = self.tokenizer(
-            sentences, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
-        )  # (B, L)
-        return {name: rows.repeat(2, 1) for name, rows in tokens.items()}  # (2B, L)
+            texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+        )  # (V·B, L)
+        batch = dict(tokens)
+        if self.mask_duplicates:
+            batch["ids"] = duplicate_ids(texts, len(rows))
+        return batch
+
+
+def duplicate_ids(texts: list[str], rows: int) -> Tensor:
+    """(V·B,) integers, equal where two texts say that they are no negatives of each other.
+
+    Rows that share an anchor or a positive, after case and white space are made alike, get one id, and so does
+    a hard negative that is such a text; every other hard negative has an id of its own.
+    """
+    keys = [" ".join(text.casefold().split()) for text in texts]
+    parent: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        while parent.setdefault(key, key) != key:
+            key = parent[key]
+        return key
+
+    for anchor, positive in zip(keys[:rows], keys[rows : 2 * rows], strict=True):
+        parent[root(positive)] = root(anchor)
+    number = {key: i for i, key in enumerate(parent)}
+    ids = [number[root(key)] if key in parent else len(number) + i for i, key in enumerate(keys)]
+    return torch.tensor(ids)

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-EXTRA_TRAIN = ("transformers", "safetensors", "scipy", "matplotlib")
+EXTRA_TRAIN = ("transformers", "safetensors", "scipy", "matplotlib", "numpy", "datasets", "pyarrow")
 
 
 class UserError(Exception):

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from simcse.errors import UserError, exit_cleanly
 
@@ -14,8 +15,9 @@ with exit_cleanly("simcse.evaluate"):  # these take seconds, and Ctrl-C has to b
     from simcse.arguments import POOLERS, flag, parse
     from simcse.dataset import shipped
     from simcse.model import PoolerType, load_encoder
-    from simcse.report import table
-    from simcse.sts import encode, geometry, read_sts, spearman, watched_pairs
+    from simcse.plot import plot_densities, plot_path, plot_spectrum
+    from simcse.report import evaluations, markdown, table
+    from simcse.sts import Pairs, cosines, encode, geometry, read_sts_source, spearman, watched_pairs
 
 DESCRIPTION = (
     "Score a sentence encoder on graded pairs of sentences: Spearman × 100 between cosine similarity and "
@@ -35,13 +37,23 @@ class EvaluationArguments:
     )
     sts_data: str | None = flag(
         None,
-        "TSV with the columns task, subset, split, score, sentence1, sentence2, quoted as Python's csv does. "
-        "Default: the pairs in the package.",
+        "TSV with the columns task, subset, split, score, sentence1, sentence2, quoted as Python's csv does; a "
+        "folder of such files; 'mteb' or a name like mteb/stsbenchmark-sts for the sets on the hub. Default: the "
+        "pairs in the package.",
+    )
+    mode: Literal["all", "test", "dev"] = flag(
+        "all", "Which splits: 'test', 'dev' (with 'trial', as SICK-R calls it), or all that the data has."
     )
     output_json: str | None = flag(
         None,
         "File for the scores: task → Spearman × 100 (test split; task-split for another), with alignment and "
         "uniformity.",
+    )
+    output_md: str | None = flag(None, "File for the table as Markdown.")
+    plots: str | None = flag(
+        None,
+        "Folder for plots of the watched pairs: cosine densities by grade, singular values (anisotropy), and the "
+        "alignment-uniformity plane, with the run's path where the model's folder has a trainer_state.json.",
     )
     batch_size: int = flag(64, "Sentences a batch.")
 
@@ -54,9 +66,18 @@ def main(argv: list[str] | None = None) -> None:
     with exit_cleanly("simcse.evaluate"):
         logging.disable_progress_bar()
         (args,) = parse(EvaluationArguments, "simcse.evaluate", DESCRIPTION, argv)
-        tasks = read_sts(args.sts_data or shipped("sts.tsv"))
-        if args.output_json and not Path(args.output_json).parent.is_dir():
-            raise UserError(f"there is no folder {Path(args.output_json).parent} for --output_json; make it first")
+        tasks = read_sts_source(args.sts_data or shipped("sts.tsv"))
+        wanted = {"all": None, "test": ("test",), "dev": ("dev", "trial")}[args.mode]
+        tasks = [pairs for pairs in tasks if wanted is None or pairs.split in wanted]
+        if not tasks:
+            raise UserError(
+                f"{args.sts_data or 'the package'} has no pairs of the split {args.mode}; try --mode all"
+            )
+        for name in ("output_json", "output_md"):
+            if getattr(args, name) and not Path(getattr(args, name)).parent.is_dir():
+                raise UserError(
+                    f"there is no folder {Path(getattr(args, name)).parent} for --{name}; make it first"
+                )
         encoder, tokenizer = load_encoder(args.model_name_or_path, args.pooler)
         if torch.accelerator.is_available():
             encoder.to(torch.accelerator.current_accelerator())
@@ -71,13 +92,54 @@ def main(argv: list[str] | None = None) -> None:
         rows += [(pairs.name, f"{len(pairs.scores):,}", f"{scores[pairs.name]:.2f}") for pairs in tasks]
         if len(tests) > 1:
             rows.append(("mean of test splits", "", f"{sum(tests) / len(tests):.2f}"))
-        print(f"\n{args.model_name_or_path}, {encoder.pooler_type}\n\n{table(rows)}")
+        heading = f"{args.model_name_or_path}, {encoder.pooler_type}"
+        print(f"\n{heading}\n\n{table(rows)}")
+        note = ""
         if shape:
             measures = ", ".join(f"{name} {value:.4f}" for name, value in shape.items())
-            print(f"\n{watched.name}: {measures} (lower is better)")
+            note = f"{watched.name}: {measures} (lower is better)"
+            print(f"\n{note}")
         if args.output_json:
             text = json.dumps({name: _number(value) for name, value in (scores | shape).items()}, indent=2)
             Path(args.output_json).write_text(text + "\n", encoding="utf-8")
+        if args.output_md:
+            Path(args.output_md).write_text(f"{heading}\n\n{markdown(rows)}\n\n{note}\n", encoding="utf-8")
+        if args.plots:
+            _plot(args, heading, watched or tasks[0], vectors, shape)
+
+
+def _plot(
+    args: EvaluationArguments,
+    heading: str,
+    pairs: Pairs,
+    vectors: dict[str, torch.Tensor],
+    shape: dict[str, float],
+) -> None:
+    folder = Path(args.plots)
+    folder.mkdir(parents=True, exist_ok=True)
+    title = f"{pairs.name}, {heading}"
+    plot_densities(cosines(pairs, vectors).tolist(), pairs.scores, title, folder / "cosine_densities.png")
+    rows = torch.stack([vectors[sentence] for sentence in dict.fromkeys(pairs.sentences)])  # (S, D)
+    plot_spectrum(torch.linalg.svdvals(rows.double()).tolist(), title, folder / "singular_values.png")
+    points, best = _trajectory(Path(args.model_name_or_path)), None
+    if points:
+        best = points.pop("best")
+        points = points["points"]
+    elif "alignment" in shape:
+        points = [{"step": 0, **shape}]
+    if points:
+        plot_path(points, title, folder / "alignment_uniformity.png", best)
+    print(f"plots  {folder}")
+
+
+def _trajectory(model: Path) -> dict[str, Any]:
+    """The evaluations of the run that a model's folder keeps the log of; empty without."""
+    file = model / "trainer_state.json"
+    if not file.is_file():
+        return {}
+    state = json.loads(file.read_text(encoding="utf-8"))
+    points = [point for point in evaluations(state["log_history"]) if "alignment" in point]
+    return {"points": points, "best": state.get("best_global_step")} if points else {}
 
 
 def _number(value: float) -> float | None:

@@ -1,7 +1,7 @@
 """The sentence encoder: a transformer of ``transformers``, and one vector for each sentence.
 
-A saved folder holds what ``AutoModel.save_pretrained`` writes (so ``AutoModel.from_pretrained`` reads it),
-the tokenizer, ``simcse_config.json`` (the pooler), and, for the pooler ``cls``, ``mlp.safetensors``.
+It is read from a folder that ``simcse.layout`` wrote, a plain ``AutoModel`` folder, one of sentence-transformers,
+or the hub.
 """
 
 import json
@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from logging import ERROR, getLogger
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from simcse.errors import UserError
 
@@ -24,7 +24,8 @@ PoolerType = Literal["cls", "cls_before_pooler", "avg", "avg_top2", "avg_first_l
 POOLER_TYPES: tuple[str, ...] = get_args(PoolerType)
 
 CONFIG_FILE = "simcse_config.json"
-MLP_FILE = "mlp.safetensors"
+MLP_FILE = "2_Dense/model.safetensors"
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "mlp_dropout")
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # transformers reads .bin with weights_only
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -38,13 +39,12 @@ class SentenceEncoder(nn.Module):
     ``avg_first_last``: of the embedding layer and the last layer. Padding never counts.
     """
 
-    accepts_loss_kwargs = False  # read by transformers.Trainer: the loss is a mean over the batch
-
     def __init__(self, backbone: PreTrainedModel, pooler_type: PoolerType, mlp_only_train: bool = False):
         super().__init__()
         self.backbone = backbone
         self.pooler_type = pooler_type
         self.mlp_only_train = mlp_only_train
+        self.came_with: dict[str, float] = {}  # dropout probabilities of the configuration, where changed
         # The backbone's own pooler is kept as it came, for whoever loads the folder with AutoModel; it takes
         # no part here, and DistributedDataParallel would wait for its gradient.
         if getattr(backbone, "pooler", None) is not None:
@@ -87,33 +87,22 @@ class SentenceEncoder(nn.Module):
         mask = tokens["attention_mask"].unsqueeze(-1).to(last.dtype)  # (B, L, 1)
         return (last * mask).sum(1) / mask.sum(1).clamp(min=1)
 
-    def activation_checkpointing_enable(self, **options: Any) -> None:
-        """What ``--activation_checkpointing`` asks of a model."""
-        self.backbone.activation_checkpointing_enable(**options)
-
-    def get_input_embeddings(self) -> nn.Module:
-        """What ``--neftune_noise_alpha`` asks of a model."""
-        return self.backbone.get_input_embeddings()
+    @contextmanager
+    def original_dropout(self) -> Iterator[None]:
+        """The configuration as it came, without ``--dropout``: what is saved."""
+        changed = {name: getattr(self.config, name) for name in self.came_with}
+        vars(self.config).update(self.came_with)
+        try:
+            yield
+        finally:
+            vars(self.config).update(changed)
 
     def load_weights(self, folder: str | Path) -> None:
         """Take over the weights of a folder that ``save_encoder`` wrote from an encoder of this kind."""
-        saved = _load_backbone(Path(folder))
+        saved, _ = _load_backbone(Path(folder))
         self.backbone.load_state_dict(saved.state_dict())
         if self.mlp is not None:
-            self.mlp.load_state_dict(load_file(Path(folder) / MLP_FILE))
-
-
-def save_encoder(encoder: SentenceEncoder, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write the folder that the head of this file describes."""
-    folder = Path(folder)
-    encoder.backbone.save_pretrained(folder)
-    settings = {"pooler_type": encoder.pooler_type, "mlp_only_train": encoder.mlp_only_train}
-    (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    if encoder.mlp is not None:
-        save_file(encoder.mlp.state_dict(), folder / MLP_FILE)
-    if tokenizer.is_fast:
-        tokenizer.backend_tokenizer.no_truncation()  # or the file keeps the length of the last batch
-    tokenizer.save_pretrained(folder)
+            self.mlp[0].load_state_dict(_read_mlp(Path(folder) / MLP_FILE))
 
 
 def load_encoder(
@@ -122,37 +111,46 @@ def load_encoder(
     mlp_only_train: bool | None = None,
     *,
     new_mlp: bool = False,
-    default_pooler: PoolerType = "avg",
+    default_pooler: PoolerType | None = None,
+    dropout: float | None = None,
 ) -> tuple[SentenceEncoder, PreTrainedTokenizerBase]:
     """An encoder in fp32, with its tokenizer.
 
     Args:
         name_or_path: ``minilm`` (the encoder of the extra ``demo``), a folder, or a name on the hub.
-        pooler_type: by default what the folder was saved with, and else ``default_pooler``.
+        pooler_type: by default what the folder was saved with, then ``default_pooler``, then the pooling of a
+            folder of sentence-transformers, then ``avg``.
         mlp_only_train: by default what the folder was saved with, and else False.
-        new_mlp: whether ``cls`` on a model without an MLP starts a new one, as training does, or is refused.
+        new_mlp: for ``cls`` on a model that simcse did not save: start a new MLP, as training does; otherwise the
+            model's own pooler is the MLP, and a model without one is refused.
+        dropout: probability of hidden and attention dropout instead of the configuration's; not saved.
     """
     source = _resolve(name_or_path)
-    backbone = _load_backbone(source)
+    came_with, changed = _dropout(source, dropout)
+    backbone, fresh_pooler = _load_backbone(source, **changed)
     tokenizer = _load_tokenizer(source)
 
     settings = _read_settings(source)
-    pooler_type = pooler_type or settings.get("pooler_type") or default_pooler
+    pooler_type = pooler_type or settings.get("pooler_type") or default_pooler or _st_pooler(source) or "avg"
     if mlp_only_train is None:
         mlp_only_train = settings.get("mlp_only_train", False)
     encoder = SentenceEncoder(backbone, pooler_type, mlp_only_train)
+    encoder.came_with = came_with
     if encoder.mlp is not None:
         mlp_file = Path(source) / MLP_FILE
         if mlp_file.is_file():
             try:
-                encoder.mlp.load_state_dict(load_file(mlp_file))
+                encoder.mlp[0].load_state_dict(_read_mlp(mlp_file))
             except (SafetensorError, RuntimeError) as error:
                 raise UserError(f"{mlp_file} is not the MLP of this model: {_first_line(error)}") from None
         elif not new_mlp and not mlp_only_train:
-            raise UserError(
-                f"{name_or_path} has no MLP ({MLP_FILE}), which the pooler cls needs; "
-                "say --pooler cls_before_pooler for the [CLS] vector as it is"
-            )
+            own = getattr(getattr(backbone, "pooler", None), "dense", None)
+            if own is None or fresh_pooler:
+                raise UserError(
+                    f"{name_or_path} has no MLP ({MLP_FILE}, or a pooler of its own), which the pooler cls needs; "
+                    "say --pooler cls_before_pooler for the [CLS] vector as it is"
+                )
+            encoder.mlp[0].load_state_dict(own.state_dict())
     return encoder, tokenizer
 
 
@@ -197,7 +195,47 @@ def _resolve(name_or_path: str) -> Path | str:
     return name_or_path
 
 
-def _load_backbone(source: Path | str) -> PreTrainedModel:
+def _read_mlp(file: Path) -> dict[str, Tensor]:
+    return {name.removeprefix("linear."): value for name, value in load_file(file).items()}
+
+
+def _dropout(source: Path | str, dropout: float | None) -> tuple[dict[str, float], dict[str, float]]:
+    """The configuration's dropout probabilities, and what they become; both empty where nothing changes."""
+    if dropout is None:
+        return {}, {}
+    try:
+        config = AutoConfig.from_pretrained(source, local_files_only=isinstance(source, Path))
+    except (OSError, ValueError) as error:
+        raise UserError(_cannot_load("configuration", source, error)) from None
+    came_with = {name: getattr(config, name) for name in DROPOUTS if hasattr(config, name)}
+    if not came_with:
+        raise UserError(f"--dropout: the configuration of {source} names no dropout; leave it out")
+    return came_with, dict.fromkeys(came_with, dropout)
+
+
+def _st_pooler(source: Path | str) -> PoolerType | None:
+    """The pooler of a folder that sentence-transformers saved; None where it is no such folder."""
+    try:
+        modules = json.loads((Path(source) / "modules.json").read_text(encoding="utf-8"))
+        places = {module["type"].rsplit(".", 1)[-1]: Path(source) / module["path"] for module in modules}
+        pooling = json.loads((places["Pooling"] / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    modes = {name.removeprefix("pooling_mode_") for name, on in pooling.items() if on is True}
+    modes.add(str(pooling.get("pooling_mode")))
+    if set(places) <= {"Transformer", "Pooling", "Normalize"}:
+        if modes & {"cls_token", "cls"}:
+            return "cls_before_pooler"
+        if modes & {"mean_tokens", "mean"}:
+            return "avg"
+    raise UserError(
+        f"{source} is a sentence-transformers model of {', '.join(places)} with a pooling that no pooler here is; "
+        "name one with --pooler to read it otherwise"
+    )
+
+
+def _load_backbone(source: Path | str, **changed: float) -> tuple[PreTrainedModel, bool]:
+    """The transformer, and whether its own pooler is new, its weights not among the saved."""
     try:
         with _quiet():
             backbone, report = AutoModel.from_pretrained(
@@ -205,6 +243,7 @@ def _load_backbone(source: Path | str) -> PreTrainedModel:
                 dtype=torch.float32,
                 local_files_only=isinstance(source, Path),
                 output_loading_info=True,
+                **changed,
             )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(_cannot_load("model", source, error)) from None
@@ -214,7 +253,7 @@ def _load_backbone(source: Path | str) -> PreTrainedModel:
             f"the weights of {source} are not those of its config.json: {len(missing)} tensors are missing, "
             f"{missing[0]} among them"
         )
-    return backbone
+    return backbone, any(name.startswith("pooler.") for name in report["missing_keys"])
 
 
 def _load_tokenizer(source: Path | str) -> PreTrainedTokenizerBase:

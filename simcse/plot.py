@@ -1,8 +1,11 @@
-"""The path of an encoder through training: alignment against uniformity, a point an evaluation."""
+"""Plots: the path of training in the alignment-uniformity plane, cosines by grade, and the spectrum."""
 
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -30,7 +33,8 @@ def plot_path(points: list[dict[str, Any]], title: str, path: str | Path, best_s
         ring = {"facecolors": "none", "edgecolors": "crimson", "linewidths": 1.6}
         axes.scatter(x[best], y[best], s=190, zorder=3, label=f"best checkpoint (step {best_step})", **ring)
         axes.legend(loc="best")
-    for i, label, below in ((0, "before", True), (-1, "end", False)):
+    ends = ((0, "before", True), (-1, "end", False)) if len(points) > 1 else ()
+    for i, label, below in ends:
         axes.annotate(
             label, (x[i], y[i]), xytext=(0, -22 if below else 14), textcoords="offset points", ha="center"
         )
@@ -39,5 +43,55 @@ def plot_path(points: list[dict[str, Any]], title: str, path: str | Path, best_s
     axes.set_axisbelow(True)
     axes.set_xlabel("uniformity   (← better)")
     axes.set_ylabel("alignment   (better ↓)")
+    axes.set_title(title)
+    figure.savefig(path, dpi=150)
+
+
+def plot_densities(cosines: Sequence[float], grades: Sequence[float], title: str, path: str | Path) -> None:
+    """Write a PNG: the distribution of the pairs' cosines in each fifth of the range of grades.
+
+    After figure 3 in SimCSE. Grades that tell apart have curves apart.
+    """
+    cosines, grades = np.asarray(cosines), np.asarray(grades)
+    edges = np.linspace(grades.min(), grades.max(), 6)
+    figure, axes = _figure()
+    bins = np.linspace(cosines.min(), max(cosines.max(), cosines.min() + 1e-6), 41)
+    colours = ["#440154", "#3b528b", "#21918c", "#5ec962", "#d9b400"]
+    for i, (low, high) in enumerate(pairwise(edges)):
+        inside = (grades >= low) & ((grades < high) if i < 4 else (grades <= high))
+        if inside.sum() < 2:
+            continue
+        density, _ = np.histogram(cosines[inside], bins, density=True)
+        smooth = np.convolve(density, np.array([1, 2, 3, 2, 1]) / 9, mode="same")
+        label = f"grade {low:.1f} to {high:.1f} ({inside.sum():,} pairs)"
+        axes.plot((bins[1:] + bins[:-1]) / 2, smooth, color=colours[i], linewidth=1.8, label=label)
+    axes.set_xlabel("cosine similarity")
+    axes.set_ylabel("density")
+    if axes.lines:
+        axes.legend(loc="upper left", frameon=False)
+    _save(figure, axes, title, path)
+
+
+def plot_spectrum(values: Sequence[float], title: str, path: str | Path) -> None:
+    """Write a PNG: the singular values of the sentence matrix, the largest 1; a steep fall is anisotropy."""
+    values = np.asarray(values) / max(values)
+    figure, axes = _figure()
+    axes.plot(np.arange(1, len(values) + 1), values, color="#3b528b", linewidth=1.8)
+    axes.set_yscale("log")
+    axes.set_ylim(max(values.min(), 1e-4) / 1.5, 1.5)
+    axes.set_xlabel("index")
+    axes.set_ylabel("singular value / the largest")
+    _save(figure, axes, title, path)
+
+
+def _figure() -> tuple[Figure, Any]:
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _save(figure: Figure, axes: Any, title: str, path: str | Path) -> None:
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
     axes.set_title(title)
     figure.savefig(path, dpi=150)

@@ -39,11 +39,33 @@ def log_line(logs: dict[str, Any], step: int, max_steps: int) -> str:
             cells.append(f"{name} Spearman {value:6.2f}")
         elif key.startswith("eval_"):
             cells.append(f"{name} {value:7.4f}")
-        elif key in ("loss", "grad_norm"):
+        elif key in (
+            "loss",
+            "grad_norm",
+            "mlm_loss",
+            "temperature",
+            "accuracy",
+            "positive_cosine",
+            "negative_cosine",
+        ):
             cells.append(f"{name.replace('_', ' ')} {value:.4f}")
+        elif key == "noise_share":
+            cells.append(f"noise share {value:.1e}")
         elif key == "learning_rate":
             cells.append(f"learning rate {value:.2e}")
     return "   ".join(cells)
+
+
+def training_card(about: str, points: list[dict[str, Any]], state: Any) -> str:
+    """``about`` a run, and its scores before and after, in Markdown: for the model card."""
+    if len(points) < 2:
+        return about
+    best = next((point for point in points if point["step"] == state.best_global_step), points[-1])
+    lines = [f"| watched pairs | step {points[0]['step']} | step {best['step']} |", "|---|---|---|"]
+    for metric, (name, form, _) in METRICS.items():
+        if metric in best:
+            lines.append(f"| {name} | {points[0][metric]:{form}} | {best[metric]:{form}} |")
+    return about + "\n" + "\n".join(lines) + "\n"
 
 
 def closing_table(title: str, before: dict[str, Any], after: dict[str, Any]) -> str:
@@ -54,6 +76,13 @@ def closing_table(title: str, before: dict[str, Any], after: dict[str, Any]) -> 
             old, new = before[metric], after[metric]
             rows.append((name, f"{old:{form}}", f"{new:{form}}", f"{new - old:+{form}}", better))
     return table(rows)
+
+
+def markdown(rows: list[tuple[str, ...]]) -> str:
+    """Rows of cells as a Markdown table, the first row a header."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|" + "---|" * len(rows[0]))
+    return "\n".join(lines)
 
 
 def table(rows: list[tuple[str, ...]]) -> str:

@@ -17,6 +17,12 @@ from fused_infonce import alignment, uniformity
 from simcse.errors import UserError
 from simcse.model import SentenceEncoder, max_tokens
 
+# The hub's STS sets, as mteb takes them → the task
+HUB_SETS = {
+    **{f"mteb/sts{year}-sts": f"STS{year}" for year in (12, 13, 14, 15, 16)},
+    "mteb/stsbenchmark-sts": "STSB",
+    "mteb/sickr-sts": "SICKR",
+}
 COLUMNS = ("task", "subset", "split", "score", "sentence1", "sentence2")
 
 
@@ -78,6 +84,37 @@ def read_sts(path: str | Path) -> list[Pairs]:
     return list(tasks.values())
 
 
+def read_sts_source(source: str | Path) -> list[Pairs]:
+    """``read_sts`` of a file, of every ``.tsv`` in a folder, or, for ``mteb``, of the hub's seven STS sets."""
+    if str(source) in ("mteb", *HUB_SETS):
+        names = HUB_SETS if str(source) == "mteb" else [str(source)]
+        return [pairs for name in names for pairs in _hub_sts(name)]
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return read_sts(source)
+    files = sorted(folder.glob("*.tsv"))
+    if not files:
+        raise UserError(f"the folder {folder} holds no .tsv file of graded pairs")
+    return [pairs for file in files for pairs in read_sts(file)]
+
+
+def _hub_sts(name: str) -> list[Pairs]:
+    from datasets import load_dataset
+
+    try:
+        splits = load_dataset(name)
+    except Exception as error:  # datasets and the hub raise many kinds
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot fetch {name} from the hub ({first}); name a file with --sts_data") from None
+    result = []
+    for hub_split, split in (("validation", "dev"), ("dev", "dev"), ("test", "test")):
+        if hub_split in splits:
+            rows = splits[hub_split]
+            columns = (list(rows[column]) for column in ("sentence1", "sentence2", "score"))
+            result.append(Pairs(HUB_SETS[name], split, *columns))
+    return result
+
+
 def watched_pairs(tasks: list[Pairs]) -> Pairs | None:
     """What training is watched on: the dev split of STS-B, else the first dev split, else None."""
     dev = [pairs for pairs in tasks if pairs.split == "dev"]
@@ -91,38 +128,56 @@ def encode(
     batch_size: int = 64,
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """Each distinct sentence → its vector (D,), on the CPU; fp32, no dropout.
-
-    Cut only at the model's own limit. Sentences of like length share a batch, to save padding.
-    """
+    """Each distinct sentence → its vector (D,) on the CPU; cut only at the model's own limit."""
     sentences = list(dict.fromkeys(sentences))
+    return dict(zip(sentences, encode_rows(encoder, tokenizer, sentences, batch_size, progress), strict=True))
+
+
+def encode_rows(
+    encoder: SentenceEncoder,
+    tokenizer: PreTrainedTokenizerBase,
+    sentences: list[str],
+    batch_size: int = 64,
+    progress: bool = True,
+    max_length: int | None = None,
+) -> Tensor:
+    """N sentences → (N, D) on the CPU; fp32, no dropout. Sentences of like length share a batch."""
+    if not sentences:
+        return torch.empty(0, encoder.config.hidden_size)
+    limit = max_tokens(encoder, tokenizer)
     tokens = tokenizer(
-        sentences, truncation=True, max_length=max_tokens(encoder, tokenizer), return_attention_mask=True
+        sentences, truncation=True, max_length=min(limit, max_length or limit), return_attention_mask=True
     )
     lengths = [len(ids) for ids in tokens["input_ids"]]
     order = sorted(range(len(sentences)), key=lengths.__getitem__, reverse=True)
 
     training = encoder.training
     encoder.eval()
-    vectors: dict[str, Tensor] = {}
+    vectors = torch.empty(len(sentences), encoder.config.hidden_size)  # (N, D)
     with torch.no_grad(), torch.autocast(encoder.device.type, enabled=False):
         starts = range(0, len(order), batch_size)
-        for start in tqdm(starts, desc="encoding", unit="batch", leave=False, disable=not progress):
+        for start in tqdm(
+            starts, desc="encoding", unit="batch", leave=False, disable=not progress or len(starts) < 2
+        ):
             chosen = order[start : start + batch_size]
             batch = tokenizer.pad(
                 {name: [rows[i] for i in chosen] for name, rows in tokens.items()}, return_tensors="pt"
             )
-            rows = encoder.embed(**batch.to(encoder.device)).float().cpu()  # (B, D)
-            vectors.update((sentences[i], row) for i, row in zip(chosen, rows, strict=True))
+            vectors[chosen] = encoder.embed(**batch.to(encoder.device)).float().cpu()
     encoder.train(training)
     return vectors
 
 
-def spearman(pairs: Pairs, vectors: dict[str, Tensor]) -> float:
-    """Spearman's rank correlation × 100 between cosine similarity and the grades; NaN where undefined."""
+def cosines(pairs: Pairs, vectors: dict[str, Tensor]) -> Tensor:
+    """The cosine of each pair, (P,), float64."""
     first = torch.stack([vectors[sentence] for sentence in pairs.first])  # (P, D)
     second = torch.stack([vectors[sentence] for sentence in pairs.second])
-    cosine = F.cosine_similarity(first.double(), second.double())  # (P,)
+    return F.cosine_similarity(first.double(), second.double())
+
+
+def spearman(pairs: Pairs, vectors: dict[str, Tensor]) -> float:
+    """Spearman's rank correlation × 100 between cosine similarity and the grades; NaN where undefined."""
+    cosine = cosines(pairs, vectors)
     if len(cosine) < 2 or cosine.isnan().any() or cosine.max() == cosine.min() or len(set(pairs.scores)) == 1:
         return math.nan
     return 100 * float(spearmanr(cosine.numpy(), pairs.scores).statistic)

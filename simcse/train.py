@@ -1,5 +1,6 @@
-"""``python -m simcse.train``: unsupervised SimCSE on a file of sentences, watched on STS pairs."""
+"""``python -m simcse.train``: SimCSE on a file of sentences, pairs or triplets, watched on STS pairs."""
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -7,15 +8,18 @@ from simcse.errors import UserError, exit_cleanly
 
 with exit_cleanly("simcse.train"):  # these take seconds, and Ctrl-C has to be clean in them too
     from transformers import set_seed
-    from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+    from transformers.trainer_utils import IntervalStrategy, SaveStrategy, get_last_checkpoint
     from transformers.utils import logging
 
     from simcse.arguments import DataArguments, LossArguments, ModelArguments, SimCSETrainingArguments, parse
-    from simcse.dataset import read_sentences, shipped
+    from simcse.dataset import shipped
+    from simcse.legacy import translate
     from simcse.model import load_encoder, max_tokens
     from simcse.plot import plot_path
-    from simcse.report import closing_table, evaluations
+    from simcse.recipes import with_recipe
+    from simcse.report import closing_table, evaluations, training_card
     from simcse.sts import read_sts, watched_pairs
+    from simcse.table import read_table
     from simcse.trainer import SimCSETrainer
 
 DESCRIPTION = (
@@ -32,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         logging.disable_progress_bar()  # of loading weights; training has its own
         trainer = prepare(argv)
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+        trainer.card = training_card(trainer.card, evaluations(trainer.state.log_history), trainer.state)
         trainer.save_model()
         trainer.save_state()
         if trainer.is_world_process_zero():
@@ -40,7 +45,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def prepare(argv: list[str] | None = None) -> SimCSETrainer:
     """The trainer that a command line asks for. Checks every input before anything is written."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = translate(sys.argv[1:] if argv is None else argv, _warn)
+    command = shlex.join(["python", "-m", "simcse.train", *argv])
+    argv = with_recipe(argv)
     if not any(arg.startswith(("--train_file", "--train-file")) for arg in argv):
         argv = [*DEMO_FLAGS, *argv]
     model_args, data_args, loss_args, args = parse(
@@ -49,20 +56,22 @@ def prepare(argv: list[str] | None = None) -> SimCSETrainer:
         DESCRIPTION,
         argv,
     )
-    sentences = read_sentences(data_args.train_file or shipped("sentences.txt"))
+    table = read_table(data_args.train_file or shipped("sentences.txt"), data_args.strict_data)
+    if table.bad:
+        _warn(f"{table.name}: {table.report()}")
     sts_file = data_args.sts_data or (None if data_args.train_file else shipped("sts.tsv"))
     pairs = watched_pairs(read_sts(sts_file)) if sts_file else None
     if sts_file and pairs is None:
         raise UserError(f"{sts_file} has no rows of the split 'dev' to watch; add some, or leave --sts_data out")
 
     batch = args.train_batch_size * args.world_size
-    if batch > len(sentences):
+    if batch > len(table.rows):
         raise UserError(
-            f"a batch of {batch} sentences is more than the {len(sentences)} in "
+            f"a batch of {batch} sentences is more than the {len(table.rows)} in "
             f"{data_args.train_file or 'the package'}; lower --per_device_train_batch_size, or train on more"
         )
-    if args.resume_from_checkpoint and not Path(args.resume_from_checkpoint, "trainer_state.json").is_file():
-        raise UserError(f"{args.resume_from_checkpoint} is no checkpoint: it has no trainer_state.json")
+    if args.resume_from_checkpoint:
+        args.resume_from_checkpoint = _checkpoint(args)
     if pairs is None:
         args.eval_strategy = IntervalStrategy.NO
         args.eval_on_start = args.load_best_model_at_end = False
@@ -87,6 +96,7 @@ def prepare(argv: list[str] | None = None) -> SimCSETrainer:
         model_args.mlp_only_train,
         new_mlp=True,
         default_pooler="cls_before_pooler",
+        dropout=model_args.dropout,
     )
     limit = max_tokens(encoder, tokenizer)
     if data_args.max_seq_length > limit:
@@ -94,16 +104,41 @@ def prepare(argv: list[str] | None = None) -> SimCSETrainer:
             f"--max_seq_length {data_args.max_seq_length} is more than the {limit} tokens the model reads"
         )
     try:  # transformers checks what the flags ask of this machine, then makes the folder
-        trainer = SimCSETrainer(encoder, tokenizer, args, loss_args, sentences, pairs, data_args.max_seq_length)
+        trainer = SimCSETrainer(encoder, tokenizer, args, loss_args, table.rows, pairs, data_args.max_seq_length)
     except OSError as error:
         raise UserError(f"cannot write to --output_dir {args.output_dir}: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{error} (--help lists the flags)") from None
+    trainer.card = (
+        f"Trained from `{model_args.model_name_or_path}` on {len(table.rows):,} rows of {len(table.rows[0])} "
+        f"columns of `{Path(table.name).name}`"
+        + (f", recipe `{args.recipe}`" if args.recipe else "")
+        + f":\n\n```sh\n{command}\n```\n"
+    )
+    kind = {1: "sentences", 2: "pairs"}.get(
+        len(table.rows[0]), f"pairs with {len(table.rows[0]) - 2} hard negatives"
+    )
     print(
-        f"{model_args.model_name_or_path}, {encoder.pooler_type}: {len(sentences):,} sentences, "
+        f"{model_args.model_name_or_path}, {encoder.pooler_type}: {len(table.rows):,} {kind}, "
         f"{batch} a batch" + (f"; {len(pairs.scores):,} pairs of {pairs.name}" if pairs else ", no pairs")
     )
     return trainer
+
+
+def _warn(message: str) -> None:
+    print(f"simcse.train: warning: {message}", file=sys.stderr)
+
+
+def _checkpoint(args: SimCSETrainingArguments) -> str:
+    """The folder that ``--resume_from_checkpoint`` means; ``true`` is the latest in ``--output_dir``."""
+    folder = args.resume_from_checkpoint
+    if str(folder).lower() == "true":
+        folder = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+        if folder is None:
+            raise UserError(f"--resume_from_checkpoint: {args.output_dir} holds no checkpoint")
+    if not Path(folder, "trainer_state.json").is_file():
+        raise UserError(f"{folder} is no checkpoint: it has no trainer_state.json")
+    return folder
 
 
 def conclude(trainer: SimCSETrainer) -> None:
@@ -112,7 +147,7 @@ def conclude(trainer: SimCSETrainer) -> None:
     points = evaluations(trainer.state.log_history)
     best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
     if len(points) > 1:
-        title = f"{trainer.eval_dataset.name}, {trainer.model.pooler_type}"
+        title = f"{trainer.eval_dataset.name}, {trainer.model.encoder.pooler_type}"
         after = next((point for point in points if point["step"] == best), points[-1])
         print("\n" + closing_table(title, points[0], after) + "\n")
         if "alignment" in points[0]:

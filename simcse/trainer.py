@@ -1,11 +1,15 @@
-"""The trainer: ``transformers.Trainer`` with GS-InfoNCE for a loss and the STS pairs for an evaluation."""
+"""The trainer: ``transformers.Trainer`` with the SimCSE objective and the STS pairs for an evaluation."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (
+    DataCollatorForLanguageModeling,
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
@@ -13,44 +17,54 @@ from transformers import (
     TrainerCallback,
     TrainerState,
 )
+from transformers.trainer_utils import rotate_checkpoints
 
-from fused_infonce import gs_infonce
 from simcse.arguments import LossArguments, SimCSETrainingArguments
-from simcse.dataset import TwoViews
-from simcse.model import SentenceEncoder, save_encoder
+from simcse.dataset import Row, Views
+from simcse.layout import save_encoder
+from simcse.model import SentenceEncoder
+from simcse.objective import Objective, embed_in_parts
 from simcse.report import log_line
 from simcse.sts import Pairs, encode, geometry, spearman
 
+OBJECTIVE_FILE = "objective.safetensors"  # in checkpoints: a learned temperature, the queue, the MLM head
+
 
 class SimCSETrainer(Trainer):
-    """Unsupervised SimCSE (Gao et al. 2021) with Gaussian negatives (GS-InfoNCE, COLING 2022).
+    """SimCSE (Gao et al. 2021) with Gaussian negatives (GS-InfoNCE, COLING 2022).
 
-    ``train_dataset`` is a list of sentences; ``eval_dataset`` the pairs to watch, or None.
+    ``rows`` are tuples of one sentence (encoded twice), two (a pair), or more (a pair and its hard negatives), all
+    of one length; ``pairs`` are what evaluation scores, or None.
     """
 
     args: SimCSETrainingArguments
-    model: SentenceEncoder
+    model: Objective
     loss_is_scaled_for_ga = False  # a mean over each batch: Trainer divides it by the accumulation steps
 
     def __init__(
         self,
-        model: SentenceEncoder,
+        encoder: SentenceEncoder,
         tokenizer: PreTrainedTokenizerBase,
         args: SimCSETrainingArguments,
-        loss: LossArguments,
-        sentences: list[str],
+        options: LossArguments,
+        rows: list[Row],
         pairs: Pairs | None = None,
         max_seq_length: int = 32,
     ):
         super().__init__(
-            model=model,
+            model=Objective(encoder, options),
             args=args,
-            data_collator=TwoViews(tokenizer, max_seq_length),
-            train_dataset=sentences,
+            data_collator=Views(tokenizer, max_seq_length, options.mask_duplicates),
+            train_dataset=rows,
             eval_dataset=pairs,
             processing_class=tokenizer,
         )
-        self.loss = loss
+        self.options = options
+        self.views = max(2, len(rows[0]))
+        self.card = ""  # the model card of what is saved
+        self._draws: tuple[int, torch.Generator] | None = None
+        self._stats: dict[str, float] = {}
+        self._masking = DataCollatorForLanguageModeling(tokenizer, mlm_probability=options.mlm_probability)
         for printing in (ProgressCallback, PrinterCallback):
             self.remove_callback(printing)
         if not args.disable_tqdm:
@@ -64,23 +78,55 @@ class SimCSETrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """GS-InfoNCE between the two views of B sentences, encoded as one batch of 2B rows."""
-        vectors = model(**inputs)  # (2B, D)
-        anchors, positives = vectors.chunk(2)  # (B, D) each
-        # Noise of its own, by seed and step: dropout is then the same with noise and without, so that the two
-        # can be compared under one seed, and a resumed run draws what an unbroken one would.
-        generator = torch.Generator().manual_seed(1_000_003 * self.args.seed + self.state.global_step)
+        """(GS-)InfoNCE over the views of B rows, (V·B, L), embedded as one batch or in mini batches; plus MLM."""
+        inputs = dict(inputs)
+        ids = inputs.pop("ids", None)
+        if self.options.do_mlm:
+            inputs |= self._mask(inputs)
+        vectors, mlm = embed_in_parts(model, inputs, self.options.mini_batch_size)  # (V·B, D), ()
+        columns = self.model.columns(vectors, self.views, ids)
+        generator = self._generator()
+        before = generator.clone_state()
         with self.accelerator.autocast():
-            loss = gs_infonce(
-                anchors,
-                positives,
-                temperature=self.loss.temp,
-                num_noise=self.loss.num_noise,
-                noise_weight=self.loss.noise_weight,
-                noise=self.loss.noise,
-                generator=generator,
-            )
+            loss = self.model.loss(**vars(columns), generator=generator)
+        if self._is_logging_step():
+            self._stats = self.model.stats(columns, before)
+        if self.options.do_mlm:
+            mlm = mlm / (inputs["labels"] != -100).sum().clamp(min=1)
+            if self._stats:
+                self._stats |= {"contrastive_loss": float(loss.detach()), "mlm_loss": float(mlm.detach())}
+            loss = loss + self.options.mlm_weight * mlm
+        if self.model.training:
+            self.model.enqueue(columns.positives)
         return (loss, vectors) if return_outputs else loss
+
+    def _generator(self) -> torch.Generator:
+        """Random numbers of the step, beside dropout's, by seed and step.
+
+        So dropout is the same with noise and without, and the two can be compared under one seed; and a resumed
+        run draws what an unbroken one would. Batches that are accumulated in one step draw one after the other.
+        """
+        step = self.state.global_step
+        if self._draws is None or self._draws[0] != step:
+            self._draws = step, torch.Generator().manual_seed(1_000_003 * self.args.seed + step)
+        return self._draws[1]
+
+    def _mask(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A share of the tokens masked as transformers' collator for BERT does."""
+        self._masking.generator = self._generator()
+        masked, labels = self._masking.torch_mask_tokens(inputs["input_ids"].cpu().clone())
+        labels[inputs["attention_mask"].cpu() == 0] = -100
+        return {"masked_ids": masked.to(self.args.device), "labels": labels.to(self.args.device)}
+
+    def _is_logging_step(self) -> bool:
+        every = self.state.logging_steps
+        return self.model.training and every > 0 and (self.state.global_step + 1) % every == 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = {**logs, **self._stats}
+            self._stats = {}
+        super().log(logs, start_time)
 
     def evaluate(
         self,
@@ -91,7 +137,7 @@ class SimCSETrainer(Trainer):
         """Spearman × 100, alignment and uniformity on the pairs, in fp32 without dropout."""
         pairs = eval_dataset or self.eval_dataset
         vectors = encode(
-            self.model,
+            self.model.encoder,
             self.processing_class,
             pairs.sentences,
             self.args.per_device_eval_batch_size,
@@ -106,14 +152,48 @@ class SimCSETrainer(Trainer):
     # An encoder is more than one file of weights: these three are where Trainer writes and reads it.
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.args.should_save:
-            save_encoder(self.model, self.processing_class, output_dir or self.args.output_dir)
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        save_encoder(self.model.encoder, self.processing_class, folder, self.card)
+        extra = self.model.extra_state()
+        if extra and folder != Path(self.args.output_dir):
+            save_file(extra, folder / OBJECTIVE_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.model.load_weights(resume_from_checkpoint)
+        self.model.encoder.load_weights(resume_from_checkpoint)
+        extra = Path(resume_from_checkpoint) / OBJECTIVE_FILE
+        if extra.is_file():
+            self.model.load_extra_state(load_file(extra, device=str(self.args.device)))
 
     def _load_best_model(self) -> None:
-        self.model.load_weights(self.state.best_model_checkpoint)
+        self.model.encoder.load_weights(self.state.best_model_checkpoint)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """A checkpoint is written in a folder of its own and then moved: it is whole, or it is not there."""
+        output = Path(self.args.output_dir)
+        self._run_dir = output / ".unfinished"
+        shutil.rmtree(self._run_dir, ignore_errors=True)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            unfinished, self._run_dir = self._run_dir, output
+        name = f"checkpoint-{self.state.global_step}"
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(output / name)
+            self.state.save_to_json(str(unfinished / name / "trainer_state.json"))
+        shutil.rmtree(output / name, ignore_errors=True)
+        (unfinished / name).rename(output / name)
+        unfinished.rmdir()
+        rotate_checkpoints(
+            output_dir=str(output),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=True,
+        )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(getattr(self, "_run_dir", self.args.output_dir))
 
 
 class ProgressBar(ProgressCallback):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from simcse.dataset import TwoViews, read_sentences, shipped
+from simcse.dataset import Views, shipped
 from simcse.errors import UserError
+from simcse.table import read_table
 
 TEXT = "Der Fluss ist 80 km lang.\n\n  Ein Satz mit Rand.\t\n   \nNaïve café, “quoted” and 日本.\n"
 SENTENCES = ["Der Fluss ist 80 km lang.", "Ein Satz mit Rand.", "Naïve café, “quoted” and 日本."]
@@ -28,45 +29,46 @@ SENTENCES = ["Der Fluss ist 80 km lang.", "Ein Satz mit Rand.", "Naïve café, �
 def test_a_sentence_a_line(tmp_path, raw, name):
     path = tmp_path / name
     path.write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
-    assert read_sentences(path) == SENTENCES
+    assert [row for (row,) in read_table(path).rows] == SENTENCES
 
 
 def test_only_line_ends_separate_sentences(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one\u2028still one\x85and one\ntwo\n", encoding="utf-8")
-    assert len(read_sentences(path)) == 2
+    assert len(read_table(path).rows) == 2
 
 
 @pytest.mark.parametrize(
     ("name", "raw", "message"),
     [
-        ("empty.txt", b"", "holds no sentence"),
-        ("blank.txt", b"\n \n\t\n", "holds no sentence"),
-        ("latin.txt", "Stra\xdfe".encode("latin-1"), "not text"),
+        ("empty.txt", b"", "it is empty"),
+        ("blank.txt", b"\n \n\t\n", "3 of 3 rows .*line 1: empty sentence"),
+        ("latin.txt", "Stra\xdfe".encode("latin-1"), "line 1: broken UTF-8"),
         ("model.txt", b"ab\0cd", "not text"),
-        ("packed.txt", gzip.compress(b"text"), "not text"),
+        ("packed.txt", gzip.compress(b"text"), "NUL bytes|broken UTF-8"),
         ("plain.txt.gz", b"text", "cannot read"),
         ("cut.txt.gz", gzip.compress(b"text " * 1000)[:-12], "cannot read"),
-        ("table.csv", b"a,b\n", "takes plain text"),
+        ("table.csv", b"a,b\n", "it is empty"),
+        ("table.xlsx", b"a,b\n", "of no format"),
     ],
 )
 def test_what_is_not_sentences_is_named(tmp_path, name, raw, message):
     (tmp_path / name).write_bytes(raw)
     with pytest.raises(UserError, match=message) as caught:
-        read_sentences(tmp_path / name)
+        read_table(tmp_path / name)
     assert name in str(caught.value)
 
 
 def test_missing_file_and_folder_are_named(tmp_path):
     with pytest.raises(UserError, match=r"no file .*nowhere\.txt"):
-        read_sentences(tmp_path / "nowhere.txt")
+        read_table(tmp_path / "nowhere.txt")
     with pytest.raises(UserError, match="there is no file"):
-        read_sentences(tmp_path)
+        read_table(tmp_path)
 
 
 def test_batch_holds_each_sentence_twice_and_cuts_to_length():
     tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_DIR)
-    batch = TwoViews(tokenizer, max_length=6)(["one two three four five six seven", "one", "two three"])
+    batch = Views(tokenizer, max_length=6)([("one two three four five six seven",), ("one",), ("two three",)])
     assert batch["input_ids"].shape == (6, 6)
     for rows in batch.values():
         assert torch.equal(rows[:3], rows[3:])
@@ -76,5 +78,5 @@ def test_batch_holds_each_sentence_twice_and_cuts_to_length():
 def test_package_ships_sentences_and_graded_pairs():
     from simcse.sts import read_sts, watched_pairs
 
-    assert len(read_sentences(shipped("sentences.txt"))) >= 64  # a batch at least
+    assert len(read_table(shipped("sentences.txt")).rows) >= 64  # a batch at least
     assert watched_pairs(read_sts(shipped("sts.tsv"))) is not None

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 from simcse.errors import UserError
-from simcse.model import POOLER_TYPES, SentenceEncoder, load_encoder, max_tokens, save_encoder
+from simcse.layout import save_encoder
+from simcse.model import POOLER_TYPES, SentenceEncoder, load_encoder, max_tokens
 from simcse.sts import encode
 
 SENTENCES = ["A man is playing a guitar.", "Snow.", "The committee will meet again on Tuesday, it said."]
@@ -102,7 +103,11 @@ def test_saved_folder_is_safetensors_and_reads_with_transformers_alone(tiny, tmp
     assert not [file.name for file in tmp_path.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".pkl")]
     plain = AutoModel.from_pretrained(tmp_path)
     for name, weight in encoder.backbone.state_dict().items():
-        torch.testing.assert_close(plain.state_dict()[name], weight)
+        if not name.startswith("pooler."):
+            torch.testing.assert_close(plain.state_dict()[name], weight)
+    with torch.no_grad():
+        tokens = tokens_of(tokenizer)
+        torch.testing.assert_close(plain.eval()(**tokens).pooler_output, encoder.eval()(**tokens))
 
 
 def test_saved_tokenizer_does_not_keep_the_training_length(tiny, tmp_path):
@@ -157,9 +162,16 @@ def test_roberta_positions_start_after_the_padding_index():
     assert encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).isfinite().all()
 
 
-def test_cls_without_its_mlp_is_refused_and_says_what_to_do(tiny):
+def test_cls_is_the_models_own_pooler_and_without_one_is_refused(tiny, tmp_path):
+    encoder, tokenizer = load_encoder(str(tiny), "cls")
+    tokens = tokens_of(tokenizer)
+    with torch.no_grad():
+        own = AutoModel.from_pretrained(tiny)(**tokens).pooler_output
+        torch.testing.assert_close(encoder.eval()(**tokens), own)
+    BertModel.from_pretrained(tiny, add_pooling_layer=False).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"has no MLP.*--pooler cls_before_pooler"):
-        load_encoder(str(tiny), "cls")
+        load_encoder(str(tmp_path), "cls")
 
 
 def break_weights(folder):

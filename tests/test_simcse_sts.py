@@ -14,7 +14,7 @@ from test_simcse_model import make_tiny_model
 from simcse import evaluate
 from simcse.errors import UserError
 from simcse.model import load_encoder
-from simcse.sts import COLUMNS, Pairs, encode, geometry, read_sts, spearman, watched_pairs
+from simcse.sts import COLUMNS, Pairs, encode, geometry, read_sts, read_sts_source, spearman, watched_pairs
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +147,46 @@ def test_command_prints_a_table_and_writes_flat_json(tiny, tmp_path, capsys):
     pairs = read_sts(sts)[0]
     vectors = encode(encoder, tokenizer, pairs.sentences, progress=False)
     assert scores["STS12"] == pytest.approx(spearman(pairs, vectors), abs=1e-3)
+
+
+def test_command_takes_folders_and_modes_and_writes_markdown_and_plots(tiny, tmp_path, capsys):
+    words = dict(zip("abcd", ("snow", "rain", "a man plays", "a woman sings"), strict=True))
+    rows = [(*row[:4], words[row[4]], words[row[5]]) for row in ROWS]
+    (tmp_path / "data").mkdir()
+    write_sts(tmp_path / "data" / "one.tsv", rows)
+    write_sts(
+        tmp_path / "data" / "two.tsv", [("SICKR", "s", "trial", i, "snow", words[w]) for i, w in enumerate("bcd")]
+    )
+    scores = {}
+    for mode in ("dev", "test"):
+        output = tmp_path / f"{mode}.json"
+        run = [
+            "--model_name_or_path",
+            str(tiny),
+            "--sts_data",
+            str(tmp_path / "data"),
+            "--output_json",
+            str(output),
+        ]
+        run += ["--output_md", str(tmp_path / "scores.md"), "--plots", str(tmp_path / "plots"), "--mode", mode]
+        evaluate.main(run)
+        scores[mode] = set(json.loads(output.read_text())) - {"alignment", "uniformity"}
+    assert scores == {"dev": {"STSB-dev", "SICKR-trial"}, "test": {"STS12"}}
+    assert "| STS12 | 5 |" in (tmp_path / "scores.md").read_text()
+    for name in ("cosine_densities", "singular_values", "alignment_uniformity"):
+        assert (tmp_path / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_sets_of_the_hub_are_read_as_mteb_has_them(monkeypatch):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"sentence1": ["a", "b"], "sentence2": ["c", "d"], "score": [1.0, 2.0]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: {"validation": rows, "test": rows, "train": rows})
+    assert [pairs.name for pairs in read_sts_source("mteb/stsbenchmark-sts")] == ["STSB-dev", "STSB"]
+    assert len(read_sts_source("mteb")) == 14
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: 1 / 0)
+    with pytest.raises(UserError, match=r"cannot fetch mteb/sts12-sts .*--sts_data"):
+        read_sts_source("mteb")
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,11 @@ from test_simcse_sts import write_sts
 
 from fused_infonce import gs_infonce
 from simcse import train
-from simcse.dataset import read_sentences, shipped
+from simcse.dataset import shipped
 from simcse.model import load_encoder
 from simcse.report import evaluations
 from simcse.sts import encode, geometry, read_sts, spearman, watched_pairs
+from simcse.table import read_table
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def folder(tmp_path_factory):
     """A tiny model, sentences and graded pairs."""
     folder = tmp_path_factory.mktemp("inputs")
     make_tiny_model(folder / "model")
-    sentences = read_sentences(shipped("sentences.txt"))
+    sentences = [row for (row,) in read_table(shipped("sentences.txt")).rows]
     (folder / "train.txt").write_text("\n".join(sentences[:96]), encoding="utf-8")
     grades = [5.0, 4.2, 3.0, 2.5, 1.0, 0.0]
     rows = [("STSB", "x", "dev", grades[i % 6], sentences[i], sentences[i + 1]) for i in range(24)]
@@ -131,9 +132,9 @@ def test_loss_is_gs_infonce_between_the_two_views(folder, tmp_path):
     assert loss.item() == pytest.approx(usual.item(), rel=1e-4)
     assert abs(usual - math.log(16)) > 0.01  # what vectors that are all the same would give
 
-    trainer.loss.num_noise, trainer.loss.noise = 50, "expected"
+    trainer.model.loss.num_noise, trainer.model.loss.noise = 50, "expected"
     loss = trainer.compute_loss(trainer.model.eval(), batch)
-    vectors = trainer.model(**batch).chunk(2)
+    vectors = trainer.model(**batch)[0].chunk(2)
     expected = gs_infonce(*vectors, temperature=0.1, num_noise=50, noise="expected")
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -142,10 +143,10 @@ def test_noise_does_not_change_the_dropout_that_a_seed_draws(folder, tmp_path):
     trainer = train.prepare(flags(folder, tmp_path, num_noise=0))
     batch = next(iter(trainer.get_train_dataloader()))
     seen = {}
-    for trainer.loss.num_noise in (0, 100):
+    for trainer.model.loss.num_noise in (0, 100):
         torch.manual_seed(3)
         loss, vectors = trainer.compute_loss(trainer.model.train(), batch, return_outputs=True)
-        seen[trainer.loss.num_noise] = loss.item(), vectors, torch.get_rng_state()
+        seen[trainer.model.loss.num_noise] = loss.item(), vectors, torch.get_rng_state()
     assert seen[100][0] > seen[0][0]
     assert torch.equal(seen[100][1], seen[0][1])
     assert torch.equal(seen[100][2], seen[0][2])
@@ -164,18 +165,18 @@ def test_bf16_training_is_evaluated_in_fp32(folder, tmp_path):
             assert point[metric] == pytest.approx(exact[key], abs=1e-6)
     tokens = next(iter(trainer.get_train_dataloader()))
     trainer.model.eval()
-    assert not torch.equal(trainer.model(**tokens), trainer.model.embed(**tokens))  # forward is in bf16
+    assert not torch.equal(trainer.model(**tokens)[0], trainer.model.encoder.embed(**tokens))  # forward is in bf16
 
 
 def test_every_pooler_trains_and_a_new_mlp_is_saved(folder, tmp_path, capsys):
     train.main(flags(folder, tmp_path / "mlp", pooler_type="cls", mlp_only_train=True, max_steps=2))
     encoder, _ = load_encoder(str(tmp_path / "mlp"))
     assert (encoder.pooler_type, encoder.mlp_only_train) == ("cls", True)
-    fresh = train.prepare(flags(folder, tmp_path / "new", pooler_type="cls")).model
+    fresh = train.prepare(flags(folder, tmp_path / "new", pooler_type="cls")).model.encoder
     assert not torch.equal(encoder.mlp[0].weight, fresh.mlp[0].weight)
     again = train.prepare(
         flags(folder, tmp_path / "again", model_name_or_path=tmp_path / "mlp")
-    ).model  # goes on from the saved MLP
+    ).model.encoder  # goes on from the saved MLP
     assert torch.equal(encoder.mlp[0].weight, again.mlp[0].weight)
 
 

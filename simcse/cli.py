@@ -1,0 +1,32 @@
+"""The command ``simcse``: train, evaluate, encode, search, convert."""
+
+import importlib
+import sys
+
+from simcse.errors import UserError, exit_cleanly
+
+COMMANDS = {
+    "train": ("simcse.train", "train an encoder on sentences, pairs or triplets"),
+    "evaluate": ("simcse.evaluate", "score an encoder on the STS tasks; plots"),
+    "encode": ("simcse.encode", "a file of sentences → a file of vectors, .npy or .parquet"),
+    "search": ("simcse.search", "the sentences of a file that are closest to a query"),
+    "convert": ("simcse.convert", "a checkpoint of the reference → a folder for every library"),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: simcse COMMAND [--flag value ...]\n\nSentence embeddings by contrastive learning.\n")
+        print("\n".join(f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items()))
+        print("\nsimcse COMMAND --help explains a command. A first run: simcse train")
+        return
+    with exit_cleanly("simcse"):
+        if argv[0] not in COMMANDS:
+            raise UserError(f"unknown command {argv[0]}; choose from {', '.join(COMMANDS)}")
+        module = importlib.import_module(COMMANDS[argv[0]][0])
+    module.main(argv[1:])
+
+
+if __name__ == "__main__":
+    main()

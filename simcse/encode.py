@@ -1,0 +1,72 @@
+"""``simcse encode``: a file of sentences → their vectors, as .npy or .parquet."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from simcse.errors import UserError, exit_cleanly
+
+with exit_cleanly("simcse.encode"):
+    import numpy as np
+    from transformers.utils import logging
+
+    from simcse.arguments import flag, parse
+    from simcse.table import read_table
+    from simcse.tool import SimCSE
+
+DESCRIPTION = (
+    "Write the vectors of the sentences in a file, in its order: .npy (N, D), or .parquet with the sentences."
+)
+
+
+@dataclass
+class EncodeArguments:
+    model_name_or_path: str = flag("minilm", "A model folder, a name on the hub, or 'minilm'.")
+    input: str | None = flag(None, "The sentences: .txt, or the first column of .csv, .tsv, .jsonl, .parquet.")
+    output: str | None = flag(None, "File to write, .npy or .parquet.")
+    batch_size: int = flag(64, "Sentences a batch.")
+    max_length: int = flag(128, "Tokens a sentence is cut to.")
+    normalize: bool = flag(True, "Write unit vectors.")
+
+    def __post_init__(self) -> None:
+        if not self.input or not self.output:
+            raise ValueError("--input and --output are both needed")
+        if self.batch_size < 1 or self.max_length < 3:
+            raise ValueError(
+                f"--batch_size {self.batch_size} and --max_length {self.max_length}: at least 1 and 3"
+            )
+
+
+def main(argv: list[str] | None = None) -> None:
+    with exit_cleanly("simcse.encode"):
+        logging.disable_progress_bar()
+        (args,) = parse(EncodeArguments, "simcse.encode", DESCRIPTION, argv)
+        output = Path(args.output)
+        if output.suffix not in (".npy", ".parquet"):
+            raise UserError(f"--output {output} is neither .npy nor .parquet")
+        if not output.parent.is_dir():
+            raise UserError(f"there is no folder {output.parent} for --output; make it first")
+        # Every line has its vector: a bad one stops, or rows would no longer be lines.
+        sentences = [row[0] for row in read_table(args.input, strict=True).rows]
+        vectors = SimCSE(args.model_name_or_path).encode(
+            sentences,
+            return_numpy=True,
+            normalize_to_unit=args.normalize,
+            batch_size=args.batch_size,
+            max_length=args.max_length,
+        )
+        unfinished = output.with_name(output.name + ".unfinished")
+        with unfinished.open("wb") as file:
+            if output.suffix == ".npy":
+                np.save(file, vectors)
+            else:
+                import pyarrow as pa
+                import pyarrow.parquet as pq
+
+                features = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+                pq.write_table(pa.table({"sentence": sentences, "embedding": features}), file)
+        unfinished.replace(output)
+        print(f"{len(vectors):,} vectors of {vectors.shape[1]} features  {output}")
+
+
+if __name__ == "__main__":
+    main()

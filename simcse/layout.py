@@ -1,0 +1,123 @@
+"""The folder that a trained encoder is saved as: transformers, sentence-transformers and simcse read it.
+
+config.json, model.safetensors     AutoModel; its pooler is the MLP of ``cls`` where the class has one
+tokenizer.json, ...                AutoTokenizer
+modules.json                       what sentence-transformers does with a sentence, in order
+sentence_bert_config.json, 1_Pooling/config.json, config_sentence_transformers.json
+2_Dense/                           the MLP of ``cls`` as sentence-transformers' Dense layer
+simcse_config.json                 pooler and mlp_only_train, for simcse
+README.md                          the model card
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase
+
+from simcse.model import CONFIG_FILE, MLP_FILE, SentenceEncoder, max_tokens
+
+# pooler → sentence-transformers' name; the two that are missing take more than the last layer
+POOLING = {"cls": "cls", "cls_before_pooler": "cls", "avg": "mean"}
+INSIDE = "sentence_transformers.models."  # read by every version since 2
+
+
+def save_encoder(
+    encoder: SentenceEncoder, tokenizer: PreTrainedTokenizerBase, folder: str | Path, card: str = ""
+) -> None:
+    """Write the folder that the head of this file describes; ``card`` goes into the model card."""
+    folder = Path(folder)
+    weights = encoder.backbone.state_dict()
+    if encoder.mlp is not None:
+        linear = encoder.mlp[0].state_dict()
+        for name, value in linear.items():
+            if f"pooler.dense.{name}" in weights:
+                weights[f"pooler.dense.{name}"] = value
+        (folder / MLP_FILE).parent.mkdir(parents=True, exist_ok=True)
+        save_file({f"linear.{name}": value.contiguous() for name, value in linear.items()}, folder / MLP_FILE)
+    with encoder.original_dropout():
+        encoder.backbone.save_pretrained(folder, state_dict=weights)
+    _write(folder / CONFIG_FILE, {"pooler_type": encoder.pooler_type, "mlp_only_train": encoder.mlp_only_train})
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()  # or the file keeps the length of the last batch
+    tokenizer.save_pretrained(folder)
+    _save_modules(encoder, folder, max_tokens(encoder, tokenizer))
+    (folder / "README.md").write_text(model_card(encoder, card), encoding="utf-8")
+
+
+def _save_modules(encoder: SentenceEncoder, folder: Path, length: int) -> None:
+    hidden = encoder.config.hidden_size
+    modules = [("", INSIDE + "Transformer")]
+    _write(folder / "sentence_bert_config.json", {"max_seq_length": length, "do_lower_case": False})
+    _write(folder / "config_sentence_transformers.json", {"similarity_fn_name": "cosine"})
+    if encoder.pooler_type not in POOLING:
+        modules.append(("", f"{Inexpressible.__module__}.{Inexpressible.__name__}"))
+    else:
+        modules.append(("1_Pooling", INSIDE + "Pooling"))
+        way = POOLING[encoder.pooler_type]
+        _write(
+            folder / "1_Pooling" / "config.json",
+            {
+                "word_embedding_dimension": hidden,
+                "pooling_mode_cls_token": way == "cls",
+                "pooling_mode_mean_tokens": way == "mean",
+            },
+        )
+    if encoder.mlp is not None:
+        _write(
+            folder / MLP_FILE.replace("model.safetensors", "config.json"),
+            {
+                "in_features": hidden,
+                "out_features": hidden,
+                "bias": True,
+                "activation_function": "torch.nn.modules.activation.Tanh",
+            },
+        )
+        if not encoder.mlp_only_train:
+            modules.append((str(Path(MLP_FILE).parent), INSIDE + "Dense"))
+    _write(
+        folder / "modules.json",
+        [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(modules)],
+    )
+
+
+class Inexpressible:
+    """Stands in ``modules.json`` for a pooler that sentence-transformers lacks, where it would mean-pool."""
+
+    @classmethod
+    def load(cls, *_: Any, **__: Any) -> NoReturn:
+        raise ValueError(
+            "this model pools more than the last layer (avg_top2 or avg_first_last), which sentence-transformers "
+            "cannot express; load it with: from simcse import SimCSE"
+        )
+
+
+def model_card(encoder: SentenceEncoder, body: str) -> str:
+    """The README.md of a saved folder: how to use it, and ``body`` about data, recipe and scores."""
+    pooling = encoder.pooler_type + (" (the MLP is left out at inference)" if encoder.mlp_only_train else "")
+    if encoder.pooler_type in POOLING:
+        usage = (
+            "from sentence_transformers import SentenceTransformer\n\n"
+            'model = SentenceTransformer("path/to/this/folder")\n'
+            'embeddings = model.encode(["A sentence.", "Another one."])'
+        )
+        note = ""
+    else:
+        usage = 'from simcse import SimCSE\n\nmodel = SimCSE("path/to/this/folder")\nmodel.encode(["A sentence."])'
+        note = (
+            f"\nsentence-transformers cannot express the pooler {encoder.pooler_type}: it refuses this folder.\n"
+        )
+    return (
+        "---\nlibrary_name: sentence-transformers\npipeline_tag: sentence-similarity\n"
+        "tags:\n- sentence-transformers\n- feature-extraction\n- sentence-similarity\n- simcse\n---\n\n"
+        "# Sentence encoder\n\n"
+        f"{type(encoder.backbone).__name__}, {encoder.config.hidden_size} features, pooler `{pooling}`, compared "
+        f"by cosine similarity. Trained with fused-infonce.\n{note}\n```python\n{usage}\n```\n"
+        + (f"\n{body.strip()}\n" if body else "")
+    )
+
+
+def _write(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,155 @@
+"""What is trained: the encoder, the contrastive loss, and what else has weights or a memory of past batches."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fused_infonce import GSInfoNCELoss, contrastive_stats
+from simcse.arguments import LossArguments
+from simcse.model import SentenceEncoder
+
+
+@dataclass
+class Columns:
+    """Everything of a batch that the loss compares, beside its options."""
+
+    anchors: Tensor  # (B, D)
+    positives: Tensor  # (B, D)
+    negatives: Tensor | None  # (H, D), view after view
+    queue: Tensor | None  # (Q, D)
+    ids: Tensor | None  # (B,)
+    negative_ids: Tensor | None  # (H,)
+
+
+class Objective(nn.Module):
+    """An encoder and its objective: SimCSE's loss with Gaussian negatives, optionally a queue and MLM.
+
+    ``loss`` holds the temperature, which may be learned; ``queue`` the latest Q positives' vectors, without
+    gradients, at first none; ``mlm`` the head of the auxiliary masked language model.
+    """
+
+    accepts_loss_kwargs = False  # read by transformers.Trainer: the loss is a mean over the batch
+
+    def __init__(self, encoder: SentenceEncoder, options: LossArguments):
+        super().__init__()
+        self.encoder = encoder
+        self.loss = GSInfoNCELoss(
+            options.temp,
+            learnable_temperature=options.learn_temperature,
+            num_noise=options.num_noise,
+            noise_weight=options.noise_weight,
+            noise=options.noise,
+            hard_negative_weight=options.hard_negative_weight,
+        )
+        self.queue_size = options.queue_size
+        self.register_buffer("queue", torch.empty(0, encoder.config.hidden_size))
+        self.mlm = MLMHead(encoder) if options.do_mlm else None
+
+    def forward(self, masked_ids: Tensor | None = None, labels: Tensor | None = None, **tokens: Tensor) -> Any:
+        """Tokens (R, L) → vectors (R, D), and the sum of the MLM losses of ``labels`` (R, L), 0 without."""
+        vectors = self.encoder.embed(**tokens)
+        if labels is None:
+            return vectors, vectors.new_zeros(())
+        hidden = self.encoder.backbone(**{**tokens, "input_ids": masked_ids}).last_hidden_state  # (R, L, D)
+        return vectors, self.mlm(hidden, labels)
+
+    def columns(self, vectors: Tensor, views: int, ids: Tensor | None) -> Columns:
+        """Vectors of V views of B rows, (V·B, D), as what the loss takes."""
+        rows = len(vectors) // views
+        anchors, positives, negatives = vectors[:rows], vectors[rows : 2 * rows], vectors[2 * rows :]
+        return Columns(
+            anchors,
+            positives,
+            negatives if views > 2 else None,
+            self.queue if len(self.queue) else None,
+            ids[:rows] if ids is not None else None,
+            ids[2 * rows :] if ids is not None and views > 2 else None,
+        )
+
+    def enqueue(self, positives: Tensor) -> None:
+        if self.queue_size:
+            newest = positives.detach().to(self.queue.dtype)
+            self.queue = torch.cat([newest, self.queue])[: self.queue_size]
+
+    @torch.no_grad()
+    def stats(self, columns: Columns, generator: torch.Generator) -> dict[str, float]:
+        """``contrastive_stats`` of a batch, and the temperature."""
+        temperature = self.loss.temperature
+        measured = contrastive_stats(
+            **vars(columns),
+            temperature=temperature,
+            num_noise=self.loss.num_noise,
+            noise_weight=self.loss.noise_weight,
+            noise=self.loss.noise,
+            generator=generator,
+            hard_negative_weight=self.loss.hard_negative_weight,
+        )
+        measured.pop("loss")  # Trainer logs its mean over the steps
+        return {**{name: float(value) for name, value in measured.items()}, "temperature": float(temperature)}
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """Weights and memory beside the encoder's, which its own folder holds."""
+        state = {name: value for name, value in self.state_dict().items() if not name.startswith("encoder.")}
+        return {name: value.contiguous() for name, value in state.items() if value.numel()}
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        self.queue = state.pop("queue", self.queue[:0]).to(self.queue.device)
+        self.load_state_dict({"queue": self.queue, **state}, strict=False)
+
+    # What flags of TrainingArguments ask of a model.
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        self.encoder.backbone.activation_checkpointing_enable(**options)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.backbone.get_input_embeddings()
+
+
+class MLMHead(nn.Module):
+    """Hidden states → logits over the vocabulary, with the encoder's own input embeddings as the last matrix."""
+
+    def __init__(self, encoder: SentenceEncoder):
+        super().__init__()
+        embeddings = encoder.backbone.get_input_embeddings().weight  # (vocabulary, E)
+        self.transform = nn.Sequential(
+            nn.Linear(encoder.config.hidden_size, embeddings.shape[1]),
+            nn.GELU(),
+            nn.LayerNorm(embeddings.shape[1]),
+        )
+        self.bias = nn.Parameter(torch.zeros(embeddings.shape[0]))
+        self._embeddings = [embeddings]  # in a list, so that it is not a second parameter
+
+    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Sum of the cross-entropies where ``labels`` is not −100."""
+        chosen = labels != -100
+        logits = F.linear(self.transform(hidden[chosen]), self._embeddings[0], self.bias)
+        return F.cross_entropy(logits.float(), labels[chosen], reduction="sum")
+
+
+def embed_in_parts(model: nn.Module, inputs: dict[str, Tensor], size: int | None) -> tuple[Tensor, Tensor]:
+    """``model(**inputs)`` in parts of ``size`` rows, of which one at a time holds its activations.
+
+    Gradient caching (Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup",
+    2021): each part is embedded without keeping its graph, the loss gives the vectors' gradients at once, and the
+    backward embeds each part again, with the same random state, to pass them on. That is what activation
+    checkpointing does when a whole part is its unit.
+    """
+    rows = len(inputs["input_ids"])
+    if not size or size >= rows:
+        return model(**inputs)
+    names = list(inputs)
+
+    def embed(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return model(**dict(zip(names, tensors, strict=True)))
+
+    parts = [
+        # Tensors by position: checkpoint finds their device's random state there.
+        checkpoint(embed, *(inputs[name][start : start + size] for name in names), use_reentrant=False)
+        for start in range(0, rows, size)
+    ]
+    vectors, extra = zip(*parts, strict=True)
+    return torch.cat(vectors), torch.stack(extra).sum()

@@ -1,0 +1,56 @@
+"""``simcse search``: the sentences of a file, or of a saved index, that are closest to a query."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from simcse.errors import UserError, exit_cleanly
+
+with exit_cleanly("simcse.search"):
+    from transformers.utils import logging
+
+    from simcse.arguments import flag, parse
+    from simcse.report import table
+    from simcse.tool import SimCSE
+
+DESCRIPTION = "Print the sentences that are closest to a query, by cosine similarity."
+
+
+@dataclass
+class SearchArguments:
+    model_name_or_path: str = flag("minilm", "A model folder, a name on the hub, or 'minilm'.")
+    query: str | None = flag(None, "What to look for.")
+    sentences: str | None = flag(None, "The file to search, a sentence a line.")
+    index: str | None = flag(None, "Folder of an index: written with --sentences, read without.")
+    top_k: int = flag(5, "Sentences to print at most.")
+    threshold: float = flag(0.6, "The least cosine similarity.")
+    faiss_fast: bool = flag(False, "Search approximately (FAISS).")
+
+    def __post_init__(self) -> None:
+        if not self.query or not (self.sentences or self.index):
+            raise ValueError("--query is needed, and --sentences or --index")
+        if self.top_k < 1:
+            raise ValueError(f"--top_k is {self.top_k}; wanted is 1 or more")
+
+
+def main(argv: list[str] | None = None) -> None:
+    with exit_cleanly("simcse.search"):
+        logging.disable_progress_bar()
+        (args,) = parse(SearchArguments, "simcse.search", DESCRIPTION, argv)
+        if args.sentences and not Path(args.sentences).expanduser().is_file():
+            raise UserError(f"there is no file {args.sentences} for --sentences")
+        model = SimCSE(args.model_name_or_path)
+        if args.sentences:
+            model.build_index(args.sentences, faiss_fast=args.faiss_fast)
+            if args.index:
+                model.save_index(args.index)
+        else:
+            model.load_index(args.index, faiss_fast=args.faiss_fast)
+        found = model.search(args.query, threshold=args.threshold, top_k=args.top_k)
+        if not found:
+            print(f"nothing at a cosine of {args.threshold} or more; lower --threshold")
+        else:
+            print(table([("sentence", "cosine"), *((text, f"{cosine:.4f}") for text, cosine in found)]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Mini batches give the gradients of one pass; a resumed run is the unbroken one; checkpoints are whole."""
+
+import json
+
+import pytest
+import torch
+from test_simcse_options import folder, prepared  # noqa: F401 (a fixture)
+from test_simcse_train import flags
+
+from simcse import train
+from simcse.trainer import SimCSETrainer
+
+
+def gradients(trainer, batch, seed=0):
+    torch.manual_seed(seed)
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    named = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    return loss.item(), named
+
+
+def assert_same(first, second, rtol=1e-4):
+    assert first[0] == pytest.approx(second[0], rel=1e-5)
+    assert first[1].keys() == second[1].keys()
+    scale = max(grad.abs().max() for grad in first[1].values())
+    for name, grad in first[1].items():
+        torch.testing.assert_close(grad, second[1][name], rtol=rtol, atol=2e-6 * float(scale), msg=name)
+
+
+@pytest.mark.parametrize("size", [5, 8])
+def test_mini_batches_without_dropout_give_the_gradients_of_one_pass(folder, tmp_path, size):  # noqa: F811
+    change = {"dropout": 0.0, "learn_temperature": True, "do_mlm": True, "train_file": folder / "train.jsonl"}
+    trainer = prepared(folder, tmp_path, **change)
+    trainer.model.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    whole = gradients(trainer, batch)
+    assert "loss.log_temperature" in whole[1]
+    trainer._draws, trainer.options.mini_batch_size = None, size
+    assert_same(gradients(trainer, batch), whole)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_mini_batches_with_dropout_replay_it(folder, tmp_path, checkpointing, monkeypatch):  # noqa: F811
+    trainer = prepared(folder, tmp_path, mini_batch_size=6, activation_checkpointing=checkpointing)
+    if checkpointing:
+        trainer.model.activation_checkpointing_enable()
+    trainer.model.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    cached = gradients(trainer, batch)
+
+    def with_graphs_kept(function, *tensors, use_reentrant):
+        return function(*tensors)
+
+    monkeypatch.setattr("simcse.objective.checkpoint", with_graphs_kept)
+    trainer._draws = None
+    assert_same(cached, gradients(trainer, batch))
+    trainer._draws = None
+    other = gradients(trainer, batch, seed=1)
+    assert cached[0] != pytest.approx(other[0], rel=1e-5)  # dropout was on
+
+
+def test_activations_of_one_mini_batch_at_a_time_are_held(folder, tmp_path):  # noqa: F811
+    def held(size):
+        trainer = prepared(folder, tmp_path, mini_batch_size=size, per_device_train_batch_size=32)
+        batch = next(iter(trainer.get_train_dataloader()))
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            trainer.compute_loss(trainer.model.train(), batch)
+        return sum(sizes)
+
+    assert held(4) < held(None) / 5
+
+
+@pytest.mark.parametrize("change", [{"bf16": True}, {"gradient_accumulation_steps": 2}], ids=str)
+def test_mini_batches_train_with_autocast_and_accumulation(folder, tmp_path, change):  # noqa: F811
+    losses = []
+    for size in (None, 6):
+        trainer = prepared(folder, tmp_path / str(size), dropout=0.0, mini_batch_size=size, **change)
+        losses.append(trainer.train().training_loss)
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2 if "bf16" in change else 1e-4)
+
+
+def test_resumed_run_is_the_unbroken_one_to_the_bit(folder, tmp_path, capsys):  # noqa: F811
+    options = {"queue_size": 16, "learn_temperature": True, "do_mlm": True, "per_device_train_batch_size": 8}
+    steps = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 9, "max_steps": 9, "logging_steps": 1}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train.main(flags(folder, whole, sts_data=None, **options, **steps))
+    resume = {"resume_from_checkpoint": whole / "checkpoint-4"}
+    train.main(flags(folder, parts, sts_data=None, **options, **steps, **resume))
+    logs = [json.loads((run / "trainer_state.json").read_text())["log_history"] for run in (whole, parts)]
+    names = ("loss", "mlm_loss", "temperature", "uniformity")
+    curves = [[[entry[name] for name in names] for entry in log if "loss" in entry] for log in logs]
+    assert len(curves[0]) == 9
+    assert curves[0] == curves[1]
+    assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
+
+
+def test_checkpoint_that_was_broken_off_is_not_there(folder, tmp_path, capsys, monkeypatch):  # noqa: F811
+    save = SimCSETrainer._save_rng_state
+
+    def die_at_four(self, folder):
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+        save(self, folder)
+
+    monkeypatch.setattr(SimCSETrainer, "_save_rng_state", die_at_four)
+    steps = {"save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 8, "sts_data": None}
+    with pytest.raises(SystemExit):
+        train.main(flags(folder, tmp_path / "run", **steps))
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    monkeypatch.undo()
+    train.main(flags(folder, tmp_path / "run", **steps, resume_from_checkpoint=True))
+    assert not (tmp_path / "run" / ".unfinished").exists()
+    assert (tmp_path / "run" / "checkpoint-6").is_dir()

@@ -1,0 +1,55 @@
+"""A saved folder is read by sentence-transformers and by transformers alone, with the same vectors."""
+
+import json
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from test_simcse_model import SENTENCES, make_tiny_model
+
+from simcse.errors import UserError
+from simcse.layout import save_encoder
+from simcse.model import load_encoder
+from simcse.sts import encode
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize(
+    ("pooler", "mlp_only_train"), [("cls", False), ("cls", True), ("cls_before_pooler", False), ("avg", False)]
+)
+def test_sentence_transformers_gives_the_same_vectors(tiny, tmp_path, pooler, mlp_only_train):
+    encoder, tokenizer = load_encoder(str(tiny), pooler, mlp_only_train, new_mlp=True)
+    save_encoder(encoder, tokenizer, tmp_path, "Trained on a test.")
+    ours = encode(encoder, tokenizer, SENTENCES, progress=False)
+    model = SentenceTransformer(str(tmp_path), device="cpu")
+    theirs = model.encode(SENTENCES, convert_to_tensor=True)
+    for sentence, row in zip(SENTENCES, theirs, strict=True):
+        torch.testing.assert_close(row, ours[sentence], rtol=0, atol=1e-6)
+    assert model.max_seq_length == 512
+    assert "Trained on a test." in (tmp_path / "README.md").read_text()
+    assert not list(tmp_path.rglob("*.bin"))
+
+
+def test_folder_that_sentence_transformers_saved_is_read_with_its_pooling(tiny, tmp_path):
+    for pooler in ("cls_before_pooler", "avg"):
+        save_encoder(*load_encoder(str(tiny), pooler), tmp_path / pooler)
+        SentenceTransformer(str(tmp_path / pooler), device="cpu").save(str(tmp_path / f"{pooler}-st"))
+        (tmp_path / f"{pooler}-st" / "simcse_config.json").unlink(missing_ok=True)
+        assert load_encoder(str(tmp_path / f"{pooler}-st"))[0].pooler_type == pooler
+    config = tmp_path / "avg" / "1_Pooling" / "config.json"
+    config.write_text(json.dumps({"word_embedding_dimension": 32, "pooling_mode_max_tokens": True}))
+    (tmp_path / "avg" / "simcse_config.json").unlink()
+    with pytest.raises(UserError, match="no pooler here"):
+        load_encoder(str(tmp_path / "avg"))
+
+
+@pytest.mark.parametrize("pooler", ["avg_top2", "avg_first_last"])
+def test_what_sentence_transformers_cannot_express_it_does_not_mean_pool(tiny, tmp_path, pooler):
+    save_encoder(*load_encoder(str(tiny), pooler), tmp_path)
+    assert "cannot express" in (tmp_path / "README.md").read_text()
+    with pytest.raises(ValueError, match=r"cannot express|trust_remote_code|simcse\.layout"):
+        SentenceTransformer(str(tmp_path), device="cpu")
