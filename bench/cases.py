@@ -209,7 +209,7 @@ def differentiated(
     """What ``loss`` gives for the same inputs, the temperature's gradient too."""
     q, k = anchors.clone().requires_grad_(), positives.clone().requires_grad_()
     tau = torch.tensor(temperature, dtype=q.dtype if q.dtype == torch.float64 else torch.float32).requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast(q.device.type, torch.bfloat16, enabled=autocast):
         value = loss(q, k, temperature=tau)
     dq, dk, dtau = torch.autograd.grad(value, (q, k, tau))
     return {"loss": value.detach(), "dq": dq, "dk": dk, "dtau": dtau}

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .arguments import Call
-from .operands import Accumulator, Precision
+from .operands import Accumulator, Precision, Scale
+from .options import Options
 from .sweep import Gradients, Needs, Sweep, finish
 from .torch_ops import TorchOps
 
@@ -78,7 +79,7 @@ class _FusedInfoNCE(torch.autograd.Function):
                 acc_rows, grad, sums = kept
                 acc_columns = None if grad is None else Accumulator(grad, sums)
                 units = ctx.tape.units.attach([x for x in inputs if x is not None])
-                scale = upstream / options.num_anchors if options.reduction == "mean" else upstream
+                scale = _scale(upstream, options)
                 out = finish(ops, options, ctx.tape, acc_rows, acc_columns, ctx.needs, kappa, scale)
                 units.detach()
             else:
@@ -100,9 +101,8 @@ def one_sweep_of(call: Call, needs: Needs) -> tuple[Tensor, list[Tensor | None]]
     sweep = sweep_of(call)
     ops, options = sweep.ops, call.options
     losses, tape, acc_rows, acc_columns = sweep.one_sweep(needs, call.kappa_bound or math.nan)
-    scale = 1 / options.num_anchors if options.reduction == "mean" else 1.0
     sums = ops.precision.sums
-    out = finish(ops, options, tape, acc_rows, acc_columns, needs, sweep.kappa, scale, sums)
+    out = finish(ops, options, tape, acc_rows, acc_columns, needs, sweep.kappa, _scale(None, options), sums)
     of_temperature = None if out.kappa is None else (out.kappa * (-sweep.kappa * sweep.kappa)).to(sums)
     if of_temperature is not None and isinstance(call.temperature, Tensor):
         of_temperature = of_temperature.reshape(call.temperature.shape)
@@ -124,9 +124,12 @@ def _two_sweep_gradients(
     options = sweep.options
     if options.reduction == "none":
         weights = upstream.contiguous()[:, None]  # `loss.sum()` hands an expanded scalar back
-        return sweep.gradients(needs, row_loss, column_loss, weights, upstream.new_ones(()))
-    scale = upstream / options.num_anchors if options.reduction == "mean" else upstream
-    return sweep.gradients(needs, row_loss, column_loss, None, scale)
+        return sweep.gradients(needs, row_loss, column_loss, weights, Scale(None))
+    return sweep.gradients(needs, row_loss, column_loss, None, _scale(upstream, options))
+
+
+def _scale(upstream: Tensor | None, options: Options) -> Scale:
+    return Scale(upstream, 1 / options.num_anchors if options.reduction == "mean" else 1.0)
 
 
 def _of_temperature(d_kappa: Tensor | None, kappa: float | Tensor, temperature: float | Tensor) -> Tensor | None:

@@ -128,6 +128,23 @@ class RowSums:
 
 
 @dataclass(slots=True, eq=False)
+class Scale:
+    """A factor of every gradient, in two parts so that no launch multiplies them: the device's and the host's."""
+
+    tensor: Tensor | None  # 0-dim, the sums' dtype; None: 1
+    number: float = 1.0
+
+    def times(self, x: float | Tensor) -> Scale:
+        if isinstance(x, Tensor):
+            return Scale(x if self.tensor is None else self.tensor * x, self.number)
+        return Scale(self.tensor, self.number * x)
+
+    @property
+    def value(self) -> float | Tensor:
+        return self.number if self.tensor is None else self.tensor * self.number
+
+
+@dataclass(slots=True, eq=False)
 class Side:
     """One side's part of the normalisation backward, rows of the other side being its pairs."""
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import noise
-from .operands import Accumulator, Columns, RowSums, RowTerms, Side, Units
+from .operands import Accumulator, Columns, RowSums, RowTerms, Scale, Side, Units
 from .options import Options
 from .torch_ops import TorchOps, cut, merge_ratios
 
@@ -246,14 +246,14 @@ class Sweep:
         row_loss: Tensor,  # (N, 1), from the first sweep
         column_loss: Tensor | None,
         weights: Tensor | None,  # (N, 1)
-        scale: Tensor,  # 0-dim
+        scale: Scale,
     ) -> Gradients:
         """Gradients of scale · Σ_i w_i loss_i; without weights all w_i are 1."""
         ops = self.ops
         share = -torch.expm1(-row_loss)  # R/(1 + R)
         if column_loss is not None:
             share -= torch.expm1(-column_loss)
-            scale = scale / 2
+            scale = scale.times(0.5)
         if weights is not None:
             share *= weights
 
@@ -322,11 +322,11 @@ class Sweep:
             side = Side(acc_rows, share, row_sums, self.units.center_k, disposable=True)
         acc.sums = column_sums[wanted]
         out, dots = _finish_sides(
-            ops, self.options, self.units, needs, acc, share, side, self.kappa * scale, disposable=True
+            ops, self.options, self.units, needs, acc, share, side, scale.times(self.kappa), disposable=True
         )
         if needs.temperature and dots is not None:
             d_kappa += dots.sum() + self._constant_share(row_loss, column_loss, weights)
-            out.kappa = d_kappa * scale
+            out.kappa = d_kappa * scale.value
         return out
 
     def _start(self) -> tuple[Tensor, Tensor]:
@@ -405,7 +405,7 @@ def finish(
     acc_columns: Accumulator | None,
     needs: Needs,
     kappa: float | Tensor,
-    scale: float | Tensor,  # 0-dim
+    scale: Scale,
     dtype: torch.dtype | None = None,
 ) -> Gradients:
     """Gradients of scale · Σ_i loss_i from what one sweep left behind, in the inputs' dtypes or in ``dtype``."""
@@ -416,12 +416,12 @@ def finish(
             sums = -tape.constant[0] if sums is None else sums - tape.constant[0]
         side = Side(acc_rows, rows.total, sums, units.center_k, rows.alpha, dtype=dtype)
     out, dots = _finish_sides(
-        ops, options, units, needs, acc_columns, rows.share, side, kappa * scale, dtype=dtype
+        ops, options, units, needs, acc_columns, rows.share, side, scale.times(kappa), dtype=dtype
     )
     if needs.temperature and dots is not None:
         if tape.constant is not None:
             dots = dots + tape.constant[0] * tape.constant[1]
-        out.kappa = (dots * rows.alpha).sum() * scale
+        out.kappa = (dots * rows.alpha).sum() * scale.value
     return out
 
 
@@ -433,7 +433,7 @@ def _finish_sides(
     acc: Accumulator | None,  # of the wanted columns
     share: Tensor | None,  # (N, 1) of all ratios of a row, where the positives have not lost it yet
     anchors: Side | None,
-    scale: float | Tensor,
+    scale: Scale,
     disposable: bool = False,
     dtype: torch.dtype | None = None,
 ) -> tuple[Gradients, Tensor | None]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import noise
-from .operands import Accumulator, Columns, Operands, Precision, Rows, RowSums, RowTerms, Side, Units
+from .operands import Accumulator, Columns, Operands, Precision, Rows, RowSums, RowTerms, Scale, Side, Units
 
 TILE = 1 << 19  # elements that one pass of elementwise operations works on: 2 MiB of fp32
 CENTER_ROWS = 1024  # rows that a centre is the mean of; any constant is exact, a mean is the most useful one
@@ -408,20 +408,20 @@ class TorchOps:
     # ------------------------------------------------------------------ normalisation backward
 
     def finish_pairs(
-        self, units: Units, anchors: Side | None, positives: Side | None, scale: float | Tensor
+        self, units: Units, anchors: Side | None, positives: Side | None, scale: Scale
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Both sides' gradients from the sums over tiles, and the anchors' ⟨q̂_i, v_i⟩. → (N, D), (N, D), (N, 1)
 
         v_i = acc_i − share_i p̂_i + sums_i center, p̂_i the unit row of the pair, is the unit row's gradient but for
         its factors, dx_i = scale factor_i r_i (v_i − x̂_i ⟨x̂_i, v_i⟩) the row's.
         """
-        q, k = units.anchors, units.keys[0]
-        dq, dots = (None, None) if anchors is None else self._finish(q, k, anchors, scale)
-        return dq, None if positives is None else self._finish(k, q, positives, scale)[0], dots
+        q, k, factor = units.anchors, units.keys[0], scale.value
+        dq, dots = (None, None) if anchors is None else self._finish(q, k, anchors, factor)
+        return dq, None if positives is None else self._finish(k, q, positives, factor)[0], dots
 
-    def finish(self, rows: Rows, side: Side, scale: float | Tensor) -> Tensor:
+    def finish(self, rows: Rows, side: Side, scale: Scale) -> Tensor:
         """The same of rows that have no pair: hard negatives, a queue."""
-        return self._finish(rows, None, side, scale)[0]
+        return self._finish(rows, None, side, scale.value)[0]
 
     def _finish(self, rows: Rows, pair: Rows | None, side: Side, scale: float | Tensor) -> list[Tensor]:
         factors = rows.r * scale if side.factor is None else rows.r * side.factor * scale

@@ -10,7 +10,7 @@ from torch import Tensor
 from .kernels import noise, normalise, products, ratios, similarity
 from .kernels.common import precision_of
 from .kernels.settings import Settings, default_settings, target_of
-from .operands import Accumulator, Columns, Operands, Precision, Rows, RowSums, RowTerms, Side, Units
+from .operands import Accumulator, Columns, Operands, Precision, Rows, RowSums, RowTerms, Scale, Side, Units
 
 DEFAULT_WORKSPACE = 256 << 20
 MIN_ROWS = 1024  # rows a chunk below which the traffic of the columns' accumulator would set the time
@@ -104,7 +104,7 @@ class TritonOps:
         queries = self._rows(N, D, self.precision.product)
         keys, grad_keys = self._copies(sum(x.shape[0] for x in columns), D)
         center_q, center_k = self.empty(D) if self.rounds else None, self.empty(D)
-        r_q, r_k, shift, cosines = (self.empty(N, 1) for _ in range(4))
+        r_q, r_k, shift, cosines = self.empty(4, N, 1).unbind()
         normalise.normalise_pairs(
             anchors, columns[0], bits, queries, keys[:N], None if grad_keys is None else grad_keys[:N],
             (r_q, r_k, shift, cosines), center_q, center_k, True, self.settings.row_elements,
@@ -164,8 +164,8 @@ class TritonOps:
 
     def start(self, terms: RowTerms, units: Units, columns: slice, acc: Accumulator | None) -> RowState:
         """Nothing summed yet; acc: where the gradients of some columns are to be summed."""
-        results = [torch.empty_like(terms.shift) for _ in range(4)]
-        return RowState(terms, units, columns, None, tuple(results))  # type: ignore[arg-type]
+        alpha, total, share, losses = self.empty(4, *terms.shift.shape).unbind()
+        return RowState(terms, units, columns, None, (alpha, total, share, losses))
 
     def exp_similarity(
         self, queries: Tensor, columns: Columns, rows: slice, state: RowState, closing: bool
@@ -278,7 +278,7 @@ class TritonOps:
     # ------------------------------------------------------------------ normalisation backward
 
     def finish_pairs(
-        self, units: Units, anchors: Side | None, positives: Side | None, scale: float | Tensor
+        self, units: Units, anchors: Side | None, positives: Side | None, scale: Scale
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Both sides' gradients from the sums over tiles, and the anchors' ⟨q̂_i, v_i⟩. → (N, D), (N, D), (N, 1)
 
@@ -289,15 +289,23 @@ class TritonOps:
             return None, None, None
         q, k = units.anchors, units.keys[0]
         dq, dk, dots = normalise.normalise_backward(
-            q.x, q.r, _side(anchors), k.x, k.r, _side(positives), self._scale(scale), self.settings.row_elements
+            q.x,
+            q.r,
+            _side(anchors),
+            k.x,
+            k.r,
+            _side(positives),
+            scale.tensor,
+            scale.number,
+            self.settings.row_elements,
         )
         return dq, dk, dots
 
-    def finish(self, rows: Rows, side: Side, scale: float | Tensor) -> Tensor:
+    def finish(self, rows: Rows, side: Side, scale: Scale) -> Tensor:
         """The same of rows that have no pair: hard negatives, a queue."""
         elements = self.settings.row_elements
         grad: Tensor = normalise.normalise_backward(
-            rows.x, rows.r, _side(side), None, None, None, self._scale(scale), elements
+            rows.x, rows.r, _side(side), None, None, None, scale.tensor, scale.number, elements
         )[0]
         return grad
 
@@ -305,14 +313,9 @@ class TritonOps:
         """⟨x̂_i, acc_i + weight_i center⟩. → (N, 1)"""
         side = Side(acc, None, weights, center)
         dots: Tensor = normalise.normalise_backward(
-            rows.x, rows.r, _side(side), None, None, None, self._scale(0.0), self.settings.row_elements
+            rows.x, rows.r, _side(side), None, None, None, None, 0.0, self.settings.row_elements
         )[2]
         return dots
-
-    def _scale(self, scale: float | Tensor) -> Tensor:
-        if isinstance(scale, Tensor):
-            return scale.to(torch.float32)
-        return torch.full((), scale, dtype=torch.float32, device=self.device)
 
 
 def _special(columns: Columns, j0: int) -> dict[str, object]:

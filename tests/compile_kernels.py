@@ -40,7 +40,7 @@ MATRIX_INSTRUCTION = {
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
-NVIDIA = Path(triton.__file__).parent / "backends/nvidia/bin"
+D = 768
 
 
 @dataclass
@@ -106,14 +106,25 @@ def resources(kernel, target: str) -> tuple[int, int, str]:
 
 
 def launches(target: str, dtype: str):
-    """Every launcher once, with the target's settings for a large batch: (suffix of the kernel's name, call)."""
-    operand, D, C, T = DTYPES[dtype], 768, 8192, 32768
+    """Every launcher once, with the target's settings: (suffix of the kernel's name, call)."""
+    precision = dtype if dtype == "tf32" else "ieee"
+
+    def chosen(C: int, T: int) -> settings.Settings:
+        return settings.default_settings(target, DTYPES[dtype], precision, C, T)
+
+    yield from product_launches(dtype, 8192, 32768, chosen(8192, 32768), "")
+    if dtype == "bf16":  # small batches have tiles of their own; the other kernels take rows of every dtype alike
+        yield from product_launches(dtype, 512, 512, chosen(512, 512), ", small")
+        yield from row_launches(chosen(8192, 32768).row_elements)
+
+
+def make(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=of, device="meta")
+
+
+def product_launches(dtype: str, C: int, T: int, chosen: settings.Settings, suffix: str):
+    operand = DTYPES[dtype]
     gradient = torch.bfloat16 if dtype in ("bf16", "fp16") else torch.float32
-    chosen = settings.default_settings(target, operand, dtype if dtype == "tf32" else "ieee", C, T)
-
-    def make(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=of, device="meta")
-
     q, k, column = make(C, D, of=operand), make(T, D, of=operand), make(C, 1)
     plain = {
         "row_ids": None, "column_ids": None, "num_ids": 0, "bias": 0.0, "own_bias": 0.0, "num_positives": C,
@@ -123,28 +134,33 @@ def launches(target: str, dtype: str):
         "row_ids": make(C, of=torch.int64), "column_ids": make(T, of=torch.int64), "num_ids": T, "own_bias": 1.5,
         "num_negatives": C, "HAS_OWN": True, "HAS_IDS": True,
     }  # fmt: skip
-    E, center = make(C, T, of=gradient), make(D)
-    for suffix, special in (("", plain), (", every option", every)):
-        yield suffix, partial(similarity.exp_similarity, q, k, E, column, 0, special, chosen.similarity)
-    both = (column, make(T))
-    yield ", sums", partial(ratios.ratio_sums, q, k, 0, 0, column, both, plain, chosen.ratios)
+    E, both = make(C, T, of=gradient), (column, make(T))
+    yield suffix, partial(similarity.exp_similarity, q, k, E, column, 0, plain, chosen.similarity)
+    yield (
+        f", every option{suffix}",
+        partial(similarity.exp_similarity, q, k, E, column, 0, every, chosen.similarity),
+    )
+    yield f", sums{suffix}", partial(ratios.ratio_sums, q, k, 0, 0, column, both, plain, chosen.ratios)
     weighted = (column, (*both, make(T)), every)
-    yield ", tile", partial(ratios.weighted_ratios, q, k, E, 0, 0, column, *weighted, chosen.ratios)
-    acc, grad_keys, anchors = make(T, D), make(T, D, of=gradient), make(C, D + similarity.PAD, of=gradient)
-    columns = (E, anchors, acc, make(T), True)
-    yield "", partial(products.grad_products, E, grad_keys, make(C, D), True, *columns, chosen.products, False)
-    if dtype != "bf16":
-        return  # the others take rows of every dtype alike
-    x, elements, vectors = make(C, D), chosen.row_elements, tuple(make(C, 1) for _ in range(4))
-    outputs = (q, make(C, D, of=operand), make(C, D, of=torch.float16), vectors, center, make(D), True)
+    yield f", tile{suffix}", partial(ratios.weighted_ratios, q, k, E, 0, 0, column, *weighted, chosen.ratios)
+    keys, anchors = make(T, D, of=gradient), make(C, D + similarity.PAD, of=gradient)
+    columns = (E, anchors, make(T, D), make(T), True)
+    yield suffix, partial(products.grad_products, E, keys, make(C, D), True, *columns, chosen.products, False)
+
+
+def row_launches(elements: int, C: int = 8192):
+    x, bf16, fp16 = make(C, D), make(C, D, of=torch.bfloat16), make(C, D, of=torch.float16)
+    column, center, vectors = make(C, 1), make(D), tuple(make(C, 1) for _ in range(4))
+    outputs = (bf16, make(C, D, of=torch.bfloat16), fp16, vectors, center, make(D), True)
     yield "", partial(normalise.normalise_pairs, x, make(C, D), 28.85, *outputs, elements)
-    yield "", partial(normalise.normalise_rows, x, center, q, make(C, D, of=torch.float16), column, elements)
+    yield "", partial(normalise.normalise_rows, x, center, bf16, fp16, column, elements)
     side = {"acc": make(C, D), "share": column, "sums": column, "center": center, "factor": column}
-    yield "", partial(normalise.normalise_backward, x, column, side, x, column, side, make(1), elements)
-    yield "", partial(noise.sample_noise, make(1, of=torch.int64), 0, center, q, None)
+    yield "", partial(normalise.normalise_backward, x, column, side, x, column, side, make(1), 0.5, elements)
+    yield "", partial(noise.sample_noise, make(1, of=torch.int64), 0, center, bf16, None)
+    anchors = make(C, D + similarity.PAD, of=torch.bfloat16)
     closed = (column, column, column, column, vectors, 0, x, column, center, anchors)
     yield "", partial(similarity.close_rows, make(C, 128), *closed)
-    yield "", partial(similarity.centered_anchors, x, column, center, 0, q)
+    yield "", partial(similarity.centered_anchors, x, column, center, 0, bf16)
 
 
 def measure(target: str, dtype: str) -> list[Resources]:
@@ -185,11 +201,11 @@ def measure(target: str, dtype: str) -> list[Resources]:
 def main() -> int:
     targets = [x for x in sys.argv[1:] if x != "--json"] or list(TARGETS)
     found = [line for target in targets for dtype in DTYPES for line in measure(target, dtype)]
-    print(f"triton {triton.__version__}, D = 768")
-    print(f"{'target':7} {'dtype':5} {'kernel':32} {'registers':>9} {'spills':>6} {'shared':>7} matrix  problems")
+    print(f"triton {triton.__version__}, D = {D}")
+    print(f"{'target':7} {'dtype':5} {'kernel':36} {'registers':>9} {'spills':>6} {'shared':>7} matrix  problems")
     for x in found:
         print(
-            f"{x.target:7} {x.dtype:5} {x.kernel:32} {x.registers:9} {x.spills:6} {x.shared:7} "
+            f"{x.target:7} {x.dtype:5} {x.kernel:36} {x.registers:9} {x.spills:6} {x.shared:7} "
             f"{'yes' if x.matrix else '-':6}  {'; '.join(x.problems)}"
         )
     if "--json" in sys.argv:

@@ -28,6 +28,14 @@ def _poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = was[1]
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Tables that tests recorded, whichever process they ran in."""
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, text in report.user_properties:
+            if name == "table":
+                terminalreporter.write_line(text)
+
+
 @pytest.fixture(scope="session")
 def simcse_data() -> Path:
     """The folder of real data that SIMCSE_DATA names."""

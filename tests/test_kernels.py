@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import loss_and_grads, relative_error, rows
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
@@ -259,6 +260,63 @@ def test_memory_maps_load_what_pointers_load():
 
 
 # ---------------------------------------------------------------------- costs
+
+
+class _Launches(TorchDispatchMode):
+    """Operations that launch something on a device, by name."""
+
+    FREE = (
+        "view",
+        "empty",
+        "detach",
+        "slice",
+        "select",
+        "unsqueeze",
+        "as_strided",
+        "alias",
+        "expand",
+        "promote_types",
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not any(name in str(function) for name in self.FREE):
+            self.found.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_small_call_takes_six_launches(monkeypatch):
+    """Forward and backward: rows, exponentials, closing, both products, mean; rows again."""
+    if DEVICE.type != "cpu":
+        pytest.skip("launches of the kernels are counted in the interpreter")
+    from torch.utils._python_dispatch import _disable_current_modes
+    from triton.runtime import interpreter
+
+    launch = interpreter.GridExecutor.__call__
+    mode = _Launches()
+
+    def counted(self, *args, **options):
+        mode.found.append(self.fn.__name__)
+        with _disable_current_modes():
+            return launch(self, *args, **options)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", counted)
+    q, k = (make(64, 32, seed=s, dtype=torch.bfloat16).requires_grad_() for s in (1, 2))
+    upstream = torch.ones(())
+    with mode:
+        torch.autograd.grad(gs_infonce(q, k, num_noise=0, backend="triton"), (q, k), upstream)
+    assert len(mode.found) == 6, mode.found
+
+
+def test_noise_of_a_seed_is_the_same_everywhere():
+    """In the interpreter and on every GPU, to rounding."""
+    found = torch.empty(2, 4, device=DEVICE)
+    noise.sample_noise(torch.tensor([1], device=DEVICE), 0, None, found, None)
+    known = torch.tensor([[0.2309, 0.9145, -0.2936, -0.1554], [-0.0162, 0.1388, 0.8443, 0.5174]], device=DEVICE)
+    assert (found - known).abs().max() < 1e-4
 
 
 def test_costs_are_what_is_launched_and_allocated(monkeypatch):

@@ -31,11 +31,10 @@ def tables() -> dict[str, subprocess.CompletedProcess[str]]:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_kernels_compile(target, tables, capsys):
+def test_kernels_compile(target, tables, record_property):
     done = tables[target]
     table, _, found = done.stdout.rstrip().rpartition("\n")
-    with capsys.disabled():
-        print("\n" + table)
+    record_property("table", table)
     assert done.returncode == 0, table + done.stderr[-2000:]
     kernels = json.loads(found)
     names = {x["kernel"].split(",")[0] for x in kernels if x["dtype"] == "bf16"}

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import Cost, row_block
-from .settings import num_programs
+from .settings import cdiv, num_programs
 
 CENTER_ROWS = 16
 
@@ -143,7 +143,7 @@ def normalise_pairs(
     """Everything that is known of the pairs before a product, in the memory given."""
     N, D = x.shape
     block_n, block_d = row_block(D, row_elements)
-    normalise_pairs_kernel[(min(triton.cdiv(N, block_n), 4 * num_programs(x.device)),)](
+    normalise_pairs_kernel[(min(cdiv(N, block_n), 4 * num_programs(x.device)),)](
         x, y, queries, keys, grad_keys, *vectors, center_q, center_k, bits, N, D,
         *x.stride(), *y.stride(), queries.stride(0), 0 if keys is None else keys.stride(0),
         BLOCK_N=block_n, BLOCK_D=block_d, CENTER_ROWS=CENTER_ROWS, MAKE_CENTERS=make_centers,
@@ -189,7 +189,7 @@ def normalise_rows(
     """Centred unit rows and reciprocal norms of columns that are nobody's positives."""
     N, D = x.shape
     block_n, block_d = row_block(D, row_elements)
-    normalise_rows_kernel[(triton.cdiv(N, block_n),)](
+    normalise_rows_kernel[(cdiv(N, block_n),)](
         x, center, rows, grad_rows, r, N, D, *x.stride(), rows.stride(0),
         BLOCK_N=block_n, BLOCK_D=block_d, HAS_CENTER=center is not None, HAS_GRAD=grad_rows is not None,
         num_warps=4 if block_d <= 2048 else 8,
@@ -221,11 +221,11 @@ def normalise_backward_kernel(
     x, y, r_x, r_y, dx, dy, dots,
     acc_x, share_x, sums_x, center_x, factor_x,
     acc_y, share_y, sums_y, center_y, factor_y,
-    scale, N, D,
+    scale, number, N, D,
     stride_xn, stride_xd, stride_yn, stride_yd, stride_ax, stride_ay, stride_sx, stride_sy,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_X: tl.constexpr, HAS_Y: tl.constexpr,
     HAS_PAIR: tl.constexpr, HAS_CENTER_X: tl.constexpr, HAS_CENTER_Y: tl.constexpr,
-    HAS_FACTOR_X: tl.constexpr, HAS_FACTOR_Y: tl.constexpr,
+    HAS_FACTOR_X: tl.constexpr, HAS_FACTOR_Y: tl.constexpr, HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
     offs_d = tl.arange(0, BLOCK_D)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -237,7 +237,9 @@ def normalise_backward_kernel(
     if HAS_PAIR:
         r_2 = tl.load(r_y + offs_n, mask=in_n, other=0.0)
         unit_y = load_rows(y, offs_n, offs_d, mask, stride_yn, stride_yd) * r_2[:, None]
-    factor = tl.load(scale)
+    factor = number
+    if HAS_SCALE:
+        factor *= tl.load(scale)
     at = offs_n.to(tl.int64)[:, None] * D + offs_d[None, :]
     if HAS_X:
         grad, dot = gradient_rows(
@@ -261,7 +263,8 @@ def normalise_backward(
     y: Tensor | None,  # (n, D) the pairs; None: there are none
     r_y: Tensor | None,
     side_y: dict[str, object] | None,
-    scale: Tensor,  # 0-dim
+    scale: Tensor | None,  # 0-dim; None: 1
+    number: float,  # times this
     row_elements: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients, in the inputs' dtypes by default, and ⟨x̂_i, v_i⟩. → (n, D), (n, D), (n, 1)"""
@@ -274,10 +277,10 @@ def normalise_backward(
     one, two = side_x or {}, side_y or {}
     block_n, block_d = row_block(D, row_elements)
     names = ("acc", "share", "sums", "center", "factor")
-    normalise_backward_kernel[(triton.cdiv(N, block_n),)](
+    normalise_backward_kernel[(cdiv(N, block_n),)](
         x, y, r_x, r_y, dx, dy, dots,
         *(one.get(name) for name in names), *(two.get(name) for name in names),
-        scale, N, D,
+        scale, number, N, D,
         *x.stride(), *((0, 0) if y is None else y.stride()),
         *(0 if side is None else side["acc"].stride(0) for side in (side_x, side_y)),
         *(0 if side.get("sums") is None else side["sums"].stride(0) for side in (one, two)),
@@ -285,6 +288,7 @@ def normalise_backward(
         HAS_CENTER_X=one.get("center") is not None and one.get("sums") is not None,
         HAS_CENTER_Y=two.get("center") is not None and two.get("sums") is not None,
         HAS_FACTOR_X=one.get("factor") is not None, HAS_FACTOR_Y=two.get("factor") is not None,
+        HAS_SCALE=scale is not None,
         num_warps=4 if block_d <= 2048 else 8,
     )  # fmt: skip
     return dx, dy, dots

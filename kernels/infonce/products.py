@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import Cost, precision_of, tile_of
-from .settings import Tile
+from .settings import Tile, cdiv
 
 
 @triton.jit
@@ -150,10 +150,10 @@ def grad_products(
         return
     C, T = tile.shape
     D = (acc_rows if acc_rows is not None else acc_columns).shape[1]
-    tiles_d = triton.cdiv(D, settings.block_n)
-    row_tiles = 0 if acc_rows is None else triton.cdiv(C, settings.block_m) * tiles_d
+    tiles_d = cdiv(D, settings.block_n)
+    row_tiles = 0 if acc_rows is None else cdiv(C, settings.block_m) * tiles_d
     T_columns = 0 if acc_columns is None else acc_columns.shape[0]
-    grad_products_kernel[(row_tiles + triton.cdiv(T_columns, settings.block_m) * tiles_d,)](
+    grad_products_kernel[(row_tiles + cdiv(T_columns, settings.block_m) * tiles_d,)](
         tile, keys, acc_rows, tile_columns, anchors, acc_columns, sums,
         C, T, T_columns, D, row_tiles,
         tile.stride(0),

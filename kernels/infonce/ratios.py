@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import Cost, biased, operands, precision_of, similarity_tile, tile_of
-from .settings import Tile, num_programs
+from .settings import Tile, cdiv, num_programs
 
 
 @triton.jit(do_not_specialize=["i0", "j0"])
@@ -125,7 +125,7 @@ def _launch(
     **more,
 ) -> None:
     (N, D), T = queries.shape, keys.shape[0]
-    tiles = triton.cdiv(N, settings.block_m) * triton.cdiv(T, settings.block_n)
+    tiles = cdiv(N, settings.block_m) * cdiv(T, settings.block_n)
     q, k, use_tma = operands(queries, keys, settings)
     G = more["G"]
     ratios_kernel[(min(tiles, num_programs(queries.device)),)](
@@ -153,10 +153,10 @@ def ratio_sums(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
     """Maxima and sums in parts: (C, tiles of columns) and, of the other direction, (tiles of rows, B) each."""
     C, B = queries.shape[0], keys.shape[0]
-    of_rows = [shift.new_empty(C, triton.cdiv(B, settings.block_n)) for _ in range(2)]
+    of_rows = [shift.new_empty(C, cdiv(B, settings.block_n)) for _ in range(2)]
     of_columns = [None, None]
     if cols is not None:
-        of_columns = [shift.new_empty(triton.cdiv(C, settings.block_m), B) for _ in range(2)]
+        of_columns = [shift.new_empty(cdiv(C, settings.block_m), B) for _ in range(2)]
     row_bias, column_shift = (None, None) if cols is None else cols
     _launch(
         queries, keys, i0, j0, shift, special, settings,
@@ -180,8 +180,8 @@ def weighted_ratios(
 ) -> tuple[Tensor, Tensor]:
     """The tile G in ``out``; its sums in parts: of rows (C, tiles of columns), of columns (tiles of rows, B)."""
     C, B = out.shape
-    row_sums = shift.new_empty(C, triton.cdiv(B, settings.block_n))
-    column_sums = shift.new_empty(triton.cdiv(C, settings.block_m), B)
+    row_sums = shift.new_empty(C, cdiv(B, settings.block_n))
+    column_sums = shift.new_empty(cdiv(C, settings.block_m), B)
     row_bias, column_shift, column_weights = (None, None, None) if cols is None else cols
     _launch(
         queries, keys, i0, j0, shift, special, settings,
@@ -193,7 +193,7 @@ def weighted_ratios(
 
 def ratios_cost(C: int, B: int, D: int, operand: int, stored: int, both: bool, settings: Tile) -> Cost:
     """Of one launch; stored: bytes of an element of G, 0 for the first kernel; both: both directions."""
-    of_rows, of_columns = C * triton.cdiv(B, settings.block_n), triton.cdiv(C, settings.block_m) * B
+    of_rows, of_columns = C * cdiv(B, settings.block_n), cdiv(C, settings.block_m) * B
     partials = 4 * (of_rows + of_columns) if stored else 8 * (of_rows + of_columns * both)
     vectors = 4 * C + both * 4 * (C + B)
     return Cost(2 * C * B * D, (C + B) * D * operand + C * B * stored + partials + vectors, partials)

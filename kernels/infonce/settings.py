@@ -72,6 +72,11 @@ def default_settings(target: str, dtype: torch.dtype, precision: str, rows: int,
     return found
 
 
+def cdiv(a: int, b: int) -> int:
+    """How many blocks of b hold a."""
+    return -(-a // b)
+
+
 @functools.cache
 def target_of(device: torch.device) -> str:
     if device.type == "cpu":

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import Cost, biased, operands, precision_of, similarity_tile, tile_of
-from .settings import Tile, num_programs
+from .settings import Tile, cdiv, num_programs
 
 PAD = 8  # columns beyond D of the anchors: α_i, then zeros, so that rows stay multiples of 16 bytes
 
@@ -95,9 +95,9 @@ def exp_similarity(
 ) -> Tensor:
     """The tile E in ``out``; its row sums in parts, one a tile of columns. → (C, tiles)"""
     (C, D), T = queries.shape, keys.shape[0]
-    tiles_t = triton.cdiv(T, settings.block_n)
+    tiles_t = cdiv(T, settings.block_n)
     partials = torch.empty(C, tiles_t, dtype=torch.float32, device=out.device)
-    tiles = triton.cdiv(C, settings.block_m) * tiles_t
+    tiles = cdiv(C, settings.block_m) * tiles_t
     q, k, use_tma = operands(queries, keys, settings)
     exp_similarity_kernel[(min(tiles, num_programs(out.device)),)](
         q, k, out, partials, shift,
@@ -114,7 +114,7 @@ def exp_similarity(
 
 def exp_similarity_cost(C: int, T: int, D: int, operand: int, stored: int, settings: Tile) -> Cost:
     """operand, stored: bytes of an element of the rows and of E."""
-    partials = 4 * C * triton.cdiv(T, settings.block_n)
+    partials = 4 * C * cdiv(T, settings.block_n)
     return Cost(2 * C * T * D, (C + T) * D * operand + C * T * stored + partials + 4 * C, partials)
 
 
@@ -237,7 +237,7 @@ def close_rows(
     """Closes rows i0, i0 + 1, … of one sweep."""
     C, tiles = partials.shape
     block_n = 16
-    close_rows_kernel[(triton.cdiv(C, block_n),)](
+    close_rows_kernel[(cdiv(C, block_n),)](
         partials, sums, own, constant, offset, *results, x, r, center_q, anchors,
         C, tiles, i0,
         0 if x is None else x.shape[1],
@@ -267,7 +267,7 @@ def centered_anchors_kernel(
 def centered_anchors(x: Tensor, r: Tensor, center_q: Tensor | None, i0: int, out: Tensor) -> None:
     """q̂_i − c_q of rows i0, i0 + 1, … in ``out``, (C, D)."""
     C, D = out.shape
-    centered_anchors_kernel[(triton.cdiv(C, 16),)](
+    centered_anchors_kernel[(cdiv(C, 16),)](
         x, r, center_q, out, C, i0, D, x.stride(0), x.stride(1), out.stride(0),
         BLOCK_N=16, BLOCK_D=128, HAS_CENTER=center_q is not None, num_warps=4,
     )  # fmt: skip
