@@ -76,9 +76,10 @@ def child(spec: dict[str, Any]) -> dict[str, Any]:
 
 def _sentences(spec: dict[str, Any]) -> list[str]:
     """As many as the steps take, from the file, over again where it has fewer."""
-    from simcse.dataset import read_sentences, shipped
+    from simcse.dataset import shipped
+    from simcse.table import read_table
 
-    some = read_sentences(spec["train_file"] or shipped("sentences.txt"))
+    some = [row[0] for row in read_table(spec["train_file"] or shipped("sentences.txt")).rows]
     wanted = spec["batch"] * (WARM_UP + spec["steps"])
     return (some * -(-wanted // len(some)))[:wanted]
 

