@@ -170,6 +170,8 @@ class SimCSETrainingArguments(TrainingArguments):
         self.metric_for_best_model = (self.metric_for_best_model or "stsb_spearman").removeprefix("eval_")
         if self.greater_is_better is None:
             self.greater_is_better = self.metric_for_best_model.endswith("_spearman")
+        if "no" in (self.eval_strategy, self.save_strategy):
+            self.load_best_model_at_end = False  # there is no best checkpoint to load
         super().__post_init__()
         checks = {
             "learning_rate": (self.learning_rate >= 0, "0 or more; 3e-5 is usual"),
