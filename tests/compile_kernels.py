@@ -116,7 +116,9 @@ def launches(target: str, dtype: str):
     if dtype in ("bf16", "ieee"):  # small batches have tiles of their own
         yield from product_launches(dtype, 512, 512, chosen(512, 512), ", small")
     if dtype == "bf16":  # the other kernels take rows of every dtype alike
-        yield from row_launches(chosen(8192, 32768).row_elements)
+        yield from row_launches(chosen(8192, 32768).row_elements, D)
+        for suffix, launch in row_launches(chosen(8192, 32768).row_elements, settings.MAX_D):
+            yield f"{suffix}, D = {settings.MAX_D}", launch
 
 
 def make(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
@@ -149,7 +151,7 @@ def product_launches(dtype: str, C: int, T: int, chosen: settings.Settings, suff
     yield suffix, partial(products.grad_products, E, keys, make(C, D), True, *columns, chosen.products, False)
 
 
-def row_launches(elements: int, C: int = 8192):
+def row_launches(elements: int, D: int, C: int = 8192):
     x, bf16, fp16 = make(C, D), make(C, D, of=torch.bfloat16), make(C, D, of=torch.float16)
     column, center, vectors = make(C, 1), make(D), tuple(make(C, 1) for _ in range(4))
     outputs = (bf16, make(C, D, of=torch.bfloat16), fp16, vectors, center, make(D), True)

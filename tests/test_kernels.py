@@ -101,7 +101,7 @@ def test_half_precision(name, dtype):
     assert_close(ours[:3], want[:3], dtype)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1), (1, 8), (2, 3), (17, 1), (5, 130), (33, 16)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 8), (2, 3), (17, 1), (5, 130), (33, 16), (3, 8192)], ids=str)
 @pytest.mark.parametrize("options", [{}, {"symmetric": True}], ids=["oneway", "symmetric"])
 def test_ragged_sizes(sizes, options):
     ours, want = both(torch.float32, sizes=sizes, num_noise=0, temperature=0.2, **options)
@@ -190,6 +190,9 @@ def test_noise_is_normal_and_any_range_alone_gives_the_same():
     assert abs((moments**4).mean() - 3 * 37 / 39) < 4 * (96 / count) ** 0.5
     correlation = whole.double() @ whole.double().T
     assert correlation.fill_diagonal_(0).abs().max() < 0.85
+    long = torch.empty(2, 8192, device=DEVICE)
+    noise.sample_noise(seed, 0, None, long, None)
+    assert torch.allclose(long.norm(dim=1), torch.ones(2, device=DEVICE), atol=1e-5)
     far = torch.empty(4, 37, device=DEVICE)
     noise.sample_noise(seed, 2**31 - 2, None, far, None)  # rows on both sides of 2^31
     assert far.isfinite().all()

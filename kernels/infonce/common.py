@@ -131,6 +131,11 @@ def row_block(D: int, elements: int) -> tuple[int, int]:
     return max(1, min(16, elements // block_d)), block_d
 
 
+def row_warps(block_d: int) -> int:
+    """Warps of a program of the row kernels: up to 32 elements of an input a thread, more would spill."""
+    return 4 if block_d <= 2048 else 8 if block_d <= 4096 else 16
+
+
 def precision_of(dtype: torch.dtype) -> str:
     """How the kernels multiply operands of this dtype."""
     if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":

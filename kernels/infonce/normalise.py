@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Cost, row_block
+from .common import Cost, row_block, row_warps
 from .settings import cdiv, num_programs
 
 CENTER_ROWS = 16
@@ -149,7 +149,7 @@ def normalise_pairs(
         BLOCK_N=block_n, BLOCK_D=block_d, CENTER_ROWS=CENTER_ROWS, MAKE_CENTERS=make_centers,
         HAS_CENTER_Q=center_q is not None, HAS_CENTER_K=center_k is not None,
         HAS_KEYS=keys is not None, HAS_GRAD=grad_keys is not None, BITS_ON_DEVICE=isinstance(bits, Tensor),
-        num_warps=4 if block_d <= 2048 else 8,
+        num_warps=row_warps(block_d),
     )  # fmt: skip
 
 
@@ -192,7 +192,7 @@ def normalise_rows(
     normalise_rows_kernel[(cdiv(N, block_n),)](
         x, center, rows, grad_rows, r, N, D, *x.stride(), rows.stride(0),
         BLOCK_N=block_n, BLOCK_D=block_d, HAS_CENTER=center is not None, HAS_GRAD=grad_rows is not None,
-        num_warps=4 if block_d <= 2048 else 8,
+        num_warps=row_warps(block_d),
     )  # fmt: skip
 
 
@@ -289,7 +289,7 @@ def normalise_backward(
         HAS_CENTER_Y=two.get("center") is not None and two.get("sums") is not None,
         HAS_FACTOR_X=one.get("factor") is not None, HAS_FACTOR_Y=two.get("factor") is not None,
         HAS_SCALE=scale is not None,
-        num_warps=4 if block_d <= 2048 else 8,
+        num_warps=row_warps(block_d),
     )  # fmt: skip
     return dx, dy, dots
 
