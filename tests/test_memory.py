@@ -20,7 +20,8 @@ def beyond(case: Case, candidate: str = "ours-torch") -> float:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_64_mib_by_default(way, dtype):
-    assert beyond(Case(16384, 64, way, dtype)) <= 64
+    N = 16384 if dtype in dtypes_for("cpu") else 4096  # emulated it takes minutes
+    assert beyond(Case(N, 64, way, dtype)) <= 64
 
 
 def test_the_same_at_65536():
