@@ -7,10 +7,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.distributed import ProcessGroup
 
-from .arguments import resolve
+from .arguments import resolve, resolve_among
 from .backends import Backend
 from .compiled import compiled_loss
+from .distributed import Strategy
 from .function import fused_loss
 from .options import Reduction
 from .reference import reference_loss
@@ -33,7 +35,8 @@ def gs_infonce(
     negative_ids: Tensor | None = None,
     symmetric: bool = False,
     reduction: Reduction = "mean",
-    group: None = None,
+    group: ProcessGroup | None = None,
+    strategy: Strategy = "auto",
     backend: Backend = "auto",
     workspace_bytes: int | None = None,
 ) -> Tensor:
@@ -75,9 +78,18 @@ def gs_infonce(
         symmetric: mean of both directions (CLIP). Hard negatives and queue act in the anchor → positive direction
             only, noise in both.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (N,).
-        group: process group; not available yet.
+        group: a process group (``torch.distributed.group.WORLD``): anchors, positives, negatives and queue are this
+            rank's, the columns are everyone's; numbers of rows may differ. Each rank gets the mean or sum over all
+            ranks' anchors (``"none"``: its own), and gradients of the sum of all ranks' losses multiplied by the
+            number of ranks: averaged over ranks, as DistributedDataParallel does, parameters get the gradient that
+            one process would give them on all rows. ``ids`` are compared across ranks, an anchor's own hard
+            negatives are its rank's, sampled noise is the same on all (rank 0's seed; a tensor of noise must be).
+            The upstream gradient of a mean or sum must be the same on every rank, and every rank must call
+            backward if one does.
+        strategy: how ranks share columns, with the same result: ``"gather"`` holds all of them at once, ``"ring"``
+            passes them round in less memory and always in two sweeps; ``"auto"`` gathers up to 4 GiB a rank.
         backend: ``"torch"`` (any device), ``"reference"`` (float64 with the N×M matrix; differentiable twice),
-            ``"triton"`` (not available yet), or ``"auto"``.
+            ``"triton"`` (a GPU), or ``"auto"``.
         workspace_bytes: memory for tiles of the matrix; default 64 MiB on CPUs, 256 MiB on other devices. At least
             one row of columns is always held.
 
@@ -89,8 +101,8 @@ def gs_infonce(
     workspace. Deterministic. No second derivative. NaN or Inf in an input gives NaN.
 
     Raises:
-        ValueError, TypeError: an argument is out of range or of the wrong kind; the message names it.
-        NotImplementedError: for ``group``.
+        ValueError, TypeError: an argument is out of range or of the wrong kind; the message names it. With a group
+            every rank raises, also where ranks disagree about features, dtype, options or wanted gradients.
     """
     traceable = generator is None and group is None and backend != "reference"
     if traceable and torch.compiler.is_compiling():
@@ -130,6 +142,7 @@ def gs_infonce(
         symmetric=symmetric,
         reduction=reduction,
         group=group,
+        strategy=strategy,
         backend=backend,
         workspace_bytes=workspace_bytes,
     )
@@ -148,7 +161,8 @@ def info_nce(
     negative_ids: Tensor | None = None,
     symmetric: bool = False,
     reduction: Reduction = "mean",
-    group: None = None,
+    group: ProcessGroup | None = None,
+    strategy: Strategy = "auto",
     backend: Backend = "auto",
     workspace_bytes: int | None = None,
 ) -> Tensor:
@@ -170,13 +184,19 @@ def info_nce(
         symmetric=symmetric,
         reduction=reduction,
         group=group,
+        strategy=strategy,
         backend=backend,
         workspace_bytes=workspace_bytes,
     )
 
 
-def _eager_loss(*inputs: Tensor | None, **options: Any) -> Tensor:
-    call = resolve(*inputs, **options)  # type: ignore[arg-type]
+def _eager_loss(
+    *inputs: Tensor | None, group: ProcessGroup | None, strategy: Strategy, **options: Any
+) -> Tensor:
+    if group is None:
+        call = resolve(*inputs, **options)  # type: ignore[arg-type]
+    else:
+        call = resolve_among(group, strategy, *inputs, **options)
     return reference_loss(call) if call.backend == "reference" else fused_loss(call)
 
 
