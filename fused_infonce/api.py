@@ -78,14 +78,14 @@ def gs_infonce(
         symmetric: mean of both directions (CLIP). Hard negatives and queue act in the anchor → positive direction
             only, noise in both.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (N,).
-        group: a process group (``torch.distributed.group.WORLD``): anchors, positives, negatives and queue are this
-            rank's, the columns are everyone's; numbers of rows may differ. Each rank gets the mean or sum over all
-            ranks' anchors (``"none"``: its own), and gradients of the sum of all ranks' losses multiplied by the
+        group: a process group (``torch.distributed.group.WORLD``): anchors, positives, negatives and queue are
+            this rank's rows, the columns are everyone's; how many may differ. Each rank gets the mean or sum over
+            all ranks' anchors (``"none"``: of its own). Gradients are those of this global loss multiplied by the
             number of ranks: averaged over ranks, as DistributedDataParallel does, parameters get the gradient that
-            one process would give them on all rows. ``ids`` are compared across ranks, an anchor's own hard
-            negatives are its rank's, sampled noise is the same on all (rank 0's seed; a tensor of noise must be).
-            The upstream gradient of a mean or sum must be the same on every rank, and every rank must call
-            backward if one does.
+            one process would give them on all rows; a temperature's, too. ``ids`` are compared across ranks, an
+            anchor's own hard negatives are its rank's, sampled noise is the same on all (rank 0's seed; a tensor
+            of noise has to be). The upstream gradient of a mean or sum has to be the same on every rank, and
+            every rank has to call backward if one does.
         strategy: how ranks share columns, with the same result: ``"gather"`` holds all of them at once, ``"ring"``
             passes them round in less memory and always in two sweeps; ``"auto"`` gathers up to 4 GiB a rank.
         backend: ``"torch"`` (any device), ``"reference"`` (float64 with the N×M matrix; differentiable twice),
@@ -190,13 +190,10 @@ def info_nce(
     )
 
 
-def _eager_loss(
-    *inputs: Tensor | None, group: ProcessGroup | None, strategy: Strategy, **options: Any
-) -> Tensor:
-    if group is None:
-        call = resolve(*inputs, **options)  # type: ignore[arg-type]
-    else:
-        call = resolve_among(group, strategy, *inputs, **options)
+def _eager_loss(*inputs: Tensor | None, group: ProcessGroup | None, strategy: Strategy, **options: Any) -> Tensor:
+    if group is not None:
+        return fused_loss(resolve_among(group, strategy, *inputs, **options))
+    call = resolve(*inputs, **options)  # type: ignore[arg-type]
     return reference_loss(call) if call.backend == "reference" else fused_loss(call)
 
 

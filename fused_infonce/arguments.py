@@ -194,10 +194,10 @@ def _seed_device(call: Call) -> torch.device:
 
 def _needs(call: Call) -> dict[str, bool | None]:
     """Which gradients this rank asks for; None: it has not got that input."""
-    tensors = dict(zip(("anchors", *_COLUMNS), call.inputs, strict=True))
-    asked = {name: None if x is None else torch.is_grad_enabled() and x.requires_grad for name, x in tensors.items()}
-    tau = call.temperature
-    return {**asked, "temperature": isinstance(tau, Tensor) and torch.is_grad_enabled() and tau.requires_grad}
+    on, tau = torch.is_grad_enabled(), call.temperature
+    tensors = zip(("anchors", *_COLUMNS), call.inputs, strict=True)
+    asked = {name: None if x is None else on and x.requires_grad for name, x in tensors}
+    return {**asked, "temperature": on and isinstance(tau, Tensor) and tau.requires_grad}
 
 
 def _known(temperature: float | Tensor) -> str:

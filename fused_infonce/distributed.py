@@ -87,7 +87,7 @@ def _ranks(ranks: list[int]) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _host_group(group: ProcessGroup) -> ProcessGroup:
-    """A group of the same ranks for tensors on the CPU: itself, where it takes them, else a gloo group beside it."""
+    """A group of the same ranks for tensors on the CPU: itself where it takes them, else a new gloo group."""
     if "cpu:" in dist.get_backend_config(group):
         return group
     ranks = dist.get_process_group_ranks(group)
@@ -197,7 +197,7 @@ class Exchange:
     def _ring(
         self, keys: Tensor, acc: Tensor | None, wanted: list[int]
     ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """The next block arrives while this one is worked on, and so do the sums that earlier ranks have for it."""
+        """The next block arrives while this one is worked on, and so do the sums of earlier ranks for it."""
         lengths, longest = self.lengths("columns"), max(wanted, default=0)
         held = _padded(keys, max(lengths))
         flight: _Flight | None = None  # of the sums

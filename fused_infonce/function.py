@@ -166,7 +166,7 @@ def _kappa(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:
 
 
 def reduced(row_loss: Tensor, column_loss: Tensor | None, options: Options) -> Tensor:
-    """The losses of the rows, (N,), or their sum or mean over all ranks; both directions' mean where there are two."""
+    """Losses of this rank's rows, (N,), or the sum or mean over all ranks'; the mean of both directions."""
     losses = row_loss if column_loss is None else (row_loss + column_loss) / 2  # (N, 1)
     if options.reduction == "none":
         return losses[:, 0]

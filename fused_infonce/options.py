@@ -46,7 +46,7 @@ class Options:
 
     @property
     def gradient_factor(self) -> float:
-        """What the gradients of Σ_i loss_i are multiplied by: 1/N for a mean; and W, which DDP's averaging takes off."""
+        """A factor of the gradients of Σ_i loss_i: 1/N of a mean; and W, which DDP's averaging takes off again."""
         W = 1 if self.exchange is None else self.exchange.size
         return W / self.total("positives") if self.reduction == "mean" else float(W)
 

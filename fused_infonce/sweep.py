@@ -153,9 +153,7 @@ class Sweep:
             column_ids=None if ids is None else ids[owner],
         )
 
-    def _visits(
-        self, acc: Tensor | None, wanted: list[slice]
-    ) -> Iterator[tuple[int, Columns, Tensor | None]]:
+    def _visits(self, acc: Tensor | None, wanted: list[slice]) -> Iterator[tuple[int, Columns, Tensor | None]]:
         """Every rank's columns, this one's first, with memory for the gradients of those that are wanted.
 
         In the end ``acc``, this rank's own memory, has what all ranks have summed for it.
@@ -274,7 +272,7 @@ class Sweep:
         order = [(owner, slice(0, pairs[owner])) for owner in owners]
         order += [(owner, slice(pairs[owner], self.counts[owner].columns)) for owner in owners]
         everyone = torch.cat([rows[owner][part] for owner, part in order])
-        grad_rows = everyone if ops.precision.gradient == ops.precision.product else everyone.to(ops.precision.gradient)
+        grad_rows = everyone.to(ops.precision.gradient)
         ids = self.ids
         if ids is not None:
             none = torch.cat(ids).min() - 1  # an id that nobody has
@@ -337,8 +335,8 @@ class Sweep:
                     if symmetric and block.start < counts.positives:
                         maximum, total = columns[owner]
                         other = (row_bias[rows], column_shift[owner][block], maximum[block, 0], total[block, 0])
-                    keys = everything.block(block)
-                    ops.add_ratios(cut(queries, rows), keys, rows.start, block.start, cut(shift, rows), part, other)
+                    keys, q = everything.block(block), cut(queries, rows)
+                    ops.add_ratios(q, keys, rows.start, block.start, cut(shift, rows), part, other)
         if not symmetric:
             return _log1p_sum(*row), None
         column = columns[0] if self.exchange is None else self.exchange.merged(columns)

@@ -33,7 +33,8 @@ class Ranks:
         self.processes = []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, port, theirs, backend, timeout), daemon=True)
+            arguments = rank, size, port, theirs, backend, timeout
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)

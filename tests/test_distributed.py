@@ -41,7 +41,8 @@ def batch(counts, views, queue, dtype):
 
 def in_views(parts, counts, views):
     """Hard negatives of all ranks in the order of one process: view after view."""
-    return torch.cat([part[v * n : (v + 1) * n] for v in range(views) for part, n in zip(parts, counts, strict=True)])
+    pairs = list(zip(parts, counts, strict=True))
+    return torch.cat([part[v * n : (v + 1) * n] for v in range(views) for part, n in pairs])
 
 
 def one_rank(group, case, counts, views, queue, dtype, upstream):
@@ -56,10 +57,7 @@ def one_rank(group, case, counts, views, queue, dtype, upstream):
         options["queue"] = parts[3]
     options["temperature"] = torch.tensor(options.get("temperature", 0.05), dtype=torch.float64)
     torch.manual_seed(rank)  # noise has to be rank 0's all the same
-    if case.get("reduction") == "none":
-        upstream = upstream[rank]
-    else:
-        upstream = None
+    upstream = upstream[rank] if case.get("reduction") == "none" else None
     inputs = [x for x in parts[:3] if x is not None]
     return loss_and_grads(inputs, upstream, group=group, backend="torch", workspace_bytes=20_000, **options)
 
@@ -79,7 +77,8 @@ def one_process(case, counts, views, queue, dtype, upstream):
     options["temperature"] = torch.tensor(options.get("temperature", 0.05), dtype=torch.float64)
     torch.manual_seed(0)
     upstream = torch.cat(upstream) if case.get("reduction") == "none" else None
-    return loss_and_grads(inputs, upstream, backend="reference", **options)
+    sampled = case.get("num_noise", 0) and "noise" not in case  # the reference draws other bits
+    return loss_and_grads(inputs, upstream, backend="torch" if sampled else "reference", **options)
 
 
 def assert_same(ranks, case, counts, views=0, queue=0, dtype=torch.float64, temperature=True):
