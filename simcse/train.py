@@ -1,10 +1,11 @@
 """``python -m simcse.train``: SimCSE on a file of sentences, pairs or triplets, watched on STS pairs."""
 
+import os
 import shlex
 import sys
 from pathlib import Path
 
-from simcse.errors import UserError, exit_cleanly
+from simcse.errors import UserError, exit_cleanly, is_first
 
 with exit_cleanly("simcse.train"):  # these take seconds, and Ctrl-C has to be clean in them too
     from transformers import set_seed
@@ -29,18 +30,21 @@ DESCRIPTION = (
 # What the few sentences in the package need, put before the user's own flags.
 DEMO_FLAGS = ["--num_train_epochs", "3"]
 PLOT_FILE = "alignment_uniformity.png"
+START_FILE = ".started"
 
 
 def main(argv: list[str] | None = None) -> None:
     with exit_cleanly("simcse.train"):
         logging.disable_progress_bar()  # of loading weights; training has its own
         trainer = prepare(argv)
+        mark_start(trainer)
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
         trainer.card = training_card(trainer.card, evaluations(trainer.state.log_history), trainer.state)
         trainer.save_model()
         trainer.save_state()
         if trainer.is_world_process_zero():
             conclude(trainer)
+        trainer.accelerator.end_training()
 
 
 def prepare(argv: list[str] | None = None) -> SimCSETrainer:
@@ -70,8 +74,14 @@ def prepare(argv: list[str] | None = None) -> SimCSETrainer:
             f"a batch of {batch} sentences is more than the {len(table.rows)} in "
             f"{data_args.train_file or 'the package'}; lower --per_device_train_batch_size, or train on more"
         )
+    if loss_args.queue_size % args.world_size and loss_args.negatives == "global":
+        raise UserError(
+            f"--queue_size {loss_args.queue_size} is no multiple of the {args.world_size} processes that share it"
+        )
     if args.resume_from_checkpoint:
         args.resume_from_checkpoint = _checkpoint(args)
+    if _restarts():
+        args.resume_from_checkpoint = _checkpoint_of_this_run(args) or args.resume_from_checkpoint
     if pairs is None:
         args.eval_strategy = IntervalStrategy.NO
         args.eval_on_start = args.load_best_model_at_end = False
@@ -115,18 +125,43 @@ def prepare(argv: list[str] | None = None) -> SimCSETrainer:
         + (f", recipe `{args.recipe}`" if args.recipe else "")
         + f":\n\n```sh\n{command}\n```\n"
     )
+    if not trainer.is_world_process_zero():
+        return trainer
     kind = {1: "sentences", 2: "pairs"}.get(
         len(table.rows[0]), f"pairs with {len(table.rows[0]) - 2} hard negatives"
     )
     print(
         f"{model_args.model_name_or_path}, {encoder.pooler_type}: {len(table.rows):,} {kind}, "
-        f"{batch} a batch" + (f"; {len(pairs.scores):,} pairs of {pairs.name}" if pairs else ", no pairs")
+        f"{batch} a batch"
+        + (f" on {args.world_size} processes, negatives {loss_args.negatives}" if args.world_size > 1 else "")
+        + (f"; {len(pairs.scores):,} pairs of {pairs.name}" if pairs else ", no pairs")
     )
     return trainer
 
 
 def _warn(message: str) -> None:
-    print(f"simcse.train: warning: {message}", file=sys.stderr)
+    if is_first():
+        print(f"simcse.train: warning: {message}", file=sys.stderr)
+
+
+def _restarts() -> int:
+    """How many times torchrun has started this run again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def mark_start(trainer: SimCSETrainer) -> None:
+    """Under torchrun: so that a restart tells this run's checkpoints from older ones in the same folder."""
+    if "TORCHELASTIC_RESTART_COUNT" in os.environ and not _restarts() and trainer.args.should_save:
+        Path(trainer.args.output_dir, START_FILE).touch()
+
+
+def _checkpoint_of_this_run(args: SimCSETrainingArguments) -> str | None:
+    """The latest checkpoint since torchrun's first start; None: there is none yet."""
+    start, folder = Path(args.output_dir, START_FILE), get_last_checkpoint(args.output_dir)
+    if not start.is_file() or folder is None:
+        return None
+    written = Path(folder, "trainer_state.json").stat().st_mtime
+    return folder if written >= start.stat().st_mtime else None
 
 
 def _checkpoint(args: SimCSETrainingArguments) -> str:
@@ -144,6 +179,7 @@ def _checkpoint(args: SimCSETrainingArguments) -> str:
 def conclude(trainer: SimCSETrainer) -> None:
     """Print the table before → after and where everything is; draw the plot."""
     output = Path(trainer.args.output_dir)
+    (output / START_FILE).unlink(missing_ok=True)
     points = evaluations(trainer.state.log_history)
     best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
     if len(points) > 1:
