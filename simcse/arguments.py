@@ -1,6 +1,7 @@
 """The flags of ``python -m simcse.train``: ours, and every one of ``transformers.TrainingArguments``."""
 
 import difflib
+import warnings
 from argparse import SUPPRESS, Action, HelpFormatter
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
@@ -181,6 +182,7 @@ class SimCSETrainingArguments(TrainingArguments):
             self.ddp_find_unused_parameters = False  # every one is used
         if self.ddp_broadcast_buffers is None:
             self.ddp_broadcast_buffers = False  # a queue is its process's own
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         super().__post_init__()
         checks = {
             "learning_rate": (self.learning_rate >= 0, "0 or more; 3e-5 is usual"),

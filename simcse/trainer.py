@@ -22,7 +22,7 @@ from transformers import (
 from transformers.trainer_utils import rotate_checkpoints
 
 from simcse.arguments import LossArguments, SimCSETrainingArguments
-from simcse.dataset import Row, Views
+from simcse.dataset import Row, Views, duplicate_ids
 from simcse.layout import save_encoder
 from simcse.model import SentenceEncoder
 from simcse.objective import Objective
@@ -57,7 +57,7 @@ class SimCSETrainer(Trainer):
         super().__init__(
             model=Objective(encoder, options, dist.group.WORLD if everyone else None),
             args=args,
-            data_collator=Views(tokenizer, max_seq_length, options.mask_duplicates),
+            data_collator=Views(tokenizer, max_seq_length, options.mask_duplicates, whole=not everyone),
             train_dataset=rows,
             eval_dataset=pairs,
             processing_class=tokenizer,
@@ -86,6 +86,8 @@ class SimCSETrainer(Trainer):
         """(GS-)InfoNCE over the views of B rows, (V·B, L), embedded as one batch or in mini batches; plus MLM."""
         inputs = dict(inputs)
         ids = inputs.pop("ids", None)
+        if ids is not None and self.model.loss.group is not None:
+            ids = self._ids_of_everyone(ids)
         if self.options.do_mlm:
             inputs |= self._mask(inputs)
         vectors, mlm = model(**inputs)  # (V·B, D), ()
@@ -118,6 +120,13 @@ class SimCSETrainer(Trainer):
                 torch.Generator().manual_seed(1_000_003 * self.args.seed + step + (self.args.process_index << 40)),
             )
         return self._draws[1]
+
+    def _ids_of_everyone(self, keys: Tensor) -> Tensor:
+        """``duplicate_ids`` of all processes' texts, those of this one's, (V·B,)."""
+        W, V = self.args.world_size, self.views
+        whole = self.accelerator.gather(keys).view(W, V, -1).transpose(0, 1)  # (V, W, B)
+        ids = duplicate_ids(whole.flatten().tolist(), W * whole.shape[2])
+        return ids.view(whole.shape)[:, self.args.process_index].flatten().to(keys.device)
 
     def _mean_over_processes(self, count: Tensor) -> Tensor:
         """So that a mean over all processes' tokens is what comes out of averaging the gradients."""

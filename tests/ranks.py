@@ -67,7 +67,8 @@ class Ranks:
 def _serve(rank: int, size: int, port: int, pipe: Connection, backend: str, timeout: float) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # uninitialised memory is NaN here, too
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}  # as torchrun does
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
     groups: dict[int, Any] = {size: dist.group.WORLD}
     while True:
