@@ -193,7 +193,7 @@ class SimCSETrainer(Trainer):
         self.model.encoder.load_weights(resume_from_checkpoint)
         extra = Path(resume_from_checkpoint) / OBJECTIVE_FILE
         if extra.is_file():
-            state = load_file(extra, device=str(self.args.device))
+            state = load_file(extra)
             if "queue" in state:
                 state["queue"] = state["queue"].tensor_split(self.args.world_size)[self.args.process_index].clone()
             self.model.load_extra_state(state)

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from ranks import Ranks, free_port
+from ranks import Ranks
 from test_simcse_model import make_tiny_model
 from test_simcse_sts import write_sts
 from test_simcse_train import flags
@@ -103,7 +103,7 @@ def test_two_processes_reach_the_weights_of_one(ranks, folder, tmp_path, name, c
     two = ranks.run(run, argv(folder, tmp_path / "two", 8, way))
     one = run(None, argv(folder, tmp_path / "one", 16, {**way, "negatives": None}))
     before = initial(folder, tmp_path, way)
-    assert max(distances(one["weights"], before).values()) > 1e-4  # far more than they may differ
+    assert max(distances(one["weights"], before).values()) > 4e-5  # far more than they may differ
     for rank in two:
         far = max(distances(rank["weights"], one["weights"]).values())
         if name == "local":
@@ -117,7 +117,7 @@ def test_two_processes_reach_the_weights_of_one(ranks, folder, tmp_path, name, c
 
 
 def distances(some, others):
-    """Softmax does not see a key's bias: its exact gradient is 0, and Adam steps by the sign of what is rounding."""
+    """Of all but the keys' biases, whose exact gradient is 0: Adam steps by the sign of what is rounding."""
     names = [name for name in some if not name.endswith("key.bias")]
     return {name: float(np.abs(np.asarray(some[name]) - np.asarray(others[name])).max()) for name in names}
 
@@ -206,8 +206,8 @@ def test_torchrun_resumes_when_a_process_is_killed(ranks, folder, tmp_path):
     (older / "trainer_state.json").write_text("{}")
     os.utime(older / "trainer_state.json", (1, 1))
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1",
-        "--rdzv-endpoint", f"localhost:{free_port()}", "--monitor-interval", "0.5",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "--max-restarts", "1", "--monitor-interval", "0.5",
         "-m", "simcse.train", *argv(folder, tmp_path / "run", 8, way),
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -242,8 +242,8 @@ def wait_for(path, process, seconds=90):
 
 def test_a_users_mistake_is_one_line_of_one_process(folder, tmp_path):
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-        "--rdzv-endpoint", f"localhost:{free_port()}", "-m", "simcse.train", "--queue_size", "3",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "simcse.train", "--queue_size", "3",
     ]  # fmt: skip
     ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     lines = [line for line in ended.stderr.splitlines() if line.startswith("simcse.train: error")]
