@@ -1,9 +1,8 @@
-"""What the loss over many GPUs should cost, by a model: ``python -m bench.scaling``. Nothing in it is measured but
-the rate of one device, which is given.
+"""What the loss over many GPUs should cost, by a model: ``python -m bench.scaling``.
 
-Every rank does the same at the same time, so one rank's clock is simulated: its products, its link, and what waits
-for what. A link sends and receives at once; in a ring a block's next hop leaves when the block has come. docs/scaling.md
-has the model in words.
+Nothing in it is measured but the rate of one device, which is given. Every rank does the same at the same time, so
+one rank's clock is simulated: its products, its link, and what waits for what. A link sends and receives at once;
+a block's next hop leaves when the block has come. docs/scaling.md has the model in words.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class Machine:
 
     def hop(self, W: int, size: float) -> float:
         """Seconds for every device to pass ``size`` bytes to the next: the slowest link sets the pace."""
-        return self.latency + size / (self.inside if W <= self.node else self.between)
+        return self.latency + size / (self.inside if self.node >= W else self.between)
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def _round(W: int, work: float, keys: float, sums: float | None) -> float:
 
 
 def table(machine: Machine, D: int = 768) -> str:
-    """Markdown: milliseconds of gather / ring, and what gather needs in memory; the faster one that fits is bold."""
+    """Markdown: milliseconds of gather / ring, the faster one that fits in bold; and the memory of both."""
     lines = ["| pairs | " + " | ".join(f"{W} GPUs" for W in GPUS) + " |", "|---|" + "---|" * len(GPUS)]
     for pairs in PAIRS:
         cells = []

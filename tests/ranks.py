@@ -69,6 +69,8 @@ def _serve(rank: int, size: int, port: int, pipe: Connection, backend: str, time
     torch.use_deterministic_algorithms(True)  # uninitialised memory is NaN here, too
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}  # as torchrun does
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    if backend != "gloo":
+        torch.cuda.set_device(rank)
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
     groups: dict[int, Any] = {size: dist.group.WORLD}
     while True:

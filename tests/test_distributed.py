@@ -14,6 +14,7 @@ import torch.distributed as dist
 from helpers import loss_and_grads, relative_error, rows
 from ranks import Ranks
 
+from bench import scaling
 from fused_infonce import GSInfoNCELoss, gs_infonce, info_nce
 from fused_infonce.distributed import GATHER_BYTES, choose_strategy
 
@@ -173,6 +174,34 @@ def without_small_products(group, size=0):
     torch_ops.SMALL_PRODUCT = size
 
 
+def by_kernels(group, dtype, options):
+    import interpreter
+
+    interpreter.patch()
+    rank = dist.get_rank(group)
+    q, k, h = (rows(n, 16, seed=10 * rank + s, dtype=dtype) for s, n in enumerate((9, 9, 18)))
+    return [x.float() for x in loss_and_grads([q, k, h], group=group, backend="triton", **options)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="gloo's tensors are on the CPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_kernels_behind_both_strategies(ranks, dtype):
+    pytest.importorskip("triton")
+    for strategy, symmetric in (("gather", False), ("gather", True), ("ring", False)):
+        options = {"noise": "expected", "num_noise": 9, "symmetric": symmetric, "temperature": torch.tensor(0.1)}
+        two = ranks.run(by_kernels, dtype, {**options, "strategy": strategy, "hard_negative_weight": 1.0}, size=2)
+        q, k, h = (
+            [rows(n, 16, seed=10 * r + s, dtype=dtype).double() for r in (0, 1)] for s, n in enumerate((9, 9, 18))
+        )
+        inputs = [torch.cat(q), torch.cat(k), in_views(h, [9, 9], 2)]
+        want = loss_and_grads(inputs, backend="reference", hard_negative_weight=1.0, **options)
+        limit = 5e-6 if dtype == torch.float32 else 2e-2
+        for i in (1, 2):
+            assert relative_error(torch.cat([torch.as_tensor(g[i]) for g in two]) / 2, want[i]) < limit
+        assert relative_error(in_views([torch.as_tensor(g[3]) for g in two], [9, 9], 2) / 2, want[3]) < limit
+        assert relative_error(sum(torch.as_tensor(g[4]) for g in two) / 2, want[4]) < 4 * limit
+
+
 # ---------------------------------------------------------------------- averaging
 
 
@@ -309,26 +338,35 @@ def test_auto_gathers_what_is_small():
     assert choose_strategy("auto", edge, 768, 2) == "gather" != choose_strategy("auto", edge + 1, 768, 2)
 
 
-def collectives(group, strategy):
-    """How many times the ring passes something on, and what is gathered whole."""
+def travels(group, strategy):
+    """How many times the ring passes something on, how many bytes, and the most that is gathered whole."""
     from fused_infonce import distributed
 
     passed, largest = [], [0]
+
+    def counted(self, x, tag):
+        passed.append(x.numel() * x.element_size())
+        return pass_on(self, x, tag)
+
     pass_on, gather = distributed.Exchange._pass_on, distributed.Exchange.gather
-    distributed.Exchange._pass_on = lambda self, x, tag: passed.append(tag) or pass_on(self, x, tag)
+    distributed.Exchange._pass_on = counted
     distributed.Exchange.gather = lambda self, x, n: largest.append(x.numel() * self.size) or gather(self, x, n)
     try:
         rank = dist.get_rank(group)
-        q = rows(64, D, seed=rank).requires_grad_()
-        info_nce(q, rows(64, D, seed=rank + 9), symmetric=True, group=group, strategy=strategy).backward()
+        q, k = rows(64, D, seed=rank).requires_grad_(), rows(64, D, seed=rank + 9).requires_grad_()
+        info_nce(q, k, symmetric=True, group=group, strategy=strategy).backward()
     finally:
         distributed.Exchange._pass_on, distributed.Exchange.gather = pass_on, gather
-    return len(passed), max(largest)
+    return len(passed), sum(passed), max(largest)
 
 
 def test_a_ring_holds_one_block_at_a_time(ranks):
-    assert ranks.run(collectives, "gather")[0] == [0, 4 * 64 * D]
-    assert ranks.run(collectives, "ring")[0] == [3 + 3, 4 * 64]  # keys in both sweeps; one number a row gathered
+    assert ranks.run(travels, "gather")[0] == [0, 0, 4 * 64 * D]
+    # Keys in both sweeps and sums for them; nothing but one number a row is gathered.
+    block = 64 * D * 8
+    assert ranks.run(travels, "ring")[0] == [3 + 3 + 4, (3 + 3 + 4) * block, 4 * 64]
+    model = scaling.Case(W=4, pairs=256, D=D, itemsize=4)  # of which the docs' table speaks; fp64 is twice fp32
+    assert 2 * scaling.bytes_sent(model, "ring") == (3 + 3 + 4) * block
 
 
 def compiled_step(group):
