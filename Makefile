@@ -12,7 +12,7 @@ demo: $(VENV)/demo.done
 	$(BIN)/python -m simcse.train
 
 test: $(VENV)/test.done
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .

@@ -6,9 +6,11 @@ others join it in ``searches``.
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -31,7 +33,71 @@ class Search:
 
 def searches(case: Case, device: str) -> list[Search]:
     """What can be set, for a case on this machine."""
-    return [workspace(case, device)]
+    found = [workspace(case, device)]
+    if device == "cuda" and importlib.util.find_spec("triton") is not None:
+        found += kernels(case, device, tiles())
+    return found
+
+
+def tiles() -> list[Any]:
+    """Tiles of products that this GPU may like; those that spill or do not fit drop out when they are tried."""
+    from fused_infonce.kernels.settings import Tile
+
+    has_tma = torch.version.hip is None and torch.cuda.get_device_capability() >= (9, 0)
+    loads = [(False, False), *([(True, False), (True, True)] if has_tma else [])]  # tma, warp_specialize
+    grid = product((64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4), loads)
+    return [
+        Tile(m, n, k, warps, stages, tma=tma, warp_specialize=specialised)
+        for m, n, k, warps, stages, (tma, specialised) in grid
+        if m * n <= 4096 * warps
+    ]
+
+
+def kernels(case: Case, device: str, candidates: list[Any]) -> list[Search]:
+    """Settings of the three kernels that multiply, each timed alone on a chunk of rows as the sweep makes it."""
+    from fused_infonce.kernels import products, ratios, similarity
+    from fused_infonce.kernels.settings import default_settings, target_of
+
+    N, D, dtype = case.N, case.D, case.product_dtype
+    stored = torch.float32 if dtype == torch.float32 else torch.bfloat16
+    C = min(N, max(1024, 2**28 // (N * stored.itemsize)))  # rows of a chunk in the default workspace
+
+    def make(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(shape, device=device).to(of)
+
+    q, k, keys, shift = make(C, D, of=dtype), make(N, D, of=dtype), make(N, D, of=stored), make(C, 1)
+    E, anchors = make(C, N, of=stored), make(C, D + similarity.PAD, of=stored)
+    acc_rows, acc, out = make(C, D), make(N, D + similarity.PAD), torch.empty(C, N, dtype=stored, device=device)
+    special = {
+        "row_ids": None, "column_ids": None, "num_ids": 0, "bias": 0.0, "own_bias": 0.0, "num_positives": N,
+        "num_negatives": 0, "HAS_POSITIVES": True, "HAS_OWN": False, "HAS_IDS": False,
+    }  # fmt: skip
+    both = (shift, make(N))
+    target = target_of(torch.device(device))
+    default = default_settings(target, dtype, "ieee" if dtype == torch.float32 else "tf32", C, N)
+
+    def grad_products(setting: Any) -> Step:
+        library = setting == "library"
+        tile = default.products if library else setting
+        side = (acc[:, :D], acc[:, D])
+        return lambda: products.grad_products(E, keys, acc_rows, False, E, anchors, *side, True, tile, library)
+
+    place = f"{{}} of {target!r} in kernels/infonce/settings.py"
+    return [
+        Search(
+            "similarity",
+            place.format("similarity"),
+            candidates,
+            lambda tile: lambda: similarity.exp_similarity(q, k, out, shift, 0, special, tile),
+        ),
+        Search(
+            "ratios",
+            place.format("ratios"),
+            candidates,
+            lambda tile: lambda: ratios.ratio_sums(q, k, 0, 0, shift, both, special, tile),
+        ),
+        Search("products", place.format("products, library_products"), ["library", *candidates], grad_products),
+    ]
 
 
 def workspace(case: Case, device: str) -> Search:

@@ -69,8 +69,8 @@ def gs_infonce(
             is 0.06 at τ = 0.05, 0.35 at 0.02, 34 at 0.01. A tensor (M, D) gives the vectors (``num_noise`` is
             ignored). The scale of the noise (the paper's ``std``) has no effect under cosine similarity. Noise
             gets no gradient.
-        generator: source of sampled noise; default: torch's CPU generator, so ``torch.manual_seed`` reproduces a
-            call. Backends need not draw the same bits.
+        generator: source of sampled noise; default: torch's CPU generator, or with ``"triton"`` the device's, so
+            ``torch.manual_seed`` reproduces a call. Backends need not draw the same bits.
         hard_negative_weight: natural logarithm of the weight of an anchor's *own* hard negatives, the columns j of
             ``negatives`` with j mod N == i (H must be a multiple of N then).
         ids: (N,) integers; a column with the anchor's id is no negative for it (duplicates in the batch).
@@ -88,17 +88,20 @@ def gs_infonce(
             every rank has to call backward if one does.
         strategy: how ranks share columns, with the same result: ``"gather"`` holds all of them at once, ``"ring"``
             passes them round in less memory and always in two sweeps; ``"auto"`` gathers up to 4 GiB a rank.
-        backend: ``"torch"`` (any device), ``"reference"`` (float64 with the N×M matrix; differentiable twice),
-            ``"triton"`` (a GPU), or ``"auto"``.
-        workspace_bytes: memory for tiles of the matrix; default 64 MiB on CPUs, 256 MiB on other devices. At least
-            one row of columns is always held.
+        backend: ``"triton"`` (GPUs from compute capability 8.0, ROCm; no float64, D <= 8192), ``"torch"`` (any
+            device), ``"reference"`` (float64 with the N×M matrix; differentiable twice), or ``"auto"``: Triton
+            for tensors on a GPU that it can serve, else torch; logged once with the reason (logger
+            ``fused_infonce``, INFO). ``"triton"`` never falls back.
+        workspace_bytes: memory for tiles of the matrix; default 64 MiB on CPUs, 256 MiB on other devices, more
+            where the kernels could not hold 1024 rows in it. At least one row of columns is always held.
 
     Returns:
         The loss in nats: 0-dim, or (N,) with ``reduction="none"``; float32, float64 for float64 inputs.
 
     Products run in the inputs' dtype, or in autocast's; for fp16 the gradient products in bf16. Sums, exponentials
     and the positives' cosines are fp32. Memory beyond inputs, gradients and one normalised copy of the rows is the
-    workspace. Deterministic. No second derivative. NaN or Inf in an input gives NaN.
+    workspace. Deterministic. No second derivative. NaN or Inf in an input gives NaN. Under ``torch.compile`` the
+    loss is one operator of the graph; a ``generator`` or the reference breaks the graph.
 
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong kind; the message names it. With a group

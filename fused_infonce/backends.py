@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
@@ -42,8 +43,13 @@ def choose_backend(
     return chosen
 
 
+@functools.cache  # looking for a package asks the file system, which takes as long as a small loss
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _missing_for_triton(device: torch.device, dtype: torch.dtype, D: int) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "Triton is not installed (pip install 'fused-infonce[triton]')"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
         return "the Triton kernels need tensors on a GPU, these are on the CPU"

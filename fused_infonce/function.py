@@ -15,6 +15,10 @@ from .options import Options
 from .sweep import Gradients, Needs, Sweep, finish
 from .torch_ops import TorchOps
 
+# Multiply-adds up to which products run in fp32, whatever the inputs' dtype or autocast: few errors cancel in so
+# few terms, and the time is that of the calls around them.
+SMALL_PRODUCT = 1 << 24
+
 
 def fused_loss(call: Call) -> Tensor:
     """Losses of the rows (N,), or their sum or mean (0-dim), in nats; differentiable once."""
@@ -32,16 +36,16 @@ def sweep_of(call: Call, ops: TorchOps | None = None) -> Sweep:
 
 
 def _ops(call: Call) -> TorchOps:
-    anchors, options = call.inputs[0], call.options
+    anchors, options, dtype = call.inputs[0], call.options, call.product_dtype
     rows, columns = options.total("positives"), options.total("columns")
+    if rows * columns * anchors.shape[1] <= SMALL_PRODUCT:
+        dtype = torch.promote_types(dtype, torch.float32)
+    precision, workspace_bytes = Precision.of(dtype), options.workspace_bytes
     if call.backend == "triton":
         from .triton_ops import TritonOps  # here, for Triton need not be installed
 
-        precision = Precision.of(call.product_dtype)
-        ops = TritonOps(precision, anchors.device, options.workspace_bytes, anchors.shape[0], columns)
-        return cast(TorchOps, ops)
-    dtype = TorchOps.product_dtype(call.product_dtype, anchors.device, rows * columns * anchors.shape[1])
-    return TorchOps(Precision.of(dtype), anchors.device, options.workspace_bytes)
+        return cast(TorchOps, TritonOps(precision, anchors.device, workspace_bytes, anchors.shape[0], columns))
+    return TorchOps(precision, anchors.device, workspace_bytes)
 
 
 class _FusedInfoNCE(torch.autograd.Function):

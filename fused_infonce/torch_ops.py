@@ -19,7 +19,6 @@ from .operands import Accumulator, Columns, Operands, Precision, Rows, RowSums, 
 
 TILE = 1 << 19  # elements that one pass of elementwise operations works on: 2 MiB of fp32
 CENTER_ROWS = 1024  # rows that a centre is the mean of; any constant is exact, a mean is the most useful one
-SMALL_PRODUCT = 1 << 24
 DEFAULT_WORKSPACE = {"cpu": 64 << 20}
 DEFAULT_DEVICE_WORKSPACE = 256 << 20
 
@@ -53,15 +52,6 @@ class TorchOps:
         self.workspace_elements = budget * 3 // 8 // precision.gradient.itemsize
         self._buffers: dict[str, Tensor] = {}
         self._tile: Tensor | None = None
-
-    @staticmethod
-    def product_dtype(dtype: torch.dtype, device: torch.device, size: int) -> torch.dtype:
-        """The dtype for products of ``size`` multiply-adds that are to be in ``dtype``.
-
-        Small ones run in fp32 on a CPU, where bf16 products are no faster and round their results.
-        """
-        small = device.type == "cpu" and size <= SMALL_PRODUCT and dtype != torch.float64
-        return torch.float32 if small else dtype
 
     # ------------------------------------------------------------------ memory
 

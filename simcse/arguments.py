@@ -183,6 +183,8 @@ class SimCSETrainingArguments(TrainingArguments):
         if self.ddp_broadcast_buffers is None:
             self.ddp_broadcast_buffers = False  # a queue is its process's own
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        if "no" in (self.eval_strategy, self.save_strategy):
+            self.load_best_model_at_end = False  # there is no best checkpoint to load
         super().__post_init__()
         checks = {
             "learning_rate": (self.learning_rate >= 0, "0 or more; 3e-5 is usual"),

@@ -113,8 +113,9 @@ def launches(target: str, dtype: str):
         return settings.default_settings(target, DTYPES[dtype], precision, C, T)
 
     yield from product_launches(dtype, 8192, 32768, chosen(8192, 32768), "")
-    if dtype == "bf16":  # small batches have tiles of their own; the other kernels take rows of every dtype alike
+    if dtype in ("bf16", "ieee"):  # small batches have tiles of their own
         yield from product_launches(dtype, 512, 512, chosen(512, 512), ", small")
+    if dtype == "bf16":  # the other kernels take rows of every dtype alike
         yield from row_launches(chosen(8192, 32768).row_elements)
 
 

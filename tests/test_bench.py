@@ -250,6 +250,20 @@ def test_tuning_the_workspace(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "tune.json").read_text())["rows"]
 
 
+def test_tuning_the_kernels():
+    """Each search makes a step for each setting, and the default workspace's chunk is what it times."""
+    pytest.importorskip("triton")
+    from fused_infonce.kernels.settings import Tile
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = tune.kernels(Case(40, 16), device, [Tile(16, 32, 16, 4, 1), Tile(32, 16, 16, 4, 1)])
+    assert [one.what for one in found] == ["similarity", "ratios", "products"]
+    for one in found:
+        assert "settings.py" in one.where
+        *_, (_, ranked) = tune.search(one.settings, one.step, tune.clock_for("cpu"), rounds=1)
+        assert ranked
+
+
 # ------------------------------------------------------------------ the report
 
 

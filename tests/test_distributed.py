@@ -168,16 +168,17 @@ def test_half_precision_rows_travel_and_stay_as_exact(ranks, dtype, monkeypatch)
 
 
 def without_small_products(group, size=0):
-    """Few multiply-adds run in fp32 on a CPU; here they are not to."""
-    from fused_infonce import torch_ops
+    """Few multiply-adds run in fp32; here they are not to."""
+    from fused_infonce import function
 
-    torch_ops.SMALL_PRODUCT = size
+    function.SMALL_PRODUCT = size
 
 
 def by_kernels(group, dtype, options):
     import interpreter
 
     interpreter.patch()
+    without_small_products(group)
     rank = dist.get_rank(group)
     q, k, h = (rows(n, 16, seed=10 * rank + s, dtype=dtype) for s, n in enumerate((9, 9, 18)))
     return [x.float() for x in loss_and_grads([q, k, h], group=group, backend="triton", **options)]

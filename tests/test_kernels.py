@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from fused_infonce.kernels import common, noise, normalise, products, ratios, settings, similarity
 
-from fused_infonce import gs_infonce, triton_ops
+from fused_infonce import function, gs_infonce, triton_ops
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 N, D, H, Q, M = 21, 20, 42, 5, 9
@@ -55,6 +55,12 @@ def assert_close(ours, want, dtype, temperature=0.05, what=None):
     limit = {torch.float32: 1e-5 * max(1, 0.05 / temperature), torch.float16: 4e-3, torch.bfloat16: 1e-2}[dtype]
     for name, a, b in zip(("loss", *"abcdef"), ours, want, strict=False):
         assert relative_error(a, b) < limit, (name, what)
+
+
+@pytest.fixture(autouse=True)
+def _no_product_is_too_small(monkeypatch):
+    """Else all that the interpreter can do in time would run in fp32."""
+    monkeypatch.setattr(function, "SMALL_PRODUCT", 0)
 
 
 # ---------------------------------------------------------------------- the loss
@@ -275,6 +281,7 @@ class _Launches(TorchDispatchMode):
         "as_strided",
         "alias",
         "expand",
+        "unbind",
         "promote_types",
     )
 
@@ -288,7 +295,8 @@ class _Launches(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_small_call_takes_six_launches(monkeypatch):
+@pytest.mark.parametrize("small", [0, 1 << 24], ids=["bf16", "fp32"])
+def test_a_small_call_takes_six_launches(small, monkeypatch):
     """Forward and backward: rows, exponentials, closing, both products, mean; rows again."""
     if DEVICE.type != "cpu":
         pytest.skip("launches of the kernels are counted in the interpreter")
@@ -297,6 +305,7 @@ def test_a_small_call_takes_six_launches(monkeypatch):
 
     launch = interpreter.GridExecutor.__call__
     mode = _Launches()
+    monkeypatch.setattr(function, "SMALL_PRODUCT", small)
 
     def counted(self, *args, **options):
         mode.found.append(self.fn.__name__)

@@ -310,3 +310,26 @@ def test_inside_a_compiled_step(options):
         want = step(q, k)
         assert torch.equal(got, want)
         assert torch.equal(*(torch.autograd.grad(loss, q)[0] for loss in (got, want)))
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "D", "chosen", "reason"),
+    [
+        ((9, 0), torch.bfloat16, 768, "triton", "backend 'triton' for cuda tensors"),
+        ((7, 5), torch.bfloat16, 768, "torch", "compute capability 8.0 or newer"),
+        ((9, 0), torch.float64, 768, "torch", "no float64"),
+        ((9, 0), torch.float32, 9000, "torch", "at most 8192 features"),
+    ],
+)
+def test_auto_takes_the_kernels_where_they_run(capability, dtype, D, chosen, reason, caplog, monkeypatch):
+    from fused_infonce import backends
+
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(backends, "_logged", set())
+    with caplog.at_level("INFO", logger="fused_infonce"):
+        assert backends.choose_backend("auto", torch.device("cuda"), dtype, D) == chosen
+    assert reason in caplog.text
+    if chosen == "torch":
+        with pytest.raises(ValueError, match=reason):
+            backends.choose_backend("triton", torch.device("cuda"), dtype, D)

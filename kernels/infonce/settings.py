@@ -60,15 +60,21 @@ def default_settings(target: str, dtype: torch.dtype, precision: str, rows: int,
     found = _HALF.get(target) or _HALF["sm_80"]
     if target == "interpreter":
         return found
+    small = (
+        rows * columns <= 1 << 20
+    )  # few tiles: small ones keep more of the device at work, and one launch is less
     if dtype == torch.float32:
+        if small:
+            tile = Tile(32, 32, 32, 4, 2)
+            return Settings(tile, tile, tile, False)
         if target in ("sm_120", "gfx942") and precision == "tf32":  # little shared memory
             tiles = (Tile(64, 128, 32, 8, 2), Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2))
         else:
             tiles = _FULL[precision]
         return Settings(*tiles, found.library_products)
-    if rows * columns <= 1 << 20:  # few tiles: small ones keep more of the device at work, and one launch is less
-        small = Tile(64, 64, 64 if target != "sm_120" else 32, 4, 2)
-        return Settings(small, small, small, False)
+    if small:
+        tile = Tile(64, 64, 64 if target != "sm_120" else 32, 4, 2)
+        return Settings(tile, tile, tile, False)
     return found
 
 
