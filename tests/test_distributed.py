@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import re
@@ -174,11 +175,15 @@ def without_small_products(group, size=0):
     function.SMALL_PRODUCT = size
 
 
-def by_kernels(group, dtype, options):
+@functools.cache
+def patched_interpreter():
     import interpreter
 
     interpreter.patch()
-    without_small_products(group)
+
+
+def by_kernels(group, dtype, options):
+    patched_interpreter()
     rank = dist.get_rank(group)
     q, k, h = (rows(n, 16, seed=10 * rank + s, dtype=dtype) for s, n in enumerate((9, 9, 18)))
     return [x.float() for x in loss_and_grads([q, k, h], group=group, backend="triton", **options)]
@@ -188,6 +193,7 @@ def by_kernels(group, dtype, options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_the_kernels_behind_both_strategies(ranks, dtype):
     pytest.importorskip("triton")
+    ranks.run(without_small_products)
     for strategy, symmetric in (("gather", False), ("gather", True), ("ring", False)):
         options = {"noise": "expected", "num_noise": 9, "symmetric": symmetric, "temperature": torch.tensor(0.1)}
         two = ranks.run(by_kernels, dtype, {**options, "strategy": strategy, "hard_negative_weight": 1.0}, size=2)
@@ -201,6 +207,7 @@ def test_the_kernels_behind_both_strategies(ranks, dtype):
             assert relative_error(torch.cat([torch.as_tensor(g[i]) for g in two]) / 2, want[i]) < limit
         assert relative_error(in_views([torch.as_tensor(g[3]) for g in two], [9, 9], 2) / 2, want[3]) < limit
         assert relative_error(sum(torch.as_tensor(g[4]) for g in two) / 2, want[4]) < 4 * limit
+    ranks.run(without_small_products, 1 << 24)
 
 
 # ---------------------------------------------------------------------- averaging

@@ -28,7 +28,7 @@ WAYS = {
     "hard negatives": {
         "train_file": "train.jsonl", "mask_duplicates": True, "hard_negative_weight": 0.5, "max_steps": 4,
     },
-    "queue": {"queue_size": 24, "max_steps": 4},
+    "queue": {"queue_size": 32, "max_steps": 4},
     "local": {"negatives": "local", "num_noise": 0, "max_steps": 2},
 }  # fmt: skip
 
