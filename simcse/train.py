@@ -1,6 +1,5 @@
 """``python -m simcse.train``: SimCSE on a file of sentences, pairs or triplets, watched on STS pairs."""
 
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ with exit_cleanly("simcse.train"):  # these take seconds, and Ctrl-C has to be c
 
     from simcse.arguments import DataArguments, LossArguments, ModelArguments, SimCSETrainingArguments, parse
     from simcse.dataset import shipped
+    from simcse.elastic import checkpoint_of_this_run, join_again, mark_end, mark_start
     from simcse.legacy import translate
     from simcse.model import load_encoder, max_tokens
     from simcse.plot import plot_path
@@ -30,20 +30,21 @@ DESCRIPTION = (
 # What the few sentences in the package need, put before the user's own flags.
 DEMO_FLAGS = ["--num_train_epochs", "3"]
 PLOT_FILE = "alignment_uniformity.png"
-START_FILE = ".started"
 
 
 def main(argv: list[str] | None = None) -> None:
     with exit_cleanly("simcse.train"):
         logging.disable_progress_bar()  # of loading weights; training has its own
         trainer = prepare(argv)
-        mark_start(trainer)
+        if trainer.is_world_process_zero():
+            mark_start(trainer.args.output_dir)
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
         trainer.card = training_card(trainer.card, evaluations(trainer.state.log_history), trainer.state)
         trainer.save_model()
         trainer.save_state()
         if trainer.is_world_process_zero():
             conclude(trainer)
+            mark_end(trainer.args.output_dir)
         trainer.accelerator.end_training()
 
 
@@ -54,6 +55,7 @@ def prepare(argv: list[str] | None = None) -> SimCSETrainer:
     argv = with_recipe(argv)
     if not any(arg.startswith(("--train_file", "--train-file")) for arg in argv):
         argv = [*DEMO_FLAGS, *argv]
+    join_again()
     model_args, data_args, loss_args, args = parse(
         (ModelArguments, DataArguments, LossArguments, SimCSETrainingArguments),
         "simcse.train",
@@ -80,8 +82,7 @@ def prepare(argv: list[str] | None = None) -> SimCSETrainer:
         )
     if args.resume_from_checkpoint:
         args.resume_from_checkpoint = _checkpoint(args)
-    if _restarts():
-        args.resume_from_checkpoint = _checkpoint_of_this_run(args) or args.resume_from_checkpoint
+    args.resume_from_checkpoint = checkpoint_of_this_run(args.output_dir) or args.resume_from_checkpoint
     if pairs is None:
         args.eval_strategy = IntervalStrategy.NO
         args.eval_on_start = args.load_best_model_at_end = False
@@ -144,26 +145,6 @@ def _warn(message: str) -> None:
         print(f"simcse.train: warning: {message}", file=sys.stderr)
 
 
-def _restarts() -> int:
-    """How many times torchrun has started this run again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
-def mark_start(trainer: SimCSETrainer) -> None:
-    """Under torchrun: so that a restart tells this run's checkpoints from older ones in the same folder."""
-    if "TORCHELASTIC_RESTART_COUNT" in os.environ and not _restarts() and trainer.args.should_save:
-        Path(trainer.args.output_dir, START_FILE).touch()
-
-
-def _checkpoint_of_this_run(args: SimCSETrainingArguments) -> str | None:
-    """The latest checkpoint since torchrun's first start; None: there is none yet."""
-    start, folder = Path(args.output_dir, START_FILE), get_last_checkpoint(args.output_dir)
-    if not start.is_file() or folder is None:
-        return None
-    written = Path(folder, "trainer_state.json").stat().st_mtime
-    return folder if written >= start.stat().st_mtime else None
-
-
 def _checkpoint(args: SimCSETrainingArguments) -> str:
     """The folder that ``--resume_from_checkpoint`` means; ``true`` is the latest in ``--output_dir``."""
     folder = args.resume_from_checkpoint
@@ -179,7 +160,6 @@ def _checkpoint(args: SimCSETrainingArguments) -> str:
 def conclude(trainer: SimCSETrainer) -> None:
     """Print the table before → after and where everything is; draw the plot."""
     output = Path(trainer.args.output_dir)
-    (output / START_FILE).unlink(missing_ok=True)
     points = evaluations(trainer.state.log_history)
     best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
     if len(points) > 1:

@@ -12,13 +12,14 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from ranks import Ranks
+from ranks import Ranks, free_port
 from test_simcse_model import make_tiny_model
 from test_simcse_sts import write_sts
 from test_simcse_train import flags
 
 from simcse import train
 from simcse.dataset import shipped
+from simcse.elastic import START_FILE
 from simcse.table import read_table
 
 STEPS = 20
@@ -206,8 +207,8 @@ def test_torchrun_resumes_when_a_process_is_killed(ranks, folder, tmp_path):
     (older / "trainer_state.json").write_text("{}")
     os.utime(older / "trainer_state.json", (1, 1))
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "--max-restarts", "1", "--monitor-interval", "0.5",
+        sys.executable, "-m", "torch.distributed.run", "--rdzv-endpoint", f"localhost:{free_port()}",
+        "--nproc-per-node", "2", "--max-restarts", "1", "--monitor-interval", "0.5",
         "-m", "simcse.train", *argv(folder, tmp_path / "run", 8, way),
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -229,7 +230,7 @@ def test_torchrun_resumes_when_a_process_is_killed(ranks, folder, tmp_path):
     assert curve(tmp_path / "run") == pytest.approx(
         ranks.run(losses_of, argv(folder, tmp_path / "unbroken", 8, way))[0], rel=1e-6
     )
-    assert not (tmp_path / "run" / train.START_FILE).exists()
+    assert not (tmp_path / "run" / START_FILE).exists()
 
 
 def wait_for(path, process, seconds=90):
