@@ -335,6 +335,21 @@ def test_ranks_that_disagree_all_get_an_error_that_says_which(ranks, change, mes
     ranks.run(one_rank, {"num_noise": 0}, UNEVEN[4], 0, 0, torch.float64, None)  # and they go on
 
 
+def agreed_beside(group, wrong):
+    """With a group that takes no CPU tensors, as an NCCL group does."""
+    from fused_infonce.distributed import Counts, Facts, agree
+
+    only_gpu = dist.new_group([0, 1], backend="cuda:gloo", use_local_synchronization=True)
+    rank = dist.get_rank(group)
+    return [agree(only_gpu, Facts({"D": 5 + rank * wrong}, Counts(rank, 0, 0)))[1].counts.positives for _ in "ab"]
+
+
+def test_a_group_for_gpus_only_is_agreed_in_beside_it(ranks):
+    assert ranks.run(agreed_beside, False, size=2) == [[1, 1], [1, 1]]
+    for _, error in ranks.tried(agreed_beside, True, size=2):
+        assert "D (5 on rank 0, 6 on rank 1)" in error
+
+
 # ---------------------------------------------------------------------- the rest
 
 
