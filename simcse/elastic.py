@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers.trainer_utils import get_last_checkpoint
 
 START_FILE = ".started"  # in the output folder, while torchrun runs
 
@@ -49,7 +48,7 @@ def checkpoint_of_this_run(output_dir: str) -> str | None:
     start = Path(output_dir, START_FILE)
     if not restarts() or not start.is_file():
         return None
-    folder = get_last_checkpoint(output_dir)
-    state = Path(folder or output_dir, "trainer_state.json")
-    recent = folder is not None and state.stat().st_mtime >= start.stat().st_mtime
-    return folder if recent else None
+    since = start.stat().st_mtime
+    states = Path(output_dir).glob("checkpoint-*/trainer_state.json")
+    ours = [state.parent for state in states if state.stat().st_mtime >= since]
+    return str(max(ours, key=lambda folder: int(folder.name.split("-")[1]))) if ours else None
