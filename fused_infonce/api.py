@@ -7,10 +7,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.distributed import ProcessGroup
 
-from .arguments import resolve
+from .arguments import resolve, resolve_among
 from .backends import Backend
 from .compiled import compiled_loss
+from .distributed import Strategy
 from .function import fused_loss
 from .options import Reduction
 from .reference import reference_loss
@@ -33,7 +35,8 @@ def gs_infonce(
     negative_ids: Tensor | None = None,
     symmetric: bool = False,
     reduction: Reduction = "mean",
-    group: None = None,
+    group: ProcessGroup | None = None,
+    strategy: Strategy = "auto",
     backend: Backend = "auto",
     workspace_bytes: int | None = None,
 ) -> Tensor:
@@ -75,7 +78,16 @@ def gs_infonce(
         symmetric: mean of both directions (CLIP). Hard negatives and queue act in the anchor → positive direction
             only, noise in both.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (N,).
-        group: process group; not available yet.
+        group: a process group (``torch.distributed.group.WORLD``): anchors, positives, negatives and queue are
+            this rank's rows, the columns are everyone's; how many may differ. Each rank gets the mean or sum over
+            all ranks' anchors (``"none"``: of its own). Gradients are those of this global loss multiplied by the
+            number of ranks: averaged over ranks, as DistributedDataParallel does, parameters get the gradient that
+            one process would give them on all rows; a temperature's, too. ``ids`` are compared across ranks, an
+            anchor's own hard negatives are its rank's, sampled noise is the same on all (rank 0's seed; a tensor
+            of noise has to be). The upstream gradient of a mean or sum has to be the same on every rank, and
+            every rank has to call backward if one does.
+        strategy: how ranks share columns, with the same result: ``"gather"`` holds all of them at once, ``"ring"``
+            passes them round in less memory and always in two sweeps; ``"auto"`` gathers up to 4 GiB a rank.
         backend: ``"triton"`` (GPUs from compute capability 8.0, ROCm; no float64, D <= 8192), ``"torch"`` (any
             device), ``"reference"`` (float64 with the N×M matrix; differentiable twice), or ``"auto"``: Triton
             for tensors on a GPU that it can serve, else torch; logged once with the reason (logger
@@ -92,8 +104,8 @@ def gs_infonce(
     loss is one operator of the graph; a ``generator`` or the reference breaks the graph.
 
     Raises:
-        ValueError, TypeError: an argument is out of range or of the wrong kind; the message names it.
-        NotImplementedError: for ``group``.
+        ValueError, TypeError: an argument is out of range or of the wrong kind; the message names it. With a group
+            every rank raises, also where ranks disagree about features, dtype, options or wanted gradients.
     """
     traceable = generator is None and group is None and backend != "reference"
     if traceable and torch.compiler.is_compiling():
@@ -133,6 +145,7 @@ def gs_infonce(
         symmetric=symmetric,
         reduction=reduction,
         group=group,
+        strategy=strategy,
         backend=backend,
         workspace_bytes=workspace_bytes,
     )
@@ -151,7 +164,8 @@ def info_nce(
     negative_ids: Tensor | None = None,
     symmetric: bool = False,
     reduction: Reduction = "mean",
-    group: None = None,
+    group: ProcessGroup | None = None,
+    strategy: Strategy = "auto",
     backend: Backend = "auto",
     workspace_bytes: int | None = None,
 ) -> Tensor:
@@ -173,12 +187,15 @@ def info_nce(
         symmetric=symmetric,
         reduction=reduction,
         group=group,
+        strategy=strategy,
         backend=backend,
         workspace_bytes=workspace_bytes,
     )
 
 
-def _eager_loss(*inputs: Tensor | None, **options: Any) -> Tensor:
+def _eager_loss(*inputs: Tensor | None, group: ProcessGroup | None, strategy: Strategy, **options: Any) -> Tensor:
+    if group is not None:
+        return fused_loss(resolve_among(group, strategy, *inputs, **options))
     call = resolve(*inputs, **options)  # type: ignore[arg-type]
     return reference_loss(call) if call.backend == "reference" else fused_loss(call)
 

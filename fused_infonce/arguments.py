@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from . import noise as noise_source
 from .backends import Backend, choose_backend
+from .distributed import STRATEGIES, Counts, Exchange, Facts, Strategy, agree, check_group, choose_strategy
 from .options import NoiseKind, Options, Reduction
 
+_COLUMNS = ("positives", "negatives", "queue")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -33,6 +37,8 @@ class Call:
     def takes_one_sweep(self) -> bool:
         """One upstream gradient for all rows, one direction, and a temperature within the range of one sweep."""
         options, bound = self.options, self.kappa_bound
+        if options.exchange is not None and options.exchange.strategy == "ring":
+            return False
         one_way = options.reduction != "none" and not options.symmetric
         return one_way and bound is not None and options.fits_one_sweep(bound)
 
@@ -62,12 +68,12 @@ def resolve(
     negative_ids: Tensor | None,
     symmetric: bool,
     reduction: Reduction,
-    group: None,
     backend: Backend,
     workspace_bytes: int | None,
     traced: Traced | None = None,
+    host_seed: bool = False,
 ) -> Call:
-    """The arguments of gs_infonce as a Call; ValueError, TypeError or NotImplementedError name what is wrong."""
+    """The arguments of gs_infonce as a Call of one process; ValueError or TypeError name what is wrong."""
     tensors = _check_inputs(anchors, positives, negatives, queue)
     N = anchors.shape[0]
     H = 0 if negatives is None else negatives.shape[0]
@@ -76,8 +82,6 @@ def resolve(
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     if not isinstance(symmetric, bool):
         raise TypeError(f"symmetric must be True or False, not {symmetric!r}")
-    if group is not None:
-        raise NotImplementedError(f"group: {group!r} came, but one process is all there is yet; pass None")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator or None, not {type(generator).__name__}")
     if workspace_bytes is not None and (not isinstance(workspace_bytes, int) or workspace_bytes <= 0):
@@ -101,7 +105,7 @@ def resolve(
     seed = None
     if kind == "sampled" and traced is not None:
         seed = traced.seed
-    elif kind == "sampled" and chosen == "triton":
+    elif kind == "sampled" and chosen == "triton" and not host_seed:
         seed = noise_source.draw_device_seed(generator, anchors.device)
     elif kind == "sampled":
         seed = noise_source.draw_seed(generator)
@@ -127,6 +131,80 @@ def resolve(
     bound = _kappa_bound(temperature, min_temperature, ask=traced is None)
     inputs = (anchors, positives, negatives, queue)
     return Call(inputs, noise_rows, temperature, bound, options, dtype, product_dtype, chosen)
+
+
+def resolve_among(
+    group: ProcessGroup, strategy: Strategy, *inputs: Any, temperature: float | Tensor, **options: Any
+) -> Call:
+    """The same with a process group: what every rank has to agree on is agreed on, and the seed is rank 0's."""
+    check_group(group)
+    try:
+        check_choice("strategy", strategy, STRATEGIES)
+        call = resolve(*inputs, temperature=temperature, host_seed=True, **options)
+        if call.backend == "reference":
+            raise ValueError("backend='reference' knows one process only; use 'auto' or 'torch' with a group")
+    except (TypeError, ValueError) as error:
+        with contextlib.suppress(ValueError):  # the others' message
+            agree(group, Facts({}, Counts(0, 0, 0), error=f"{type(error).__name__}: {error}"))
+        raise
+    needs = _needs(call)
+    seed = call.options.seed
+    facts = Facts(
+        {
+            "the number of features": call.inputs[0].shape[1],
+            "the dtype": call.dtype,
+            "the dtype of products (autocast)": call.product_dtype,
+            "the device type": call.inputs[0].device.type,
+            "the backend": call.backend,
+            "temperature": _known(temperature),
+            "noise": call.options.noise,
+            "num_noise": call.options.num_noise,
+            **{name: options[name] for name in ("noise_weight", "hard_negative_weight", "symmetric", "reduction")},
+            "min_temperature": str(options["min_temperature"]),
+            "whether ids are given": options["ids"] is not None,
+            "whether negative_ids are given": (
+                None if call.inputs[2] is None else options["negative_ids"] is not None
+            ),
+            "strategy": strategy,
+            **{f"whether {name} need a gradient": need for name, need in needs.items()},
+            "whether anything needs a gradient": any(needs.values()),
+        },
+        call.options.counts,
+        None if seed is None else int(seed),
+    )
+    everyone = agree(group, facts)
+    counts = [other.counts for other in everyone]
+    columns = sum(other.columns for other in counts)
+    chosen = choose_strategy(strategy, columns, call.inputs[0].shape[1], call.product_dtype.itemsize)
+    wants = {name for other in everyone for name in _COLUMNS if other.same[f"whether {name} need a gradient"]}
+    masks_negatives = any(other.same["whether negative_ids are given"] for other in everyone)
+    call.options = replace(
+        call.options,
+        exchange=Exchange(group, counts, frozenset(wants), chosen, masks_negatives),
+        own_log_weight=options["hard_negative_weight"] if any(other.negatives for other in counts) else 0.0,
+        seed=None if seed is None else torch.tensor([everyone[0].seed]).to(_seed_device(call), non_blocking=True),
+    )
+    return call
+
+
+def _seed_device(call: Call) -> torch.device:
+    """Kernels read a seed on their device, torch's generators one on the host."""
+    return call.inputs[0].device if call.backend == "triton" else torch.device("cpu")
+
+
+def _needs(call: Call) -> dict[str, bool | None]:
+    """Which gradients this rank asks for; None: it has not got that input."""
+    on, tau = torch.is_grad_enabled(), call.temperature
+    tensors = zip(("anchors", *_COLUMNS), call.inputs, strict=True)
+    asked = {name: None if x is None else on and x.requires_grad for name, x in tensors}
+    return {**asked, "temperature": on and isinstance(tau, Tensor) and tau.requires_grad}
+
+
+def _known(temperature: float | Tensor) -> str:
+    """The value, where the host knows it without waiting."""
+    if isinstance(temperature, Tensor) and temperature.device.type != "cpu":
+        return "a tensor on a device"
+    return str(float(temperature))
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

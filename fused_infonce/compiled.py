@@ -109,7 +109,6 @@ def _call(
         negative_ids=negative_ids,
         symmetric=symmetric,
         reduction=reduction,  # type: ignore[arg-type]
-        group=None,
         backend=backend,  # type: ignore[arg-type]
         workspace_bytes=workspace_bytes,
         traced=Traced(seed, product_dtype),
@@ -142,9 +141,9 @@ def _forward(*args: Any) -> Results:
     with torch.no_grad(), torch.autocast(call.inputs[0].device.type, enabled=False):
         if call.takes_one_sweep and any(args[-1]):
             losses, grads = one_sweep_of(call, needs)
-            return _padded([reduced(losses, None, call.options.reduction), *grads], call.inputs[0])
+            return _padded([reduced(losses, None, call.options), *grads], call.inputs[0])
         row_loss, column_loss = sweep_of(call).losses()
-        loss = reduced(row_loss, column_loss, call.options.reduction)
+        loss = reduced(row_loss, column_loss, call.options)
         if call.options.reduction == "none":
             loss = loss.clone()  # a view of the row's losses
         return _padded([loss, row_loss, column_loss], call.inputs[0])

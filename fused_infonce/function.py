@@ -26,7 +26,7 @@ def fused_loss(call: Call) -> Tensor:
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in wanted):
         return _FusedInfoNCE.apply(*wanted, call)  # type: ignore[no-any-return, no-untyped-call]
     with torch.no_grad(), _outside_autocast(call.inputs[0].device.type):
-        return reduced(*sweep_of(call).losses(), call.options.reduction)
+        return reduced(*sweep_of(call).losses(), call.options)
 
 
 def sweep_of(call: Call, ops: TorchOps | None = None) -> Sweep:
@@ -36,11 +36,11 @@ def sweep_of(call: Call, ops: TorchOps | None = None) -> Sweep:
 
 
 def _ops(call: Call) -> TorchOps:
-    anchors, dtype = call.inputs[0], call.product_dtype
-    columns = sum(x.shape[0] for x in call.inputs[1:] if x is not None)
-    if columns * anchors.numel() <= SMALL_PRODUCT:
+    anchors, options, dtype = call.inputs[0], call.options, call.product_dtype
+    rows, columns = options.total("positives"), options.total("columns")
+    if rows * columns * anchors.shape[1] <= SMALL_PRODUCT:
         dtype = torch.promote_types(dtype, torch.float32)
-    precision, workspace_bytes = Precision.of(dtype), call.options.workspace_bytes
+    precision, workspace_bytes = Precision.of(dtype), options.workspace_bytes
     if call.backend == "triton":
         from .triton_ops import TritonOps  # here, for Triton need not be installed
 
@@ -70,7 +70,7 @@ class _FusedInfoNCE(torch.autograd.Function):
                 ctx.tape = None
                 ctx.save_for_backward(*inputs, tau, call.noise_rows, row_loss, column_loss)
             ctx.ops.release()
-            return reduced(row_loss, column_loss, call.options.reduction)
+            return reduced(row_loss, column_loss, call.options)
 
     @staticmethod
     def backward(ctx, upstream: Tensor):  # type: ignore[no-untyped-def]
@@ -128,12 +128,12 @@ def _two_sweep_gradients(
     options = sweep.options
     if options.reduction == "none":
         weights = upstream.contiguous()[:, None]  # `loss.sum()` hands an expanded scalar back
-        return sweep.gradients(needs, row_loss, column_loss, weights, Scale(None))
+        return sweep.gradients(needs, row_loss, column_loss, weights, Scale(None, options.gradient_factor))
     return sweep.gradients(needs, row_loss, column_loss, None, _scale(upstream, options))
 
 
 def _scale(upstream: Tensor | None, options: Options) -> Scale:
-    return Scale(upstream, 1 / options.num_anchors if options.reduction == "mean" else 1.0)
+    return Scale(upstream, options.gradient_factor)
 
 
 def _of_temperature(d_kappa: Tensor | None, kappa: float | Tensor, temperature: float | Tensor) -> Tensor | None:
@@ -169,12 +169,15 @@ def _kappa(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:
     return 1 / temperature if temperature > 0 else math.nan
 
 
-def reduced(row_loss: Tensor, column_loss: Tensor | None, reduction: str) -> Tensor:
-    """The losses of the rows, (N,), or their sum or mean; both directions' mean where there are two."""
+def reduced(row_loss: Tensor, column_loss: Tensor | None, options: Options) -> Tensor:
+    """Losses of this rank's rows, (N,), or the sum or mean over all ranks'; the mean of both directions."""
     losses = row_loss if column_loss is None else (row_loss + column_loss) / 2  # (N, 1)
-    if reduction == "none":
+    if options.reduction == "none":
         return losses[:, 0]
-    return losses.mean() if reduction == "mean" else losses.sum()
+    if options.exchange is None:
+        return losses.mean() if options.reduction == "mean" else losses.sum()
+    total = options.exchange.sum(losses.sum())
+    return total / options.total("positives") if options.reduction == "mean" else total
 
 
 def _outside_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:

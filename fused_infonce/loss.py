@@ -7,9 +7,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from .api import gs_infonce
 from .backends import Backend
+from .distributed import Strategy
 from .options import Reduction
 
 
@@ -39,7 +41,8 @@ class GSInfoNCELoss(nn.Module):
         hard_negative_weight: float = 0.0,
         symmetric: bool = False,
         reduction: Reduction = "mean",
-        group: None = None,
+        group: ProcessGroup | None = None,
+        strategy: Strategy = "auto",
         backend: Backend = "auto",
         workspace_bytes: int | None = None,
     ) -> None:
@@ -65,6 +68,7 @@ class GSInfoNCELoss(nn.Module):
         self.symmetric = symmetric
         self.reduction: Reduction = reduction
         self.group = group
+        self.strategy: Strategy = strategy
         self.backend: Backend = backend
         self.workspace_bytes = workspace_bytes
 
@@ -106,6 +110,7 @@ class GSInfoNCELoss(nn.Module):
             symmetric=self.symmetric,
             reduction=self.reduction,
             group=self.group,
+            strategy=self.strategy,
             backend=self.backend,
             workspace_bytes=self.workspace_bytes,
         )

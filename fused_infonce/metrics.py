@@ -94,7 +94,6 @@ def contrastive_stats(
         negative_ids=negative_ids,
         symmetric=False,
         reduction="none",
-        group=None,
         backend="torch",
         workspace_bytes=workspace_bytes,
     )

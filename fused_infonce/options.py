@@ -8,6 +8,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from .distributed import Counts, Exchange
+
 Reduction = Literal["mean", "sum", "none"]
 NoiseKind = Literal["none", "sampled", "expected", "given"]
 
@@ -31,6 +33,22 @@ class Options:
     reduction: Reduction
     seed: Tensor | None  # (1,) of sampled noise; on the device where the kernels draw it
     workspace_bytes: int | None
+    exchange: Exchange | None = None  # with the other ranks of a group; the numbers above are this rank's
+
+    @property
+    def counts(self) -> Counts:
+        return Counts(self.num_anchors, self.num_negatives, self.num_queue)
+
+    def total(self, name: Literal["positives", "negatives", "queue", "columns"]) -> int:
+        """Rows of this call, on all ranks."""
+        own: int = getattr(self.counts, name)
+        return own if self.exchange is None else self.exchange.total(name)
+
+    @property
+    def gradient_factor(self) -> float:
+        """A factor of the gradients of Σ_i loss_i: 1/N of a mean; and W, which DDP's averaging takes off again."""
+        W = 1 if self.exchange is None else self.exchange.size
+        return W / self.total("positives") if self.reduction == "mean" else float(W)
 
     @property
     def has_noise_columns(self) -> bool:
@@ -40,12 +58,12 @@ class Options:
     def log_columns(self) -> float:
         """log of the number of terms in a row's denominator besides the positive's."""
         M = 0 if self.noise == "none" else self.num_noise
-        return math.log(max(1, self.num_anchors - 1 + self.num_negatives + self.num_queue + M))
+        return math.log(max(1, self.total("columns") - 1 + M))
 
     @property
     def _biases(self) -> tuple[float, float]:
         noise = 0.0 if self.noise == "none" else self.log_noise_weight
-        own = self.own_log_weight if self.num_negatives else 0.0
+        own = self.own_log_weight
         return min(0.0, noise, own), max(0.0, noise, own)
 
     def fits_one_sweep(self, kappa: float) -> bool:

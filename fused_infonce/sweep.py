@@ -9,6 +9,9 @@ keys centred by c (k̃ = k̂ − c), s_ij − s_ii = q̂_i·k̃_j − q̂_i·k̃
 - ``losses`` and ``gradients``: running maxima and sums first, then the tile G of weighted shares. One product and
   three. Right for every temperature, for both directions and for a weight a row.
 
+With a process group (``Options.exchange``) a rank's rows meet everyone's columns: all in one matrix, own first
+(``one_sweep``), or a rank's after the other's (two sweeps); the sums of columns go home to their rank.
+
 Gradients of unit rows, in both:  dq̂_i = κ [Σ_j G_ij k̃_j − h_i k̂_i + (Σ_j G_ij) c], h_i the share of all ratios,
 and the mirror image for the keys. docs/numerics.md derives all of it.
 """
@@ -18,13 +21,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from . import noise
+from .distributed import Counts
 from .operands import Accumulator, Columns, RowSums, RowTerms, Scale, Side, Units
 from .options import Options
 from .torch_ops import TorchOps, cut, merge_ratios
@@ -41,6 +45,10 @@ class Needs:
     negatives: bool
     queue: bool
     temperature: bool
+
+    @property
+    def columns(self) -> frozenset[str]:
+        return frozenset(name for name in ("positives", "negatives", "queue") if getattr(self, name))
 
     @property
     def rows(self) -> bool:
@@ -73,7 +81,10 @@ class Tape:
 
 
 class Sweep:
-    """The operands of a call, normalised and centred once, and the two ways over them."""
+    """The operands of a call, normalised and centred once, and the two ways over them.
+
+    N and T are this rank's rows and columns; there is one rank where ``options`` knows of no others.
+    """
 
     def __init__(
         self,
@@ -90,7 +101,11 @@ class Sweep:
         self.kappa = kappa.to(ops.precision.sums) if isinstance(kappa, Tensor) else kappa
         self.bits = self.kappa * LOG2_E  # κ in base 2
         columns = [x for x in inputs[1:] if x is not None]
-        self.units, self.operands = ops.normalise(inputs[0], columns, self.bits)
+        self.exchange = exchange = options.exchange
+        self.rank = 0 if exchange is None else exchange.rank
+        self.counts = [options.counts] if exchange is None else exchange.counts  # by rank
+        centers = None if exchange is None else exchange.centers(inputs[0], inputs[1], ops.precision.sums)
+        self.units, self.operands = ops.normalise(inputs[0], columns, self.bits, centers)
         self.T = sum(x.shape[0] for x in columns)
         self.keys = self._keys()
 
@@ -99,21 +114,61 @@ class Sweep:
         """s_ii, (N, 1)"""
         return self.ops.cosines(self.units)
 
-    def _keys(self) -> Columns:
-        """All columns but the noise."""
-        options = self.options
+    @functools.cached_property
+    def ids(self) -> list[Tensor] | None:
+        """Of each rank's first columns: its positives', and its negatives' where those have any."""
+        options, exchange = self.options, self.exchange
+        if options.ids is None:
+            return None
         ids = options.ids
-        if ids is not None and options.negative_ids is not None:
+        if options.negative_ids is not None:
             ids = torch.cat([ids, options.negative_ids])
+        if exchange is None:
+            return [ids]
+        masked = exchange.masks_negatives
+        lengths = [counts.positives + counts.negatives * masked for counts in exchange.counts]
+        return exchange.gather(ids.long(), lengths)
+
+    def _keys(self) -> Columns:
+        """This rank's columns, all but the noise."""
+        options = self.options
+        ids = self.ids
         return Columns(
             self.operands.keys,
             self.operands.grad_keys,
             num_positives=self.N,
             num_negatives=options.num_negatives,
             own_bias=options.own_log_weight * LOG2_E,
-            row_ids=options.ids,
-            column_ids=ids,
+            row_ids=None if ids is None else ids[self.rank][: self.N],
+            column_ids=None if ids is None else ids[self.rank],
         )
+
+    def _keys_of(self, owner: int, rows: Tensor) -> Columns:
+        """Another rank's columns: none of them is a row's own."""
+        ids = self.ids
+        return Columns(
+            rows,
+            rows.to(self.ops.precision.gradient),
+            row_ids=self.keys.row_ids,
+            column_ids=None if ids is None else ids[owner],
+        )
+
+    def _visits(self, acc: Tensor | None, wanted: list[slice]) -> Iterator[tuple[int, Columns, Tensor | None]]:
+        """Every rank's columns, this one's first, with memory for the gradients of those that are wanted.
+
+        In the end ``acc``, this rank's own memory, has what all ranks have summed for it.
+        """
+        if self.exchange is None:
+            yield 0, self.keys, acc
+            return
+        lengths = [columns.stop - columns.start for columns in wanted]
+        for owner, rows, sums in self.exchange.tour(self.operands.keys, acc, lengths):
+            yield owner, self.keys if owner == self.rank else self._keys_of(owner, rows), sums
+
+    def _wanted(self, needs: Needs) -> list[slice]:
+        """The columns of every rank from the first to the last whose gradients are asked for."""
+        wants = needs.columns if self.exchange is None else self.exchange.wants
+        return [wanted_columns(counts, wants) for counts in self.counts]
 
     # ------------------------------------------------------------------ noise
 
@@ -160,9 +215,9 @@ class Sweep:
         for start in range(0, self.N, step):
             yield slice(start, min(self.N, start + step))
 
-    def _column_blocks(self, split: bool) -> Iterator[slice]:
-        """Blocks of the keys; with ``split`` none straddles the end of the positives."""
-        edges = [0, self.N, self.T] if split else [0, self.T]
+    def _column_blocks(self, counts: Counts, split: bool) -> Iterator[slice]:
+        """Blocks of a rank's columns; with ``split`` none straddles the end of the positives."""
+        edges = [0, counts.positives, counts.columns] if split else [0, counts.columns]
         for first, last in pairwise(edges):
             for start in range(first, last, self.ops.column_block):
                 yield slice(start, min(last, start + self.ops.column_block))
@@ -178,7 +233,10 @@ class Sweep:
         """
         ops, queries = self.ops, self.operands.queries
         terms, constant = self._row_terms(kappa_bound)
-        wanted = wanted_columns(self.options, needs)
+        keys, wanted = self.keys, wanted_columns(self.options.counts, needs.columns)
+        places: list[list[slice]] = []
+        if self.exchange is not None:
+            keys, wanted, places = self._everyones()
         acc_rows = ops.empty(self.N, self.D) if needs.rows else None
         acc_columns = ops.accumulator(wanted.stop - wanted.start, self.D) if wanted.stop else None
         state = ops.start(terms, self.units, wanted, acc_columns)
@@ -188,15 +246,57 @@ class Sweep:
                 part = None if acc_rows is None else cut(acc_rows, rows)
                 ops.grad_products(tile, columns.grad_rows, part, block > 0)
         add = self.options.has_noise_columns
-        for rows in self._row_chunks(self.T):
-            tile = ops.exp_similarity(queries, self.keys, rows, state, closing=True)
+        for rows in self._row_chunks(len(keys)):
+            tile = ops.exp_similarity(queries, keys, rows, state, closing=True)
             part = None if acc_rows is None else cut(acc_rows, rows)
             anchors = None if acc_columns is None else ops.closed_anchors(state, rows)
             ops.grad_products(
-                tile, self.keys.grad_rows, part, add, wanted, anchors, acc_columns, add_columns=rows.start > 0
+                tile, keys.grad_rows, part, add, wanted, anchors, acc_columns, add_columns=rows.start > 0
             )
+        if self.exchange is not None and acc_columns is not None:
+            acc_columns = self._home(acc_columns, places).part(wanted_columns(self.options.counts, needs.columns))
         sums = ops.row_sums(state)
         return sums.losses, Tape(self.units, sums, constant), acc_rows, acc_columns
+
+    def _everyones(self) -> tuple[Columns, slice, list[list[slice]]]:
+        """All ranks' columns in one matrix; those whose gradients are asked for; and where each rank's lie.
+
+        Own positives and negatives first, so that what is special keeps its place; then the others'; then all
+        queues, which are seldom asked for.
+        """
+        exchange, ops = self.exchange, self.ops
+        assert exchange is not None
+        rows = exchange.gather(self.operands.keys, exchange.lengths("columns"))
+        owners = [self.rank, *exchange.others]
+        pairs = [counts.positives + counts.negatives for counts in self.counts]
+        order = [(owner, slice(0, pairs[owner])) for owner in owners]
+        order += [(owner, slice(pairs[owner], self.counts[owner].columns)) for owner in owners]
+        everyone = torch.cat([rows[owner][part] for owner, part in order])
+        grad_rows = everyone.to(ops.precision.gradient)
+        ids = self.ids
+        if ids is not None:
+            none = torch.cat(ids).min() - 1  # an id that nobody has
+            full = [torch.cat([x, none.expand(pairs[r] - len(x))]) for r, x in enumerate(ids)]
+            ids = [torch.cat([full[owner] for owner in owners])]
+        keys = replace(self.keys, rows=everyone, grad_rows=grad_rows, column_ids=None if ids is None else ids[0])
+        last = {"queue": len(everyone), "positives": sum(pairs), "negatives": sum(pairs)}
+        places: list[list[slice]] = [[] for _ in self.counts]
+        stop = max((last[name] for name in exchange.wants), default=0)
+        start = 0
+        for owner, part in order:
+            if start < stop:
+                places[owner].append(slice(start, start + part.stop - part.start))
+            start += part.stop - part.start
+        return keys, slice(0, stop), places
+
+    def _home(self, acc: Accumulator, places: list[list[slice]]) -> Accumulator:
+        """All ranks' sums for this rank's columns; places: where each rank's columns lie in ``acc``."""
+        exchange = self.exchange
+        assert exchange is not None
+        grad = exchange.home([[acc.grad[part] for part in parts] for parts in places])
+        if acc.sums is None:
+            return Accumulator(grad, None)
+        return Accumulator(grad, exchange.home([[acc.sums[part] for part in parts] for parts in places]))
 
     def _row_terms(self, kappa_bound: float) -> tuple[RowTerms, tuple[Tensor, float | Tensor] | None]:
         """What a row's sum is measured against; and t_i with ρ."""
@@ -218,19 +318,29 @@ class Sweep:
     def losses(self) -> tuple[Tensor, Tensor | None]:
         """log1p(R_i) of the rows and, with both directions, of the columns; (N, 1) each, in nats."""
         ops, symmetric, queries = self.ops, self.options.symmetric, self.operands.queries
-        row, column = self._start(), self._start() if symmetric else None
-        self._add_noise(row, column)
+        row = self._start()
+        columns: list[tuple[Tensor, Tensor]] = []  # by rank
+        if symmetric:
+            columns = [(ops.zeros(c.positives, 1), ops.zeros(c.positives, 1)) for c in self.counts]
+            columns[self.rank] = self._start()
+        self._add_noise(row, columns[self.rank] if symmetric else None)
         shift = self.operands.shift
-        row_bias, column_shift = self._column_direction() if symmetric else (shift, shift)
-        for rows in self._row_chunks(min(ops.column_block, self.T)):
-            part = (cut(row[0], rows), cut(row[1], rows))
-            for block in self._column_blocks(split=symmetric):
-                other = None
-                if column is not None and block.start < self.N:
-                    other = (row_bias[rows], column_shift[block], column[0][block, 0], column[1][block, 0])
-                keys = self.keys.block(block)
-                ops.add_ratios(cut(queries, rows), keys, rows.start, block.start, cut(shift, rows), part, other)
-        return _log1p_sum(*row), None if column is None else _log1p_sum(*column)
+        row_bias, column_shift = self._column_direction() if symmetric else (shift, [])
+        for owner, everything, _ in self._visits(None, []):
+            counts = self.counts[owner]
+            for rows in self._row_chunks(min(ops.column_block, counts.columns)):
+                part = (cut(row[0], rows), cut(row[1], rows))
+                for block in self._column_blocks(counts, split=symmetric):
+                    other = None
+                    if symmetric and block.start < counts.positives:
+                        maximum, total = columns[owner]
+                        other = (row_bias[rows], column_shift[owner][block], maximum[block, 0], total[block, 0])
+                    keys, q = everything.block(block), cut(queries, rows)
+                    ops.add_ratios(q, keys, rows.start, block.start, cut(shift, rows), part, other)
+        if not symmetric:
+            return _log1p_sum(*row), None
+        column = columns[0] if self.exchange is None else self.exchange.merged(columns)
+        return _log1p_sum(*row), _log1p_sum(*column)
 
     def _add_noise(self, row: tuple[Tensor, Tensor], column: tuple[Tensor, Tensor] | None) -> None:
         for (queries, shift, center), state in zip(self._noise_sides(), (row, column), strict=False):
@@ -257,10 +367,12 @@ class Sweep:
         if weights is not None:
             share *= weights
 
-        wanted = wanted_columns(self.options, needs)
+        everyones_wanted = self._wanted(needs)
+        wanted = everyones_wanted[self.rank]
         acc_rows = ops.zeros(self.N, self.D) if needs.rows else None
         acc = Accumulator(ops.zeros(wanted.stop - wanted.start, self.D), None)
-        row_sums, column_sums = ops.zeros(self.N, 1), ops.zeros(self.T)
+        row_sums, all_column_sums = ops.zeros(self.N, 1), [ops.zeros(counts.columns) for counts in self.counts]
+        column_sums = all_column_sums[self.rank]
 
         # The noise of the column direction goes to the positives' gradient, before any key does.
         acc_keys = acc.grad[: self.N] if needs.positives else None
@@ -293,29 +405,36 @@ class Sweep:
             d_kappa += of_noise.sum()
 
         shift = self.operands.shift + row_loss * LOG2_E
-        row_bias, column_shift = self._column_direction()
+        row_bias = shift
+        column_shift: list[Tensor] = []
+        column_weights: list[Tensor] | None = None
         if column_loss is not None:
-            column_shift = column_shift + column_loss[:, 0] * LOG2_E
-        for rows in self._row_chunks(min(ops.column_block, self.T)):
-            q = ops.centered_anchors(self.units, rows) if wanted.stop else None
-            for block in self._column_blocks(split=column_loss is not None):
-                other = None
-                if column_loss is not None and block.start < self.N:
-                    w = None if weights is None else weights[block, 0]
-                    other = (row_bias[rows], column_shift[block], w)
-                keys = self.keys.block(block)
-                w = None if weights is None else weights[rows]
-                tile = ops.weighted_ratios(
-                    self.operands.queries[rows], keys, rows.start, block.start, shift[rows], w,
-                    (row_sums[rows], column_sums[block]), other,
-                )  # fmt: skip
-                first, last = max(block.start, wanted.start), min(block.stop, wanted.stop)
-                of_columns = None
-                if first < last:
-                    of_columns = acc.part(slice(first - wanted.start, last - wanted.start))
-                of_rows = None if acc_rows is None else acc_rows[rows]
-                own = slice(first - block.start, last - block.start)
-                ops.grad_products(tile, keys.grad_rows, of_rows, True, own, q, of_columns)
+            row_bias, column_shift = self._column_direction(column_loss)
+            column_weights = None if weights is None else self._of_positives(weights[:, 0])
+        for owner, everything, grad in self._visits(acc.grad, everyones_wanted):
+            counts, chosen = self.counts[owner], everyones_wanted[owner]
+            for rows in self._row_chunks(min(ops.column_block, counts.columns)):
+                q = ops.centered_anchors(self.units, rows) if chosen.stop else None
+                for block in self._column_blocks(counts, split=column_loss is not None):
+                    other = None
+                    if column_loss is not None and block.start < counts.positives:
+                        w = None if column_weights is None else column_weights[owner][block]
+                        other = (row_bias[rows], column_shift[owner][block], w)
+                    keys = everything.block(block)
+                    w = None if weights is None else weights[rows]
+                    tile = ops.weighted_ratios(
+                        self.operands.queries[rows], keys, rows.start, block.start, shift[rows], w,
+                        (row_sums[rows], all_column_sums[owner][block]), other,
+                    )  # fmt: skip
+                    first, last = max(block.start, chosen.start), min(block.stop, chosen.stop)
+                    of_columns = None
+                    if grad is not None and first < last:
+                        of_columns = Accumulator(grad[first - chosen.start : last - chosen.start], None)
+                    of_rows = None if acc_rows is None else acc_rows[rows]
+                    own = slice(first - block.start, last - block.start)
+                    ops.grad_products(tile, keys.grad_rows, of_rows, True, own, q, of_columns)
+        if self.exchange is not None and self.exchange.wants:
+            column_sums = self.exchange.home([[sums] for sums in all_column_sums])
 
         side: Side | None = None
         if acc_rows is not None:
@@ -338,10 +457,15 @@ class Sweep:
         maximum = exponent.clamp(min=0)
         return maximum, torch.exp2(exponent - maximum)
 
-    def _column_direction(self) -> tuple[Tensor, Tensor]:
-        """κ(s_ij − s_jj) = q_i·k_j + row_bias_i − column_shift_j, in bits; (N, 1) and (N,)."""
+    def _column_direction(self, loss: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """κ(s_ij − s_jj) − loss_j = q_i·k_j + row_bias_i − column_shift_j, in bits; (N, 1) and, by rank, (N,)."""
         shift = self.bits * self.cosines
-        return shift - self.operands.shift, shift[:, 0]
+        row_bias = shift - self.operands.shift
+        return row_bias, self._of_positives((shift if loss is None else shift + loss * LOG2_E)[:, 0])
+
+    def _of_positives(self, x: Tensor) -> list[Tensor]:
+        """One number for each positive, (N,), of every rank."""
+        return [x] if self.exchange is None else self.exchange.gather(x, self.exchange.lengths("positives"))
 
     def _constant_share(
         self, row_loss: Tensor, column_loss: Tensor | None, weights: Tensor | None
@@ -370,7 +494,7 @@ class Sweep:
         shares = self.cosines - shift / self.bits  # q̂_i·c
         for rows in self._row_chunks(min(ops.column_block, self.T)):
             hit = torch.ones(rows.stop - rows.start, dtype=torch.bool, device=ops.device)
-            for block in self._column_blocks(split=True):
+            for block in self._column_blocks(self.counts[0], split=True):
                 part = (row[0][rows], row[1][rows])
                 for piece, tile in ops.similarity(
                     self.operands.queries[rows], self.keys.block(block), rows.start, block.start
@@ -439,8 +563,8 @@ def _finish_sides(
 ) -> tuple[Gradients, Tensor | None]:
     """The normalisation backward of every side; and ⟨q̂_i, dq̂_i⟩ but for its factors, (N, 1)."""
     out, positives = Gradients(), None
-    first = wanted_columns(options, needs).start
-    for (name, columns), rows in zip(_spans(options), units.keys, strict=True):
+    first = wanted_columns(options.counts, needs.columns).start
+    for (name, columns), rows in zip(_spans(options.counts), units.keys, strict=True):
         if acc is None or not getattr(needs, name):
             continue
         part = acc.part(slice(columns.start - first, columns.stop - first))
@@ -455,20 +579,17 @@ def _finish_sides(
     return out, dots
 
 
-def wanted_columns(options: Options, needs: Needs) -> slice:
-    """The columns from the first to the last whose gradients are asked for; slice(0, 0): none."""
-    wanted = [columns for name, columns in _spans(options) if getattr(needs, name)]
+def wanted_columns(counts: Counts, wants: frozenset[str]) -> slice:
+    """A rank's columns from the first to the last whose gradients are asked for; slice(0, 0): none."""
+    wanted = [columns for name, columns in _spans(counts) if name in wants]
     return slice(wanted[0].start, wanted[-1].stop) if wanted else slice(0, 0)
 
 
-def _spans(options: Options) -> Iterator[tuple[str, slice]]:
+def _spans(counts: Counts) -> Iterator[tuple[str, slice]]:
     """The inputs whose rows are columns of the similarity matrix, and where they lie."""
     start = 0
-    for name, count in (
-        ("positives", options.num_anchors),
-        ("negatives", options.num_negatives),
-        ("queue", options.num_queue),
-    ):
+    for name in ("positives", "negatives", "queue"):
+        count = getattr(counts, name)
         if count:
             yield name, slice(start, start + count)
             start += count

@@ -119,14 +119,18 @@ class TorchOps:
 
     # ------------------------------------------------------------------ rows
 
-    def normalise(self, anchors: Tensor, columns: list[Tensor], bits: float | Tensor) -> tuple[Units, Operands]:
-        """Norms and centres, and the operands of the similarity product; bits: κ log2(e).
-
-        columns: positives, then what there is beside. (N, D), [(N, D), …]
-        """
+    def normalise(
+        self,
+        anchors: Tensor,  # (N, D)
+        columns: list[Tensor],  # positives (N, D), then what there is beside
+        bits: float | Tensor,
+        centers: tuple[Tensor, Tensor] | None = None,  # of anchors and columns, (D,) each; None: this call's means
+    ) -> tuple[Units, Operands]:
+        """Norms and centres, and the operands of the similarity product; bits: κ log2(e)."""
         product, gradient = self.precision.product, self.precision.gradient
         q, keys = self._rows(anchors), [self._rows(x) for x in columns]
-        units = Units(q, keys, self._mean(q) if self.rounds else None, self._mean(keys[0]))
+        center_q = (self._mean(q) if centers is None else centers[0]) if self.rounds else None
+        units = Units(q, keys, center_q, self._mean(keys[0]) if centers is None else centers[1])
         rows = None
         if len(keys) > 1:
             rows = torch.empty(sum(map(len, keys)), anchors.shape[1], dtype=product, device=self.device)

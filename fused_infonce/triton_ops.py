@@ -95,19 +95,23 @@ class TritonOps:
 
     # ------------------------------------------------------------------ rows
 
-    def normalise(self, anchors: Tensor, columns: list[Tensor], bits: float | Tensor) -> tuple[Units, Operands]:
-        """Norms and centres, and the operands of the similarity product; bits: κ log2(e).
-
-        columns: positives, then what there is beside. (N, D), [(N, D), …]
-        """
+    def normalise(
+        self,
+        anchors: Tensor,  # (N, D)
+        columns: list[Tensor],  # positives (N, D), then what there is beside
+        bits: float | Tensor,
+        centers: tuple[Tensor, Tensor] | None = None,  # of anchors and columns, (D,) each; None: this call's means
+    ) -> tuple[Units, Operands]:
+        """Norms and centres, and the operands of the similarity product; bits: κ log2(e)."""
         N, D = anchors.shape
         queries = self._rows(N, D, self.precision.product)
         keys, grad_keys = self._copies(sum(x.shape[0] for x in columns), D)
-        center_q, center_k = self.empty(D) if self.rounds else None, self.empty(D)
+        center_q = (self.empty(D) if centers is None else centers[0]) if self.rounds else None
+        center_k = self.empty(D) if centers is None else centers[1]
         r_q, r_k, shift, cosines = self.empty(4, N, 1).unbind()
         normalise.normalise_pairs(
             anchors, columns[0], bits, queries, keys[:N], None if grad_keys is None else grad_keys[:N],
-            (r_q, r_k, shift, cosines), center_q, center_k, True, self.settings.row_elements,
+            (r_q, r_k, shift, cosines), center_q, center_k, centers is None, self.settings.row_elements,
         )  # fmt: skip
         units = Units(Rows(anchors, r_q), [Rows(columns[0], r_k)], center_q, center_k, cosines)
         start = N

@@ -1,6 +1,7 @@
 """The flags of ``python -m simcse.train``: ours, and every one of ``transformers.TrainingArguments``."""
 
 import difflib
+import warnings
 from argparse import SUPPRESS, Action, HelpFormatter
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
@@ -91,8 +92,15 @@ class LossArguments:
     mask_duplicates: bool = flag(
         False, "Rows of a batch with the same text (case and white space apart) are no negatives of each other."
     )
+    negatives: Literal["global", "local"] = flag(
+        "global",
+        "On several processes (torchrun): 'global': the batches of all of them are one batch; 'local': each "
+        "process has its own negatives.",
+    )
     queue_size: int = flag(
-        0, "Embeddings of past batches to keep as further negatives. --mask_duplicates does not look at them."
+        0,
+        "Embeddings of past batches to keep as further negatives; with global negatives all processes' together. "
+        "--mask_duplicates does not look at them.",
     )
     mini_batch_size: int | None = flag(
         None,
@@ -170,6 +178,11 @@ class SimCSETrainingArguments(TrainingArguments):
         self.metric_for_best_model = (self.metric_for_best_model or "stsb_spearman").removeprefix("eval_")
         if self.greater_is_better is None:
             self.greater_is_better = self.metric_for_best_model.endswith("_spearman")
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every one is used
+        if self.ddp_broadcast_buffers is None:
+            self.ddp_broadcast_buffers = False  # a queue is its process's own
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         if "no" in (self.eval_strategy, self.save_strategy):
             self.load_best_model_at_end = False  # there is no best checkpoint to load
         super().__post_init__()

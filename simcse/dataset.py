@@ -1,5 +1,6 @@
 """What is trained on: the sentences in the package, and the batch that holds V views of each row."""
 
+from hashlib import blake2b
 from importlib import resources
 from pathlib import Path
 
@@ -21,13 +22,21 @@ class Views:
     A row of one sentence gives it twice: the two views differ only by the dropout that the model draws for each,
     SimCSE's positive pair. A row of several gives anchor, positive, and then its hard negatives.
 
-    With ``mask_duplicates`` the batch also has ``ids`` (V·B,): see :func:`duplicate_ids`.
+    With ``mask_duplicates`` the batch also has ``ids`` (V·B,): see :func:`duplicate_ids`. Where the batch is only
+    a part of a larger one, ``whole=False``, they are :func:`text_keys`, for the whole to be numbered by.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, mask_duplicates: bool = False):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        mask_duplicates: bool = False,
+        whole: bool = True,
+    ):
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.mask_duplicates = mask_duplicates
+        self.whole = whole
 
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
         views = list(zip(*(row * 2 if len(row) == 1 else row for row in rows), strict=True))  # V of B
@@ -37,20 +46,26 @@ class Views:
         )  # (V·B, L)
         batch = dict(tokens)
         if self.mask_duplicates:
-            batch["ids"] = duplicate_ids(texts, len(rows))
+            keys = text_keys(texts)
+            batch["ids"] = duplicate_ids(keys, len(rows)) if self.whole else torch.tensor(keys)
         return batch
 
 
-def duplicate_ids(texts: list[str], rows: int) -> Tensor:
-    """(V·B,) integers, equal where two texts say that they are no negatives of each other.
+def text_keys(texts: list[str]) -> list[int]:
+    """A hash of 63 bits for each text, in every process the same; case and white space do not count."""
+    alike = (" ".join(text.casefold().split()) for text in texts)
+    return [int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") >> 1 for text in alike]
 
-    Rows that share an anchor or a positive, after case and white space are made alike, get one id, and so does
-    a hard negative that is such a text; every other hard negative has an id of its own.
+
+def duplicate_ids(keys: list[int], rows: int) -> Tensor:
+    """(V·B,) integers, equal where the texts of two keys say that they are no negatives of each other.
+
+    Rows that share an anchor or a positive get one id, and so does a hard negative that is such a text; every
+    other hard negative has an id of its own.
     """
-    keys = [" ".join(text.casefold().split()) for text in texts]
-    parent: dict[str, str] = {}
+    parent: dict[int, int] = {}
 
-    def root(key: str) -> str:
+    def root(key: int) -> int:
         while parent.setdefault(key, key) != key:
             key = parent[key]
         return key

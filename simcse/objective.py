@@ -1,11 +1,14 @@
 """What is trained: the encoder, the contrastive loss, and what else has weights or a memory of past batches."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from fused_infonce import GSInfoNCELoss, contrastive_stats
@@ -34,9 +37,11 @@ class Objective(nn.Module):
 
     accepts_loss_kwargs = False  # read by transformers.Trainer: the loss is a mean over the batch
 
-    def __init__(self, encoder: SentenceEncoder, options: LossArguments):
+    def __init__(self, encoder: SentenceEncoder, options: LossArguments, group: ProcessGroup | None = None):
+        """group: the processes whose batches are one; None: this one's is."""
         super().__init__()
         self.encoder = encoder
+        self.options = options
         self.loss = GSInfoNCELoss(
             options.temp,
             learnable_temperature=options.learn_temperature,
@@ -44,13 +49,24 @@ class Objective(nn.Module):
             noise_weight=options.noise_weight,
             noise=options.noise,
             hard_negative_weight=options.hard_negative_weight,
+            group=group,
         )
-        self.queue_size = options.queue_size
+        self.queue_size = options.queue_size // (dist.get_world_size(group) if group is not None else 1)
         self.register_buffer("queue", torch.empty(0, encoder.config.hidden_size))
         self.mlm = MLMHead(encoder) if options.do_mlm else None
 
     def forward(self, masked_ids: Tensor | None = None, labels: Tensor | None = None, **tokens: Tensor) -> Any:
-        """Tokens (R, L) → vectors (R, D), and the sum of the MLM losses of ``labels`` (R, L), 0 without."""
+        """Tokens (R, L) → vectors (R, D), and the sum of the MLM losses of ``labels`` (R, L), 0 without.
+
+        As one batch or in mini batches: one call all the same, so DistributedDataParallel reduces gradients once.
+        """
+        given = {"masked_ids": masked_ids, "labels": labels, **tokens}
+        inputs = {name: x for name, x in given.items() if x is not None}
+        return embed_in_parts(self._embed, inputs, self.options.mini_batch_size)
+
+    def _embed(
+        self, masked_ids: Tensor | None = None, labels: Tensor | None = None, **tokens: Tensor
+    ) -> tuple[Tensor, Tensor]:
         vectors = self.encoder.embed(**tokens)
         if labels is None:
             return vectors, vectors.new_zeros(())
@@ -130,7 +146,9 @@ class MLMHead(nn.Module):
         return F.cross_entropy(logits.float(), labels[chosen], reduction="sum")
 
 
-def embed_in_parts(model: nn.Module, inputs: dict[str, Tensor], size: int | None) -> tuple[Tensor, Tensor]:
+def embed_in_parts(
+    model: Callable[..., tuple[Tensor, Tensor]], inputs: dict[str, Tensor], size: int | None
+) -> tuple[Tensor, Tensor]:
     """``model(**inputs)`` in parts of ``size`` rows, of which one at a time holds its activations.
 
     Gradient caching (Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup",

@@ -4,7 +4,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from simcse.errors import UserError, exit_cleanly
+from simcse.errors import UserError, exit_cleanly, is_first
 
 with exit_cleanly("simcse.train"):  # these take seconds, and Ctrl-C has to be clean in them too
     from transformers import set_seed
@@ -13,6 +13,7 @@ with exit_cleanly("simcse.train"):  # these take seconds, and Ctrl-C has to be c
 
     from simcse.arguments import DataArguments, LossArguments, ModelArguments, SimCSETrainingArguments, parse
     from simcse.dataset import shipped
+    from simcse.elastic import checkpoint_of_this_run, join_again, mark_end, mark_start
     from simcse.legacy import translate
     from simcse.model import load_encoder, max_tokens
     from simcse.plot import plot_path
@@ -35,12 +36,16 @@ def main(argv: list[str] | None = None) -> None:
     with exit_cleanly("simcse.train"):
         logging.disable_progress_bar()  # of loading weights; training has its own
         trainer = prepare(argv)
+        if trainer.is_world_process_zero():
+            mark_start(trainer.args.output_dir)
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
         trainer.card = training_card(trainer.card, evaluations(trainer.state.log_history), trainer.state)
         trainer.save_model()
         trainer.save_state()
         if trainer.is_world_process_zero():
             conclude(trainer)
+            mark_end(trainer.args.output_dir)
+        trainer.accelerator.end_training()
 
 
 def prepare(argv: list[str] | None = None) -> SimCSETrainer:
@@ -50,6 +55,7 @@ def prepare(argv: list[str] | None = None) -> SimCSETrainer:
     argv = with_recipe(argv)
     if not any(arg.startswith(("--train_file", "--train-file")) for arg in argv):
         argv = [*DEMO_FLAGS, *argv]
+    join_again()
     model_args, data_args, loss_args, args = parse(
         (ModelArguments, DataArguments, LossArguments, SimCSETrainingArguments),
         "simcse.train",
@@ -70,8 +76,13 @@ def prepare(argv: list[str] | None = None) -> SimCSETrainer:
             f"a batch of {batch} sentences is more than the {len(table.rows)} in "
             f"{data_args.train_file or 'the package'}; lower --per_device_train_batch_size, or train on more"
         )
+    if loss_args.queue_size % args.world_size and loss_args.negatives == "global":
+        raise UserError(
+            f"--queue_size {loss_args.queue_size} is no multiple of the {args.world_size} processes that share it"
+        )
     if args.resume_from_checkpoint:
         args.resume_from_checkpoint = _checkpoint(args)
+    args.resume_from_checkpoint = checkpoint_of_this_run(args.output_dir) or args.resume_from_checkpoint
     if pairs is None:
         args.eval_strategy = IntervalStrategy.NO
         args.eval_on_start = args.load_best_model_at_end = False
@@ -115,18 +126,23 @@ def prepare(argv: list[str] | None = None) -> SimCSETrainer:
         + (f", recipe `{args.recipe}`" if args.recipe else "")
         + f":\n\n```sh\n{command}\n```\n"
     )
+    if not trainer.is_world_process_zero():
+        return trainer
     kind = {1: "sentences", 2: "pairs"}.get(
         len(table.rows[0]), f"pairs with {len(table.rows[0]) - 2} hard negatives"
     )
     print(
         f"{model_args.model_name_or_path}, {encoder.pooler_type}: {len(table.rows):,} {kind}, "
-        f"{batch} a batch" + (f"; {len(pairs.scores):,} pairs of {pairs.name}" if pairs else ", no pairs")
+        f"{batch} a batch"
+        + (f" on {args.world_size} processes, negatives {loss_args.negatives}" if args.world_size > 1 else "")
+        + (f"; {len(pairs.scores):,} pairs of {pairs.name}" if pairs else ", no pairs")
     )
     return trainer
 
 
 def _warn(message: str) -> None:
-    print(f"simcse.train: warning: {message}", file=sys.stderr)
+    if is_first():
+        print(f"simcse.train: warning: {message}", file=sys.stderr)
 
 
 def _checkpoint(args: SimCSETrainingArguments) -> str:

@@ -49,7 +49,7 @@ WRONG = [
     (ValueError, "reduction must be one of 'mean', 'sum', 'none', not 'max'", (x, y), {"reduction": "max"}),
     (ValueError, "backend must be one of .*not 'cuda'", (x, y), {"backend": "cuda"}),
     (ValueError, "workspace_bytes must be a positive", (x, y), {"workspace_bytes": 0}),
-    (NotImplementedError, "group", (x, y), {"group": "world"}),
+    (TypeError, "group must be a process group.*'world'", (x, y), {"group": "world"}),
 ]
 
 

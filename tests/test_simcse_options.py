@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from fused_infonce import gs_infonce
 from simcse import train
-from simcse.dataset import Views, duplicate_ids, shipped
+from simcse.dataset import Views, duplicate_ids, shipped, text_keys
 from simcse.errors import UserError
 from simcse.legacy import translate
 from simcse.recipes import RECIPES
@@ -84,7 +84,8 @@ def test_views_lie_one_after_the_other():
 
 
 def test_duplicates_of_a_batch_share_an_id():
-    ids = duplicate_ids(["A  man", "a dog", "a MAN", "x", "y", "a dog", "z", "y"], rows=2).tolist()
+    keys = text_keys(["A  man", "a dog", "a MAN", "x", "y", "a dog", "z", "y"])
+    ids = duplicate_ids(keys, rows=2).tolist()
     assert ids[0] == ids[2]  # row 0: anchor "A  man", positive "a MAN"
     assert ids[1] == ids[3]  # row 1: "a dog", "x"
     assert ids[5] == ids[1]  # a hard negative that is row 1's anchor
