@@ -7,6 +7,6 @@ called ``kernels`` would shadow Hugging Face's, which transformers imports.
 from setuptools import setup
 
 setup(
-    packages=["fused_infonce", "fused_infonce.kernels", "simcse"],
+    packages=["fused_infonce", "fused_infonce.integrations", "fused_infonce.kernels", "simcse"],
     package_dir={"fused_infonce.kernels": "kernels/infonce"},
 )

@@ -1,0 +1,238 @@
+"""sentence-transformers: MultipleNegativesRankingLoss and its cached form, with their constructors.
+
+    loss = −1/N Σ_i log( e^{s(q_i, d_i)/τ} / Σ_j e^{s(q_i, d_j)/τ} ),  τ = 1/scale, s the cosine
+
+over the documents of the whole batch, hard negatives included (Henderson et al., 2017; van den Oord et al., 2018).
+Both classes inherit the library's: embedding, gradient caching, model card and trainer are its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    MultipleNegativesRankingLoss,
+)
+from sentence_transformers.util import cos_sim
+from torch import Tensor
+
+from ..api import gs_infonce
+
+
+class _Fused:
+    """What both classes compute once everything is embedded, and the arguments that are ours."""
+
+    scale: float
+    directions: tuple[str, ...]
+    gather_across_devices: bool
+
+    def _set_up(self, similarity_fct: Callable[..., Any], options: dict[str, Any]) -> None:
+        if similarity_fct is not cos_sim:
+            name = getattr(similarity_fct, "__name__", similarity_fct)
+            raise ValueError(f"similarity_fct must be cos_sim, not {name}: rows are normalised in the loss")
+        unhosted = sorted(set(self.directions) & {"doc_to_doc"})
+        mode = getattr(self, "partition_mode", "joint")
+        if "doc_to_query" in self.directions and mode == "joint":
+            unhosted.append("doc_to_query")
+        if unhosted:
+            raise ValueError(
+                f"directions: {', '.join(unhosted)} with partition_mode={mode!r} has columns that belong to the "
+                "document and not to the query, which one sweep over rows cannot hold; leave it out, take "
+                "directions=('query_to_doc', 'doc_to_query') with partition_mode='per_direction', "
+                "or the library's loss"
+            )
+        if getattr(self, "hardness_mode", None) is not None and getattr(self, "hardness_strength", 0.0) > 0:
+            raise ValueError(
+                "hardness_mode: a penalty that grows with the similarity is not hosted by the sweep; "
+                "leave it out, or take the library's loss"
+            )
+        self.mask_duplicates = bool(options.pop("mask_duplicates"))
+        self._options = options
+        self._ids: tuple[Tensor, Tensor | None] | None = None
+
+    def _note_ids(self, sentence_features: list[dict[str, Tensor]]) -> None:
+        """One id for each text of the documents, where duplicates are masked."""
+        self._ids = None
+        if self.mask_duplicates:
+            ids = [_text_ids(features) for features in sentence_features[1:]]
+            self._ids = ids[0], torch.cat(ids[1:]) if len(ids) > 1 else None
+
+    def _loss(self, queries: Tensor, documents: list[Tensor]) -> Tensor:
+        """(N, D), [(N, D), …], the positives first"""
+        N = len(queries)
+        negatives = documents[1:]
+        ids, negative_ids = self._ids or (None, None)
+        if "query_to_query" in self.directions:
+            # Each query against the others: masked for itself by an id of its own.
+            own = torch.arange(N, device=queries.device)
+            if ids is not None:
+                raise ValueError("mask_duplicates: it cannot be combined with the direction 'query_to_query'")
+            ids = own
+            negative_ids = torch.cat([own.new_full((sum(map(len, negatives)),), -1), own])
+            negatives = [*negatives, queries]
+        group = None
+        if (
+            self.gather_across_devices
+            and dist.is_available()
+            and dist.is_initialized()
+            and dist.get_world_size() > 1
+        ):
+            group = dist.group.WORLD
+            if "query_to_query" in self.directions and ids is not None and negative_ids is not None:
+                step = dist.get_rank() << 40  # ids that differ from rank to rank
+                ids, negative_ids = ids + step, torch.where(negative_ids < 0, negative_ids, negative_ids + step)
+        return gs_infonce(
+            queries,
+            documents[0],
+            torch.cat(negatives) if negatives else None,
+            temperature=1 / self.scale,
+            ids=ids,
+            negative_ids=negative_ids,
+            symmetric="doc_to_query" in self.directions,
+            group=group,
+            **self._options,
+        )
+
+    def _own_config(self) -> dict[str, Any]:
+        shown = {name: value for name, value in self._options.items() if not isinstance(value, Tensor)}
+        return {**shown, "mask_duplicates": self.mask_duplicates}
+
+
+class FusedMultipleNegativesRankingLoss(_Fused, MultipleNegativesRankingLoss):  # type: ignore[misc]
+    """``MultipleNegativesRankingLoss`` without the matrix of scores, exact for trained models.
+
+    Args:
+        model, scale, similarity_fct, gather_across_devices, directions, partition_mode, hardness_mode,
+            hardness_strength: the library's. ``similarity_fct`` must be ``cos_sim``. Of ``directions`` it takes
+            ``("query_to_doc",)``, that with ``"query_to_query"``, and ``("query_to_doc", "doc_to_query")`` with
+            ``partition_mode="per_direction"``. No hardness.
+        num_noise, noise_weight, noise: Gaussian-noise negatives, as in ``gs_infonce``; none by default.
+        mask_duplicates: a document with the same tokens as an anchor's positive is no negative of it.
+        backend, workspace_bytes: as in ``gs_infonce``.
+
+    With ``gather_across_devices`` every rank returns the mean over all ranks, where the library returns its own
+    rows'; the gradients after DistributedDataParallel's averaging are the same.
+
+    Raises:
+        ValueError: an argument that the sweep cannot host; the message names it and what to take instead.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        scale: float = 20.0,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
+        gather_across_devices: bool = False,
+        directions: tuple[str, ...] = ("query_to_doc",),
+        partition_mode: str = "joint",
+        hardness_mode: str | None = None,
+        hardness_strength: float = 0.0,
+        *,
+        num_noise: int = 0,
+        noise_weight: float = 1.0,
+        noise: Any = "sampled",
+        mask_duplicates: bool = False,
+        backend: str = "auto",
+        workspace_bytes: int | None = None,
+    ) -> None:
+        super().__init__(
+            model, scale, similarity_fct, gather_across_devices, directions, partition_mode, hardness_mode,
+            hardness_strength,
+        )  # fmt: skip
+        options = {"num_noise": num_noise, "noise_weight": noise_weight, "noise": noise}
+        options |= {"backend": backend, "workspace_bytes": workspace_bytes, "mask_duplicates": mask_duplicates}
+        self._set_up(similarity_fct, options)
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
+        sentence_features = list(sentence_features)
+        self._note_ids(sentence_features)
+        loss: Tensor = super().forward(sentence_features, labels)
+        return loss
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
+        """[(N, D) queries, (N, D) positives, (N, D) hard negatives, …] → 0-dim, nats"""
+        if len(embeddings) < 2:
+            raise ValueError(
+                f"sentence_features must have at least 2 columns (query, document), not {len(embeddings)}"
+            )
+        return self._loss(embeddings[0], embeddings[1:])
+
+    def get_config_dict(self) -> dict[str, Any]:
+        return {**super().get_config_dict(), **self._own_config()}
+
+
+class FusedCachedMultipleNegativesRankingLoss(_Fused, CachedMultipleNegativesRankingLoss):  # type: ignore[misc]
+    """``CachedMultipleNegativesRankingLoss``: the encoder in mini batches, the loss in one fused call.
+
+    Arguments as in the library and in ``FusedMultipleNegativesRankingLoss``. The loss itself needs no mini
+    batches; ``mini_batch_size`` is what the encoder holds at a time.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        scale: float = 20.0,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
+        mini_batch_size: int = 32,
+        mini_batch_num_tokens: int | None = None,
+        gather_across_devices: bool = False,
+        directions: tuple[str, ...] = ("query_to_doc",),
+        partition_mode: str = "joint",
+        show_progress_bar: bool = False,
+        hardness_mode: str | None = None,
+        hardness_strength: float = 0.0,
+        *,
+        num_noise: int = 0,
+        noise_weight: float = 1.0,
+        noise: Any = "sampled",
+        mask_duplicates: bool = False,
+        backend: str = "auto",
+        workspace_bytes: int | None = None,
+    ) -> None:
+        super().__init__(
+            model, scale, similarity_fct, mini_batch_size, mini_batch_num_tokens, gather_across_devices,
+            directions, partition_mode, show_progress_bar, hardness_mode, hardness_strength,
+        )  # fmt: skip
+        options = {"num_noise": num_noise, "noise_weight": noise_weight, "noise": noise}
+        options |= {"backend": backend, "workspace_bytes": workspace_bytes, "mask_duplicates": mask_duplicates}
+        self._set_up(similarity_fct, options)
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
+        sentence_features = list(sentence_features)
+        self._note_ids(sentence_features)
+        loss: Tensor = super().forward(sentence_features, labels)
+        return loss
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """reps: of each column its mini batches' embeddings; ``with_backward`` forms their gradients at once."""
+        queries, *documents = (torch.cat(parts) for parts in reps)
+        loss = self._loss(queries, documents)
+        if with_backward:
+            loss.backward()  # type: ignore[no-untyped-call]
+            loss = loss.detach()
+        return loss
+
+    def get_config_dict(self) -> dict[str, Any]:
+        return {**super().get_config_dict(), **self._own_config()}
+
+
+def _text_ids(features: dict[str, Tensor]) -> Tensor:
+    """A hash of each row's tokens, wherever its padding lies. → (N,) int64
+
+    63 bits: two of a million texts share one with probability 1e-7.
+    """
+    if "input_ids" not in features or "attention_mask" not in features:
+        raise ValueError(
+            f"mask_duplicates needs padded token ids (input_ids, attention_mask), not {sorted(features)}"
+        )
+    mask = features["attention_mask"].long()
+    place = (mask.cumsum(1) - 1).clamp(min=0)
+    factors = torch.randint(1, 2**62, (mask.shape[1],), generator=torch.Generator().manual_seed(0))
+    factors = factors.to(mask.device, non_blocking=True)
+    return ((features["input_ids"].long() + 1) * factors[place] * mask).sum(1)
