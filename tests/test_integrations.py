@@ -96,7 +96,7 @@ def test_multiple_negatives_ranking(cached, columns, options, dtype, model):
         ({"hardness_mode": "all_negatives", "hardness_strength": 5.0}, "hardness_mode"),
         ({"scale": 0.0}, "Scale must be"),
     ],
-    ids=str,
+    ids=["similarity", "doc_to_doc", "doc_to_query", "hardness", "scale"],
 )
 def test_what_is_not_hosted_is_said(cached, options, message, model):
     with pytest.raises(ValueError, match=message):
