@@ -48,10 +48,7 @@ def grid(
 
 def loss(suite: str, device: str) -> Iterator[Entry]:
     slow = ("ours-reference", "naive-compile")
-    of_the_wait = (
-        "simcse-broadcast",
-        "pml-ntxent",
-    )  # N·N·D and N·N·N: at many rows it is the wait that is measured
+    of_the_wait = ("simcse-broadcast", "pml-ntxent")  # N·N·D and N·N·N: at many rows minutes a call
     dtypes = dtypes_for(device)
     if suite == "quick":
         yield Entry(grid([64], [384], dtypes), without=slow)
