@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from .distributed import Strategy
 from .function import fused_loss
 from .options import Reduction
 from .reference import reference_loss
+from .smoothing import smoothing_term
 
 
 def gs_infonce(
@@ -39,6 +41,13 @@ def gs_infonce(
     strategy: Strategy = "auto",
     backend: Backend = "auto",
     workspace_bytes: int | None = None,
+    decoupled: bool = False,
+    angular_margin: float = 0.0,
+    hardness: float = 0.0,
+    label_smoothing: float = 0.0,
+    filter_margin: float | None = None,
+    filter_threshold: float | None = None,
+    guide: Sequence[Tensor] | None = None,
 ) -> Tensor:
     r"""Gaussian-smoothed InfoNCE over cosine similarities, without the N×M matrix.
 
@@ -107,7 +116,7 @@ def gs_infonce(
         ValueError, TypeError: an argument is out of range or of the wrong kind; the message names it. With a group
             every rank raises, also where ranks disagree about features, dtype, options or wanted gradients.
     """
-    traceable = generator is None and group is None and backend != "reference"
+    traceable = generator is None and group is None and guide is None and backend != "reference"
     if traceable and torch.compiler.is_compiling():
         return compiled_loss(
             anchors,
@@ -126,6 +135,12 @@ def gs_infonce(
             reduction=reduction,
             backend=backend,
             workspace_bytes=workspace_bytes,
+            decoupled=decoupled,
+            angular_margin=angular_margin,
+            hardness=hardness,
+            label_smoothing=label_smoothing,
+            filter_margin=filter_margin,
+            filter_threshold=filter_threshold,
         )
     loss = _outside_compiler if torch.compiler.is_compiling() else _eager_loss
     return loss(
@@ -148,6 +163,13 @@ def gs_infonce(
         strategy=strategy,
         backend=backend,
         workspace_bytes=workspace_bytes,
+        decoupled=decoupled,
+        angular_margin=angular_margin,
+        hardness=hardness,
+        label_smoothing=label_smoothing,
+        filter_margin=filter_margin,
+        filter_threshold=filter_threshold,
+        guide=guide,
     )
 
 
@@ -168,6 +190,13 @@ def info_nce(
     strategy: Strategy = "auto",
     backend: Backend = "auto",
     workspace_bytes: int | None = None,
+    decoupled: bool = False,
+    angular_margin: float = 0.0,
+    hardness: float = 0.0,
+    label_smoothing: float = 0.0,
+    filter_margin: float | None = None,
+    filter_threshold: float | None = None,
+    guide: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """InfoNCE over cosine similarities, without the N×M matrix: :func:`gs_infonce` without noise.
 
@@ -190,14 +219,36 @@ def info_nce(
         strategy=strategy,
         backend=backend,
         workspace_bytes=workspace_bytes,
+        decoupled=decoupled,
+        angular_margin=angular_margin,
+        hardness=hardness,
+        label_smoothing=label_smoothing,
+        filter_margin=filter_margin,
+        filter_threshold=filter_threshold,
+        guide=guide,
     )
 
 
 def _eager_loss(*inputs: Tensor | None, group: ProcessGroup | None, strategy: Strategy, **options: Any) -> Tensor:
     if group is not None:
-        return fused_loss(resolve_among(group, strategy, *inputs, **options))
-    call = resolve(*inputs, **options)  # type: ignore[arg-type]
-    return reference_loss(call) if call.backend == "reference" else fused_loss(call)
+        call = resolve_among(group, strategy, *inputs, **options)
+    else:
+        call = resolve(*inputs, **options)  # type: ignore[arg-type]
+    loss = reference_loss(call) if call.backend == "reference" else fused_loss(call)
+    options = call.options
+    if not options.label_smoothing:
+        return loss
+    smoothing = smoothing_term(
+        call.inputs,
+        call.temperature,
+        label_smoothing=options.label_smoothing,
+        angular_margin=options.angular_margin,
+        symmetric=options.symmetric,
+        reduction=options.reduction,
+        dtype=torch.float64 if call.backend == "reference" else loss.dtype,
+        exchange=options.exchange,
+    )
+    return (loss + smoothing).to(loss.dtype)
 
 
 _outside_compiler = _disable_dynamo(_eager_loss)  # compilers do not trace a generator, nor the reference

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,8 +15,12 @@ from torch.distributed import ProcessGroup
 from . import noise as noise_source
 from .backends import Backend, choose_backend
 from .distributed import STRATEGIES, Counts, Exchange, Facts, Strategy, agree, check_group, choose_strategy
-from .options import NoiseKind, Options, Reduction
+from .options import NoiseKind, Options, Reduction, Similar
 
+_SAME = (  # on every rank of a group
+    "noise_weight", "hard_negative_weight", "symmetric", "reduction", "decoupled", "angular_margin", "hardness",
+    "label_smoothing", "filter_margin", "filter_threshold",
+)  # fmt: skip
 _COLUMNS = ("positives", "negatives", "queue")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -70,6 +75,13 @@ def resolve(
     reduction: Reduction,
     backend: Backend,
     workspace_bytes: int | None,
+    decoupled: bool = False,
+    angular_margin: float = 0.0,
+    hardness: float = 0.0,
+    label_smoothing: float = 0.0,
+    filter_margin: float | None = None,
+    filter_threshold: float | None = None,
+    guide: Sequence[Tensor] | None = None,
     traced: Traced | None = None,
     host_seed: bool = False,
 ) -> Call:
@@ -96,6 +108,13 @@ def resolve(
     _check_ids("negative_ids", negative_ids, H, anchors.device)
     if negative_ids is not None and (ids is None or negatives is None):
         raise ValueError("negative_ids needs both ids and negatives: it is compared with the anchors' ids")
+    similar = _check_filter(filter_margin, filter_threshold, guide, tensors)
+    _check_variants(decoupled, angular_margin, hardness, label_smoothing)
+    if label_smoothing and (ids is not None or similar is not None):
+        raise ValueError(
+            "label_smoothing cannot be combined with ids or a filter: it spreads the label over every column, "
+            "masked ones too; leave one of them out"
+        )
 
     dtype = tensors[0].dtype
     for x in tensors[1:]:
@@ -123,6 +142,11 @@ def resolve(
         reduction=reduction,
         seed=seed,
         workspace_bytes=workspace_bytes,
+        decoupled=decoupled,
+        angular_margin=angular_margin,
+        hardness=hardness,
+        label_smoothing=label_smoothing,
+        similar=similar,
     )
     product_dtype = dtype
     autocast = autocast_dtype(anchors.device.type) if traced is None else traced.autocast_dtype
@@ -143,6 +167,8 @@ def resolve_among(
         call = resolve(*inputs, temperature=temperature, host_seed=True, **options)
         if call.backend == "reference":
             raise ValueError("backend='reference' knows one process only; use 'auto' or 'torch' with a group")
+        if options["guide"] is not None:
+            raise ValueError("guide knows one process only; leave it out with a group, or filter without a guide")
     except (TypeError, ValueError) as error:
         with contextlib.suppress(ValueError):  # the others' message
             agree(group, Facts({}, Counts(0, 0, 0), error=f"{type(error).__name__}: {error}"))
@@ -159,7 +185,7 @@ def resolve_among(
             "temperature": _known(temperature),
             "noise": call.options.noise,
             "num_noise": call.options.num_noise,
-            **{name: options[name] for name in ("noise_weight", "hard_negative_weight", "symmetric", "reduction")},
+            **{name: options[name] for name in _SAME},
             "min_temperature": str(options["min_temperature"]),
             "whether ids are given": options["ids"] is not None,
             "whether negative_ids are given": (
@@ -302,6 +328,41 @@ def _check_ids(name: str, ids: Any, count: int, device: torch.device) -> None:
     if ids.shape != (count,):
         raise ValueError(f"{name} must have shape ({count},), one id a row, not {_shape(ids)}")
     _check_device(name, ids, device)
+
+
+def _check_variants(decoupled: Any, angular_margin: Any, hardness: Any, label_smoothing: Any) -> None:
+    if not isinstance(decoupled, bool):
+        raise TypeError(f"decoupled must be True or False, not {decoupled!r}")
+    if not 0 <= _finite("angular_margin", angular_margin) < math.pi:
+        raise ValueError(f"angular_margin must be an angle in radians, 0 <= m < pi, not {angular_margin}")
+    if _finite("hardness", hardness) < 0:
+        raise ValueError(f"hardness must be >= 0, not {hardness}")
+    if not 0 <= _finite("label_smoothing", label_smoothing) < 1:
+        raise ValueError(f"label_smoothing must be a share, 0 <= e < 1, not {label_smoothing}")
+
+
+def _check_filter(margin: Any, threshold: Any, guide: Any, tensors: list[Tensor]) -> Similar | None:
+    for name, value in (("filter_margin", margin), ("filter_threshold", threshold)):
+        if value is not None:
+            _finite(name, value)
+    if guide is None:
+        return None if margin is None and threshold is None else Similar(margin, threshold, None)
+    wanted = f"guide must be one matrix for each of the {len(tensors)} inputs, in their order"
+    if isinstance(guide, Tensor) or not isinstance(guide, Sequence):
+        raise TypeError(f"{wanted}, not {type(guide).__name__}")
+    if len(guide) != len(tensors):
+        raise ValueError(f"{wanted}, not {len(guide)}")
+    for i, (x, rows) in enumerate(zip(guide, tensors, strict=True)):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"guide[{i}] must be a floating-point tensor, not {getattr(x, 'dtype', type(x).__name__)}")
+        if x.ndim != 2 or x.shape[0] != rows.shape[0] or x.shape[1:] != guide[0].shape[1:]:
+            raise ValueError(
+                f"guide[{i}] must be a matrix of {rows.shape[0]} rows, with the features of guide[0], not {_shape(x)}"
+            )
+        _check_device(f"guide[{i}]", x, tensors[0].device)
+    rows, *columns = (x.detach() for x in guide)
+    margin = 0.0 if margin is None and threshold is None else margin
+    return Similar(margin, threshold, (rows, torch.cat(columns)))
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...], others: str = "") -> None:

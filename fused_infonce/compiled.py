@@ -16,6 +16,7 @@ from .arguments import Call, Traced, autocast_dtype, resolve
 from .backends import Backend
 from .function import gradients_of, one_sweep_of, reduced, sweep_of
 from .options import Reduction
+from .smoothing import smoothing_term
 from .sweep import Needs
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -39,6 +40,12 @@ def compiled_loss(
     reduction: Reduction,
     backend: Backend,
     workspace_bytes: int | None,
+    decoupled: bool,
+    angular_margin: float,
+    hardness: float,
+    label_smoothing: float,
+    filter_margin: float | None,
+    filter_threshold: float | None,
 ) -> Tensor:
     """What a compiler traces: tensors and plain values go in, nothing is decided that depends on a value."""
     given = isinstance(noise, Tensor)
@@ -64,10 +71,27 @@ def compiled_loss(
         reduction,
         backend,
         workspace_bytes,
+        decoupled,
+        angular_margin,
+        hardness,
+        label_smoothing,
+        filter_margin,
+        filter_threshold,
         autocast_dtype(anchors.device.type),
         needs,
     )
-    return results[0]  # type: ignore[no-any-return]
+    loss: Tensor = results[0]
+    if not label_smoothing:
+        return loss
+    return loss + smoothing_term(
+        inputs[:4],
+        temperature,
+        label_smoothing=label_smoothing,
+        angular_margin=angular_margin,
+        symmetric=symmetric,
+        reduction=reduction,
+        dtype=loss.dtype,
+    )
 
 
 def _call(
@@ -90,6 +114,12 @@ def _call(
     reduction: str,
     backend: str,
     workspace_bytes: int | None,
+    decoupled: bool,
+    angular_margin: float,
+    hardness: float,
+    label_smoothing: float,
+    filter_margin: float | None,
+    filter_threshold: float | None,
     product_dtype: torch.dtype | None,
     needs: list[bool],
 ) -> tuple[Call, Needs]:
@@ -111,6 +141,13 @@ def _call(
         reduction=reduction,  # type: ignore[arg-type]
         backend=backend,  # type: ignore[arg-type]
         workspace_bytes=workspace_bytes,
+        decoupled=decoupled,
+        angular_margin=angular_margin,
+        hardness=hardness,
+        label_smoothing=label_smoothing,
+        filter_margin=filter_margin,
+        filter_threshold=filter_threshold,
+        guide=None,
         traced=Traced(seed, product_dtype),
     )
     return call, Needs(*needs)
@@ -120,7 +157,8 @@ _SCHEMA = (
     "Tensor anchors, Tensor positives, Tensor? negatives, Tensor? queue, Tensor? tau, Tensor? noise_rows, "
     "Tensor? ids, Tensor? negative_ids, Tensor? seed, float temperature, float? min_temperature, int num_noise, "
     "float noise_weight, str noise, float hard_negative_weight, bool symmetric, str reduction, str backend, "
-    "int? workspace_bytes, ScalarType? product_dtype, bool[] needs"
+    "int? workspace_bytes, bool decoupled, float angular_margin, float hardness, float label_smoothing, "
+    "float? filter_margin, float? filter_threshold, ScalarType? product_dtype, bool[] needs"
 )
 _TENSORS = 6  # a result and five more
 

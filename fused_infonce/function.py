@@ -171,6 +171,10 @@ def _kappa(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:
 
 def reduced(row_loss: Tensor, column_loss: Tensor | None, options: Options) -> Tensor:
     """Losses of this rank's rows, (N,), or the sum or mean over all ranks'; the mean of both directions."""
+    if options.decoupled:  # rows without a negative count 0
+        row_loss = row_loss.nan_to_num(nan=math.nan, posinf=math.inf, neginf=0.0)
+        if column_loss is not None:
+            column_loss = column_loss.nan_to_num(nan=math.nan, posinf=math.inf, neginf=0.0)
     losses = row_loss if column_loss is None else (row_loss + column_loss) / 2  # (N, 1)
     if options.reduction == "none":
         return losses[:, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -15,6 +16,12 @@ from .distributed import Strategy
 from .options import Reduction
 
 
+_VARIANTS = {
+    "decoupled": False, "angular_margin": 0.0, "hardness": 0.0, "label_smoothing": 0.0, "filter_margin": None,
+    "filter_threshold": None,
+}  # fmt: skip
+
+
 class GSInfoNCELoss(nn.Module):
     """:func:`gs_infonce` with its options kept; ``forward(anchors, positives, negatives=None, **tensors)``.
 
@@ -25,8 +32,8 @@ class GSInfoNCELoss(nn.Module):
             Where the clamp acts, the gradient of the temperature is 0.
         temperature_range: smallest and largest τ of a learned temperature.
 
-    The other arguments are those of :func:`gs_infonce`; ``queue``, ``ids``, ``negative_ids``, ``generator`` and
-    ``noise`` given as a tensor belong to a batch and go to ``forward``.
+    The other arguments are those of :func:`gs_infonce`; ``queue``, ``ids``, ``negative_ids``, ``generator``,
+    ``guide`` and ``noise`` given as a tensor belong to a batch and go to ``forward``.
     """
 
     def __init__(
@@ -45,6 +52,12 @@ class GSInfoNCELoss(nn.Module):
         strategy: Strategy = "auto",
         backend: Backend = "auto",
         workspace_bytes: int | None = None,
+        decoupled: bool = False,
+        angular_margin: float = 0.0,
+        hardness: float = 0.0,
+        label_smoothing: float = 0.0,
+        filter_margin: float | None = None,
+        filter_threshold: float | None = None,
     ) -> None:
         super().__init__()
         if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
@@ -71,6 +84,12 @@ class GSInfoNCELoss(nn.Module):
         self.strategy: Strategy = strategy
         self.backend: Backend = backend
         self.workspace_bytes = workspace_bytes
+        self.decoupled = decoupled
+        self.angular_margin = angular_margin
+        self.hardness = hardness
+        self.label_smoothing = label_smoothing
+        self.filter_margin = filter_margin
+        self.filter_threshold = filter_threshold
 
     @property
     def temperature(self) -> float | Tensor:
@@ -91,6 +110,7 @@ class GSInfoNCELoss(nn.Module):
         negative_ids: Tensor | None = None,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
+        guide: Sequence[Tensor] | None = None,
     ) -> Tensor:
         return gs_infonce(
             anchors,
@@ -113,6 +133,13 @@ class GSInfoNCELoss(nn.Module):
             strategy=self.strategy,
             backend=self.backend,
             workspace_bytes=self.workspace_bytes,
+            decoupled=self.decoupled,
+            angular_margin=self.angular_margin,
+            hardness=self.hardness,
+            label_smoothing=self.label_smoothing,
+            filter_margin=self.filter_margin,
+            filter_threshold=self.filter_threshold,
+            guide=guide,
         )
 
     def extra_repr(self) -> str:
@@ -121,4 +148,5 @@ class GSInfoNCELoss(nn.Module):
             parts.append(f"learnable_temperature=True, temperature_range={self.temperature_range}")
         names = ("num_noise", "noise_weight", "noise", "hard_negative_weight", "symmetric", "reduction", "backend")
         parts += [f"{name}={getattr(self, name)!r}" for name in names]
+        parts += [f"{name}={getattr(self, name)!r}" for name, off in _VARIANTS.items() if getattr(self, name) != off]
         return ", ".join(parts)

@@ -43,6 +43,18 @@ class Rows:
 
 
 @dataclass(slots=True, eq=False)
+class Limits:
+    """Scores beyond which a column is no negative of a row, and a row none of a column in the other direction.
+
+    Without a guide the scores are q_i·k_j for rows and, for columns, bits s_ij = q_i·k_j + row_bias_i.
+    """
+
+    rows: Tensor  # (N, 1)
+    columns: Tensor | None  # (n,) of the first n columns, where both directions are asked for
+    guide: tuple[Tensor, Tensor] | None = None  # unit rows (N, G) and (T, G) whose products are the scores instead
+
+
+@dataclass(slots=True, eq=False)
 class Columns:
     """Columns of the similarity matrix and what is special about some of its entries."""
 
@@ -54,6 +66,7 @@ class Columns:
     own_bias: float = 0.0  # log2-weight of column N + hN + i in row i
     row_ids: Tensor | None = None  # (N,)
     column_ids: Tensor | None = None  # (n,) of the first n columns; equal to the row's id: masked
+    limits: Limits | None = None
 
     def __len__(self) -> int:
         return self.rows.shape[0]
@@ -72,6 +85,7 @@ class Units:
     center_q: Tensor | None  # (D,), of the anchors in the gradient product; None: not centred there
     center_k: Tensor  # (D,), of every column
     cosines: Tensor | None = None  # (N, 1) s_ii, where a backend knows them anyway
+    chords: Tensor | None = None  # (N, 1) ½‖q̂_i − k̂_i‖², likewise
 
     def detach(self) -> Units:
         """Forgets the inputs, in place."""
@@ -88,10 +102,10 @@ class Units:
 class Operands:
     """What the similarity product is taken of; exponents are in base 2, in bits."""
 
-    queries: Tensor  # (N, D) κ log2(e) q̂_i, product dtype
+    queries: Tensor  # (N, D) bits q̂_i, product dtype; bits: (κ + hardness) log2(e)
     keys: Tensor  # (T, D) the keys centred, product dtype
     grad_keys: Tensor  # (T, D) the same in the gradient dtype
-    shift: Tensor  # (N, 1) κ log2(e) q̂_i·k̃_i, from unrounded rows
+    shift: Tensor  # (N, 1) bits q̂_i·k̃_i, from unrounded rows
 
 
 @dataclass(slots=True, eq=False)
@@ -101,7 +115,9 @@ class RowTerms:
     shift: Tensor
     offset: Tensor | None  # o_i, nats, part of the shift; None: 0
     constant: Tensor | None  # t_i, expected noise's share of the sum; None: 0
-    own: Tensor | float  # e^(−o_i) + t_i
+    own: Tensor | float  # e^(−o_i) + t_i; t_i where the positive is not in the denominator
+    decoupled: bool  # that is so
+    whole: bool  # a positive loses the share of all its row's ratios, neither more nor less
 
 
 @dataclass(slots=True, eq=False)

@@ -19,6 +19,15 @@ _EXPONENT_SPAN = 162.0
 
 
 @dataclass(slots=True, eq=False)
+class Similar:
+    """Column j is no negative of row i where score_ij > min(score_ii + margin, threshold), of those that are given."""
+
+    margin: float | None
+    threshold: float | None
+    guide: tuple[Tensor, Tensor] | None  # rows (N, G) and columns (T, G) whose cosines are the scores; None: s_ij
+
+
+@dataclass(slots=True, eq=False)
 class Options:
     num_anchors: int  # N, also the number of positives
     num_negatives: int  # H
@@ -33,6 +42,11 @@ class Options:
     reduction: Reduction
     seed: Tensor | None  # (1,) of sampled noise; on the device where the kernels draw it
     workspace_bytes: int | None
+    decoupled: bool = False  # the positive is not in the denominator
+    angular_margin: float = 0.0  # m, radians: the positive's cosine is cos(θ_ii + m)
+    hardness: float = 0.0  # β: weights e^(β s_ij) of the negatives, of which there is no derivative
+    label_smoothing: float = 0.0  # ε
+    similar: Similar | None = None  # which negatives are too similar to be negatives
     exchange: Exchange | None = None  # with the other ranks of a group; the numbers above are this rank's
 
     @property
@@ -69,9 +83,9 @@ class Options:
     def fits_one_sweep(self, kappa: float) -> bool:
         """Whether fixed row offsets keep every term that matters inside the range of fp32 (design, "Range")."""
         low, high = self._biases
-        return 2 * kappa + self.log_columns + high - low <= _EXPONENT_SPAN
+        return 2 * (kappa + self.hardness) + self.log_columns + high - low <= _EXPONENT_SPAN
 
     @property
     def offset_margin(self) -> float:
-        """o_i = max(0, κ(1 − s_ii) + offset_margin) is the row offset of one sweep."""
+        """o_i = max(0, κ + β − κ p_i + offset_margin) is the row offset of one sweep, p_i the positive's cosine."""
         return self._biases[1] + self.log_columns - _EXPONENT_TOP

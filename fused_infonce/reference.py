@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .arguments import Call
+from .geometry import unit_rows
 from .noise import log_mean_exp_cosine, sample_all
-from .options import Options
+from .options import Options, Similar
 
 
 def reference_loss(call: Call) -> Tensor:
@@ -24,19 +24,24 @@ def reference_loss(call: Call) -> Tensor:
     noise = call.noise_rows
     if options.seed is not None:
         noise = sample_all(options.seed, options.num_noise, anchors.shape[1], anchors.device)
-    q = _unit(anchors)
-    k = _unit(positives)
-    extra = [_unit(x) for x in (negatives, queue) if x is not None]
-    g = None if noise is None else _unit(noise.detach())
+    q = unit_rows(anchors, torch.float64)
+    k = unit_rows(positives, torch.float64)
+    extra = [unit_rows(x, torch.float64) for x in (negatives, queue) if x is not None]
+    g = None if noise is None else unit_rows(noise.detach(), torch.float64)
     tau = torch.as_tensor(call.temperature, dtype=torch.float64, device=q.device).reshape(())
     kappa = torch.where(tau > 0, 1 / tau, math.nan)
 
     pairs = _pair_bias(options, q.device)
     columns = torch.cat([k, *extra])
-    rows = _direction(q, columns, k, g, torch.cat([pairs, _extra_bias(options, q.device)], 1), kappa, options)
-    losses = rows
+    scores = None
+    if options.similar is not None and options.similar.guide is not None:
+        guide_rows, guide_columns = (unit_rows(x, torch.float64) for x in options.similar.guide)
+        scores = guide_rows @ guide_columns.T
+    every = torch.cat([pairs, _extra_bias(options, q.device)], 1)
+    losses = _direction(q, columns, k, g, every, kappa, options, scores)
     if options.symmetric:
-        losses = (rows + _direction(k, q, q, g, pairs, kappa, options)) / 2
+        back = _direction(k, q, q, g, pairs, kappa, options, None if scores is None else scores[:, : len(q)].T)
+        losses = (losses + back) / 2
     reduced = {"none": losses, "mean": losses.mean(), "sum": losses.sum()}[options.reduction]
     return reduced.to(torch.promote_types(call.dtype, torch.float32))
 
@@ -49,19 +54,37 @@ def _direction(
     bias: Tensor,  # (N, T), −inf where a column is the row's positive or masked
     kappa: Tensor,
     options: Options,
+    scores: Tensor | None,  # (N, T) a guide's cosines
 ) -> Tensor:
-    """log1p of the sum of the ratios e^z over every column but the positive."""
-    positive = (q * positives).sum(1, keepdim=True)  # (N, 1)
-    z = torch.where(bias.isinf(), bias, kappa * (q @ columns.T - positive) + bias)
+    """log1p, or decoupled log, of the sum of the ratios e^z over every column but the positive."""
+    s, positive = q @ columns.T, (q * positives).sum(1, keepdim=True)  # (N, T), (N, 1)
+    if options.similar is not None:
+        bias = bias.masked_fill(_too_similar(options.similar, s, positive, scores), -math.inf)
+    if options.angular_margin:
+        positive = (positive.arccos() + options.angular_margin).cos()
+    z = torch.where(bias.isinf(), bias, kappa * (s - positive) + bias + options.hardness * s.detach())
     if noise is not None:
-        z = torch.cat([z, kappa * (q @ noise.T - positive) + options.log_noise_weight], 1)
+        s = q @ noise.T
+        more = kappa * (s - positive) + options.log_noise_weight + options.hardness * s.detach()
+        z = torch.cat([z, more], 1)
     if options.noise == "expected":
-        log_c, _ = log_mean_exp_cosine(kappa, q.shape[1])
+        # the derivative is that at κ + β, of κ alone
+        log_c, _ = log_mean_exp_cosine(kappa + options.hardness, q.shape[1])
         z = torch.cat([z, options.log_noise_weight + math.log(options.num_noise) + log_c - kappa * positive], 1)
     z = z + 0 * kappa * positive  # NaN reaches a row whose every negative is masked, too
+    if options.decoupled:  # a row without negatives counts 0
+        empty = (z == -math.inf).all(1, keepdim=True)
+        return z.masked_fill(empty, 0).logsumexp(1).masked_fill(empty[:, 0], 0)
     m = z.detach().amax(1).clamp(min=0)
     ratios = (z - m[:, None]).exp().sum(1)
     return torch.where(m > 0, m + ((-m).exp() + ratios).log(), ratios.log1p())
+
+
+def _too_similar(similar: Similar, s: Tensor, positive: Tensor, scores: Tensor | None) -> Tensor:  # (N, T)
+    if scores is not None:
+        s, positive = scores, scores.diagonal()[:, None]
+    limit = math.inf if similar.margin is None else positive + similar.margin
+    return s > torch.as_tensor(limit).clamp(max=math.inf if similar.threshold is None else similar.threshold)
 
 
 def _pair_bias(options: Options, device: torch.device) -> Tensor:  # (N, N)
@@ -80,9 +103,3 @@ def _extra_bias(options: Options, device: torch.device) -> Tensor:  # (N, H + Q)
     if options.ids is not None and options.negative_ids is not None:
         bias[:, :H].masked_fill_(options.ids[:, None] == options.negative_ids[None, :], -math.inf)
     return bias
-
-
-def _unit(x: Tensor) -> Tensor:
-    x = x.to(torch.float64)
-    zero = (x == 0).all(1, keepdim=True)
-    return F.normalize(torch.where(zero, torch.ones_like(x), x), dim=1, eps=0).masked_fill(zero, 0)

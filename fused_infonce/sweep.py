@@ -1,7 +1,9 @@
 """The algorithm, written once over a backend's tile operations: one sweep, or two, over the similarity matrix.
 
 z_ij = κ(s_ij − s_ii) + b_ij is the exponent of a ratio, R_i the sum of row i's ratios, log1p(R_i) its loss. With
-keys centred by c (k̃ = k̂ − c), s_ij − s_ii = q̂_i·k̃_j − q̂_i·k̃_i: a tile of products and a shift a row.
+keys centred by c (k̃ = k̂ − c), s_ij − s_ii = q̂_i·k̃_j − q̂_i·k̃_i: a tile of products and a shift a row. The variants
+of the loss change little of it: another factor of s_ij (hardness), another positive than s_ii (a margin), log R_i
+(decoupled).
 
 - ``one_sweep``: E_ij = e^(z_ij − o_i) with an offset o_i known beforehand; ``finish`` makes gradients of what it
   leaves behind. Three products. Needs the range rule of ``Options.fits_one_sweep``, and one upstream gradient for
@@ -29,11 +31,13 @@ from torch import Tensor
 
 from . import noise
 from .distributed import Counts
-from .operands import Accumulator, Columns, RowSums, RowTerms, Scale, Side, Units
+from .geometry import cosine_with_margin
+from .operands import Accumulator, Columns, Limits, RowSums, RowTerms, Scale, Side, Units
 from .options import Options
-from .torch_ops import TorchOps, cut, merge_ratios
+from .torch_ops import TorchOps, as_rows_, cut, merge_ratios, moved
 
 LOG2_E = 1 / math.log(2)
+NO_RATIO = -1e30  # the maximum of no ratios, in bits; finite, so that differences of two are
 
 
 @dataclass(slots=True)
@@ -72,12 +76,26 @@ class Gradients:
 
 
 @dataclass(slots=True, eq=False)
+class Positive:
+    """What takes the place of s_ii in row i's loss, (N, 1) each."""
+
+    value: Tensor  # p_i
+    slope: Tensor | None = None  # dp_i/ds_ii; None: 1, p_i is s_ii
+    turn: Tensor | None = None  # slope_i s_ii − p_i, what ⟨q̂_i, dq̂_i⟩ lacks of dκ; None: 0
+
+    def share(self, x: Tensor) -> Tensor:
+        """What the positive loses where its row's ratios have the share x."""
+        return x if self.slope is None else x * self.slope
+
+
+@dataclass(slots=True, eq=False)
 class Tape:
     """What one sweep tells the backward, beside the inputs and the sums over tiles."""
 
     units: Units  # without the inputs themselves
     rows: RowSums
     constant: tuple[Tensor, float | Tensor] | None  # expected noise: t_i (N, 1), and ρ
+    positive: Positive
 
 
 class Sweep:
@@ -99,7 +117,7 @@ class Sweep:
         self.N, self.D = inputs[0].shape
         self.kappa_given = kappa  # a float has its constants without a device
         self.kappa = kappa.to(ops.precision.sums) if isinstance(kappa, Tensor) else kappa
-        self.bits = self.kappa * LOG2_E  # κ in base 2
+        self.bits = (self.kappa + options.hardness) * LOG2_E  # the factor of s_ij in a ratio's exponent, in base 2
         columns = [x for x in inputs[1:] if x is not None]
         self.exchange = exchange = options.exchange
         self.rank = 0 if exchange is None else exchange.rank
@@ -113,6 +131,58 @@ class Sweep:
     def cosines(self) -> Tensor:
         """s_ii, (N, 1)"""
         return self.ops.cosines(self.units)
+
+    @functools.cached_property
+    def positive(self) -> Positive:
+        """cos(θ_ii + m), or s_ii."""
+        s, m = self.cosines, self.options.angular_margin
+        if m == 0:
+            return Positive(s)
+        zero = (self.units.anchors.r == 0) | (self.units.keys[0].r == 0)
+        value, slope = cosine_with_margin(s, self.ops.half_squared_chords(self.units), zero, m)
+        return Positive(value, slope, slope * s - value)
+
+    @functools.cached_property
+    def shift(self) -> Tensor:
+        """z_ij = q_i·k_j − shift_i in bits, (N, 1)"""
+        shift = self.operands.shift
+        return shift if self.turned is None else shift + self.turned
+
+    @functools.cached_property
+    def turned(self) -> Tensor | None:
+        """κ p_i − (κ + hardness) s_ii in bits, (N, 1); None: 0"""
+        if self.positive.slope is None and self.options.hardness == 0:
+            return None
+        return self.kappa * LOG2_E * self.positive.value - self.bits * self.cosines
+
+    @functools.cached_property
+    def limits(self) -> tuple[Tensor, tuple[Tensor, Tensor] | None] | None:
+        """Scores beyond which a column is too similar, (N, 1), and the unit rows of a guide."""
+        similar = self.options.similar
+        if similar is None:
+            return None
+        guide, scores = None, self.cosines
+        if similar.guide is not None:
+            rows, columns = (self.ops.unit_rows(x) for x in similar.guide)
+            guide = rows, columns
+            scores = (rows * columns[: self.N]).sum(1, keepdim=True, dtype=self.ops.precision.sums)
+        limit = torch.full_like(scores, math.inf) if similar.margin is None else scores + similar.margin
+        return limit if similar.threshold is None else limit.clamp(max=similar.threshold), guide
+
+    def _limits_of(self, owner: int) -> Limits | None:
+        """The limits as tiles take them, between this rank's rows and the owner's columns."""
+        if self.limits is None:
+            return None
+        limit, guide = self.limits
+        if guide is not None:
+            return Limits(limit, limit[:, 0], guide)
+        columns = self._limits_of_columns[owner] if self.options.symmetric else None
+        return Limits(self.bits * (limit - self.cosines) + self.operands.shift, columns)
+
+    @functools.cached_property
+    def _limits_of_columns(self) -> list[Tensor]:
+        assert self.limits is not None
+        return self._of_positives((self.bits * self.limits[0])[:, 0])
 
     @functools.cached_property
     def ids(self) -> list[Tensor] | None:
@@ -141,6 +211,7 @@ class Sweep:
             own_bias=options.own_log_weight * LOG2_E,
             row_ids=None if ids is None else ids[self.rank][: self.N],
             column_ids=None if ids is None else ids[self.rank],
+            limits=self._limits_of(self.rank),
         )
 
     def _keys_of(self, owner: int, rows: Tensor) -> Columns:
@@ -151,6 +222,7 @@ class Sweep:
             rows.to(self.ops.precision.gradient),
             row_ids=self.keys.row_ids,
             column_ids=None if ids is None else ids[owner],
+            limits=self._limits_of(owner),
         )
 
     def _visits(self, acc: Tensor | None, wanted: list[slice]) -> Iterator[tuple[int, Columns, Tensor | None]]:
@@ -189,22 +261,22 @@ class Sweep:
         """Rows that meet the noise: their queries, their shift, and the centre of their columns."""
         if self.options.has_noise_columns:
             units = self.units
-            yield self.operands.queries, self.operands.shift, units.center_k
+            yield self.operands.queries, self.shift, units.center_k
             if self.options.symmetric:
                 queries, shift = self.ops.queries(units.keys[0], units.anchors, units.center_q, self.bits)
-                yield queries, shift, units.center_q
+                yield queries, shift if self.turned is None else shift + self.turned, units.center_q
 
     def _log_constant(self) -> tuple[Tensor, float | Tensor] | None:
-        """Expected noise: log T_i = log(λ M c_D(κ)) − κ s_ii, (N, 1), and ρ = d log c_D/dκ."""
+        """Expected noise: log T_i = log(λ M c_D(κ)) − κ p_i, (N, 1), and ρ = d log c_D/dκ; κ + hardness in c_D."""
         options = self.options
         if options.noise != "expected":
             return None
-        log_c, rho = noise.log_mean_exp_cosine(self.kappa_given, self.D)
+        log_c, rho = noise.log_mean_exp_cosine(self.kappa_given + options.hardness, self.D)
         log_weight = options.log_noise_weight + math.log(options.num_noise)
         if isinstance(log_c, Tensor) and isinstance(rho, Tensor):
             sums = self.ops.precision.sums
-            return (log_c + log_weight).to(sums) - self.kappa * self.cosines, rho.to(sums)
-        return log_c + log_weight - self.kappa * self.cosines, rho
+            return (log_c + log_weight).to(sums) - self.kappa * self.positive.value, rho.to(sums)
+        return log_c + log_weight - self.kappa * self.positive.value, rho
 
     # ------------------------------------------------------------------ chunks
 
@@ -256,7 +328,7 @@ class Sweep:
         if self.exchange is not None and acc_columns is not None:
             acc_columns = self._home(acc_columns, places).part(wanted_columns(self.options.counts, needs.columns))
         sums = ops.row_sums(state)
-        return sums.losses, Tape(self.units, sums, constant), acc_rows, acc_columns
+        return sums.losses, Tape(self.units, sums, constant, self.positive), acc_rows, acc_columns
 
     def _everyones(self) -> tuple[Columns, slice, list[list[slice]]]:
         """All ranks' columns in one matrix; those whose gradients are asked for; and where each rank's lie.
@@ -300,31 +372,37 @@ class Sweep:
 
     def _row_terms(self, kappa_bound: float) -> tuple[RowTerms, tuple[Tensor, float | Tensor] | None]:
         """What a row's sum is measured against; and t_i with ρ."""
-        shift = self.operands.shift
+        shift, options, positive = self.shift, self.options, self.positive
+        decoupled, hardness = options.decoupled, options.hardness
         constant = self._log_constant()
         offset = None
-        own: Tensor | float = 1.0
-        if 2 * kappa_bound + self.options.offset_margin > 0:
-            offset = (self.kappa * (1 - self.cosines)).add_(self.options.offset_margin).clamp_(min=0)
+        own: Tensor | float = 0.0 if decoupled else 1.0
+        if decoupled or 2 * kappa_bound + hardness + options.offset_margin > 0:
+            offset = (self.kappa * (1 - positive.value)).add_(hardness + options.offset_margin)
+            if not decoupled:
+                own = (-offset.clamp_(min=0)).exp_()
             shift = shift + offset * LOG2_E
-            own = (-offset).exp_()
+        whole = positive.slope is None
         if constant is None:
-            return RowTerms(shift, offset, None, own), None
+            return RowTerms(shift, offset, None, own, decoupled, whole), None
         t = (constant[0] if offset is None else constant[0] - offset).exp()
-        return RowTerms(shift, offset, t, own + t), (t, constant[1])
+        return RowTerms(shift, offset, t, own + t, decoupled, whole), (t, constant[1])
 
     # ------------------------------------------------------------------ two sweeps
 
     def losses(self) -> tuple[Tensor, Tensor | None]:
-        """log1p(R_i) of the rows and, with both directions, of the columns; (N, 1) each, in nats."""
+        """log1p(R_i), or log R_i, of the rows and, with both directions, of the columns; (N, 1) each, in nats.
+
+        log 0 = −∞ where a row has no negatives left.
+        """
         ops, symmetric, queries = self.ops, self.options.symmetric, self.operands.queries
         row = self._start()
         columns: list[tuple[Tensor, Tensor]] = []  # by rank
         if symmetric:
-            columns = [(ops.zeros(c.positives, 1), ops.zeros(c.positives, 1)) for c in self.counts]
+            columns = [(ops.zeros(c.positives, 1) + self.floor, ops.zeros(c.positives, 1)) for c in self.counts]
             columns[self.rank] = self._start()
         self._add_noise(row, columns[self.rank] if symmetric else None)
-        shift = self.operands.shift
+        shift = self.shift
         row_bias, column_shift = self._column_direction() if symmetric else (shift, [])
         for owner, everything, _ in self._visits(None, []):
             counts = self.counts[owner]
@@ -336,11 +414,11 @@ class Sweep:
                         maximum, total = columns[owner]
                         other = (row_bias[rows], column_shift[owner][block], maximum[block, 0], total[block, 0])
                     keys, q = everything.block(block), cut(queries, rows)
-                    ops.add_ratios(q, keys, rows.start, block.start, cut(shift, rows), part, other)
+                    ops.add_ratios(q, keys, rows.start, block.start, cut(shift, rows), part, other, self.floor)
         if not symmetric:
-            return _log1p_sum(*row), None
+            return self._log_of(*row), None
         column = columns[0] if self.exchange is None else self.exchange.merged(columns)
-        return _log1p_sum(*row), _log1p_sum(*column)
+        return self._log_of(*row), self._log_of(*column)
 
     def _add_noise(self, row: tuple[Tensor, Tensor], column: tuple[Tensor, Tensor] | None) -> None:
         for (queries, shift, center), state in zip(self._noise_sides(), (row, column), strict=False):
@@ -348,7 +426,9 @@ class Sweep:
             for columns in self._noise(center):
                 for rows in self._row_chunks(len(columns)):
                     part = (state[0][rows], state[1][rows])
-                    self.ops.add_ratios(queries[rows], columns, rows.start, 0, shift[rows], part)
+                    self.ops.add_ratios(
+                        queries[rows], columns, rows.start, 0, shift[rows], part, None, self.floor
+                    )
 
     def gradients(
         self,
@@ -360,9 +440,11 @@ class Sweep:
     ) -> Gradients:
         """Gradients of scale · Σ_i w_i loss_i; without weights all w_i are 1."""
         ops = self.ops
-        share = -torch.expm1(-row_loss)  # R/(1 + R)
+        positive = self.positive
+        share, row_loss = self._share(row_loss)
         if column_loss is not None:
-            share -= torch.expm1(-column_loss)
+            more, column_loss = self._share(column_loss)
+            share += more
             scale = scale.times(0.5)
         if weights is not None:
             share *= weights
@@ -404,7 +486,7 @@ class Sweep:
             )
             d_kappa += of_noise.sum()
 
-        shift = self.operands.shift + row_loss * LOG2_E
+        shift = self.shift + row_loss * LOG2_E
         row_bias = shift
         column_shift: list[Tensor] = []
         column_weights: list[Tensor] | None = None
@@ -438,29 +520,41 @@ class Sweep:
 
         side: Side | None = None
         if acc_rows is not None:
-            side = Side(acc_rows, share, row_sums, self.units.center_k, disposable=True)
+            side = Side(acc_rows, positive.share(share), row_sums, self.units.center_k, disposable=True)
         acc.sums = column_sums[wanted]
         out, dots = _finish_sides(
-            ops, self.options, self.units, needs, acc, share, side, scale.times(self.kappa), disposable=True
-        )
+            ops, self.options, self.units, needs, acc, positive.share(share), side, scale.times(self.kappa),
+            disposable=True,
+        )  # fmt: skip
         if needs.temperature and dots is not None:
+            if positive.turn is not None:
+                d_kappa += (share * positive.turn).sum()
             d_kappa += dots.sum() + self._constant_share(row_loss, column_loss, weights)
             out.kappa = d_kappa * scale.value
         return out
+
+    def _share(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """The share of all ratios in the denominator, R/(1 + R) or R/R, (N, 1); and the loss, finite."""
+        if not self.options.decoupled:
+            return -torch.expm1(-loss), loss
+        empty = loss == -math.inf
+        return 1.0 - empty.to(loss.dtype), loss.masked_fill(empty, 0.0)
 
     def _start(self) -> tuple[Tensor, Tensor]:
         """Running maximum (bits) and sum of ratios; expected noise is one more column."""
         constant = self._log_constant()
         if constant is None:
-            return self.ops.zeros(self.N, 1), self.ops.zeros(self.N, 1)
+            return self.ops.zeros(self.N, 1) + self.floor, self.ops.zeros(self.N, 1)
         exponent = constant[0] * LOG2_E
-        maximum = exponent.clamp(min=0)
+        maximum = exponent.clamp(min=self.floor)
         return maximum, torch.exp2(exponent - maximum)
 
     def _column_direction(self, loss: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """κ(s_ij − s_jj) − loss_j = q_i·k_j + row_bias_i − column_shift_j, in bits; (N, 1) and, by rank, (N,)."""
+        """The columns' z_ij − loss_j = q_i·k_j + row_bias_i − column_shift_j, in bits; (N, 1) and, by rank, (N,)."""
         shift = self.bits * self.cosines
         row_bias = shift - self.operands.shift
+        if self.turned is not None:
+            shift = shift + self.turned
         return row_bias, self._of_positives((shift if loss is None else shift + loss * LOG2_E)[:, 0])
 
     def _of_positives(self, x: Tensor) -> list[Tensor]:
@@ -479,13 +573,25 @@ class Sweep:
             share += (constant[0] - column_loss).exp_()
         return constant[1] * (share if weights is None else share * weights).sum()
 
+    @property
+    def floor(self) -> float:
+        """Of running maxima: that of the positive's own ratio, where the denominator holds it."""
+        return NO_RATIO if self.options.decoupled else 0.0
+
+    def _log_of(self, maximum: Tensor, total: Tensor) -> Tensor:
+        """log(1 + 2^maximum · total), decoupled without the 1, in nats."""
+        m = maximum / LOG2_E
+        if self.options.decoupled:
+            return m + total.log()
+        return torch.where(m > 0, m + ((-m).exp() + total).log(), total.log1p())
+
     # ------------------------------------------------------------------ statistics
 
     def stats(self, t: float = 2.0) -> dict[str, Tensor]:
         """The figures of ``contrastive_stats``, from one product."""
         ops = self.ops
         row = self._start()
-        shift = self.operands.shift
+        shift = self.shift
         self._add_noise(row, None)
         log_noise = torch.where(row[1] > 0, row[0] / LOG2_E + row[1].log(), -math.inf)
 
@@ -496,10 +602,9 @@ class Sweep:
             hit = torch.ones(rows.stop - rows.start, dtype=torch.bool, device=ops.device)
             for block in self._column_blocks(self.counts[0], split=True):
                 part = (row[0][rows], row[1][rows])
-                for piece, tile in ops.similarity(
-                    self.operands.queries[rows], self.keys.block(block), rows.start, block.start
-                ):
-                    i = slice(rows.start + piece.start, rows.start + piece.stop)
+                keys = self.keys.block(block)
+                for piece, tile, _ in ops.similarity(self.operands.queries[rows], keys, rows.start, block.start):
+                    i = moved(piece, rows.start)
                     if block.start < self.N:
                         valid = tile > -math.inf
                         s = tile / self.bits + shares[i]
@@ -507,9 +612,10 @@ class Sweep:
                         cosine += s.masked_fill(~valid, 0).sum()
                         potential += (2 * t * (s - 1)).exp_().sum()
                         hit[piece] &= (tile <= shift[i]).all(1)
+                    as_rows_(tile, None, keys, i, block.start)
                     merge_ratios(tile, shift[i], 1, part[0][piece], part[1][piece])
             hits[rows] = hit.to(hits.dtype)
-        losses = _log1p_sum(*row)
+        losses = self._log_of(*row)
         return {
             "loss": losses.mean(),
             "noise_share": (log_noise - losses).exp().mean(),
@@ -533,18 +639,22 @@ def finish(
     dtype: torch.dtype | None = None,
 ) -> Gradients:
     """Gradients of scale · Σ_i loss_i from what one sweep left behind, in the inputs' dtypes or in ``dtype``."""
-    units, rows, side = tape.units, tape.rows, None
+    units, rows, positive, side = tape.units, tape.rows, tape.positive, None
     if acc_rows is not None:
         sums = rows.total  # Σ_j E_ij, less what the positive has lost
         if tape.constant is not None:
             sums = -tape.constant[0] if sums is None else sums - tape.constant[0]
-        side = Side(acc_rows, rows.total, sums, units.center_k, rows.alpha, dtype=dtype)
+        total = None if rows.total is None else positive.share(rows.total)
+        side = Side(acc_rows, total, sums, units.center_k, rows.alpha, dtype=dtype)
+    share = None if rows.share is None else positive.share(rows.share)
     out, dots = _finish_sides(
-        ops, options, units, needs, acc_columns, rows.share, side, scale.times(kappa), dtype=dtype
+        ops, options, units, needs, acc_columns, share, side, scale.times(kappa), dtype=dtype
     )
     if needs.temperature and dots is not None:
         if tape.constant is not None:
             dots = dots + tape.constant[0] * tape.constant[1]
+        if positive.turn is not None and rows.total is not None:
+            dots = dots + rows.total * positive.turn
         out.kappa = (dots * rows.alpha).sum() * scale.value
     return out
 
@@ -594,8 +704,3 @@ def _spans(counts: Counts) -> Iterator[tuple[str, slice]]:
             yield name, slice(start, start + count)
             start += count
 
-
-def _log1p_sum(maximum: Tensor, total: Tensor) -> Tensor:
-    """log(1 + 2^maximum · total) in nats, for maximum >= 0."""
-    m = maximum / LOG2_E
-    return torch.where(m > 0, m + ((-m).exp() + total).log(), total.log1p())

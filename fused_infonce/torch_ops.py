@@ -173,6 +173,20 @@ class TorchOps:
 
         return self._by_pieces(q.x.shape, make, (self.precision.sums,))[0]
 
+    def half_squared_chords(self, units: Units) -> Tensor:
+        """½‖q̂_i − k̂_i‖², from unrounded rows: 1 − s_ii to its last digits. → (N, 1)"""
+        q, k = units.anchors, units.keys[0]
+
+        def make(piece: slice) -> tuple[Tensor]:
+            chords = self._unit(q, piece) - self._unit(k, piece)
+            return (chords.square_().sum(1, keepdim=True) / 2,)
+
+        return self._by_pieces(q.x.shape, make, (self.precision.sums,))[0]
+
+    def unit_rows(self, x: Tensor) -> Tensor:
+        """x̂ in the product dtype. → (n, D)"""
+        return self.given_noise(x, None)[0]
+
     def sampled_noise(
         self, seed: Tensor, rows: slice, num_noise: int, D: int, center: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -253,20 +267,23 @@ class TorchOps:
         """The tile E_ij = 2^(q_i·k_j + bias_ij − shift_i) of some rows; its row sums go to the state.
 
         closing: no more columns come, α_i is known. Where the gradient products
-        are exact the closed rows' diagonal is −Σ_j E_ij − t_i, what the positives lose.
+        are exact the closed rows' diagonal is −Σ_j E_ij − t_i, what the positives lose, if that is all they do.
         """
         out = self.workspace(rows.stop - rows.start, len(columns))
-        for piece, tile in self.similarity(cut(queries, rows), columns, rows.start, 0):
+        for piece, tile, scores in self.similarity(cut(queries, rows), columns, rows.start, 0):
             i = moved(piece, rows.start)
+            as_rows_(tile, scores, columns, i, 0)
             tile.sub_(cut(state.terms.shift, i)).exp2_()
             sums = cut(state.sums, i).add_(tile.sum(1, keepdim=True))
             if closing:
                 own = state.terms.own
                 alpha = torch.add(sums, cut(own, i) if isinstance(own, Tensor) else own, out=cut(state.alpha, i))
                 alpha.reciprocal_()
+                if state.terms.decoupled:  # a row without negatives
+                    alpha.nan_to_num_(nan=math.nan, posinf=0.0)
                 if state.column_sums is not None:
                     state.column_sums.addmv_(cut_columns(tile, state.columns).T, alpha[:, 0])
-                if not self.rounds:
+                if not self.rounds and state.terms.whole:
                     lost = sums if state.terms.constant is None else sums + cut(state.terms.constant, i)
                     _diagonal(tile, i.start, 0).copy_(lost[:, 0]).neg_()
             self._store(tile, out, piece)
@@ -287,12 +304,16 @@ class TorchOps:
 
     def row_sums(self, state: RowState) -> RowSums:
         """What is known of the rows when all are closed."""
-        offset, constant = state.terms.offset, state.terms.constant
+        terms, offset, constant = state.terms, state.terms.offset, state.terms.constant
         total = state.sums if constant is None else state.sums + constant
-        losses = total.log1p()
-        if offset is not None:
-            losses = torch.where(offset > 0, torch.logaddexp(self.zeros(), offset + total.log()), losses)
-        if not self.rounds:
+        if offset is None:
+            losses = total.log1p()
+        elif terms.decoupled:
+            losses = offset + total.log()
+        else:
+            far = torch.logaddexp(self.zeros(), offset + total.log())
+            losses = torch.where(offset > 0, far, total.log1p())
+        if not self.rounds and terms.whole:
             return RowSums(state.alpha, losses, None, None)
         return RowSums(state.alpha, losses, total, state.alpha * total)
 
@@ -308,17 +329,20 @@ class TorchOps:
         rows: tuple[Tensor, Tensor],  # running maximum and Σ 2^(z − maximum), (C, 1) each
         cols: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
         # row bias (C, 1), column shift (B,), and the columns' maximum and sum, (B,) each
+        floor: float = 0.0,
     ) -> None:
         """Adds the ratios of a tile with the corner (i0, j0) to the running sums, in place.
 
-        The rows' z_ij is q_i·k_j + bias_ij − shift_i, the columns' q_i·k_j + row_bias_i − column_shift_j.
+        floor: what the maxima start from. The rows' z_ij is q_i·k_j + bias_ij − shift_i, the columns' q_i·k_j + row_bias_i − column_shift_j.
         """
-        for piece, tile in self.similarity(queries, columns, i0, j0):
+        for piece, tile, scores in self.similarity(queries, columns, i0, j0):
             if cols is not None:
                 row_bias, column_shift, maximum, total = cols
                 other = self.buffer("other", tile.shape, self.precision.sums)
                 torch.add(tile, cut(row_bias, piece), out=other)
+                as_columns_(other, scores, columns, j0)
                 merge_ratios(other, column_shift, 0, maximum, total)
+            as_rows_(tile, scores, columns, moved(piece, i0), j0)
             merge_ratios(tile, cut(shift, piece), 1, cut(rows[0], piece), cut(rows[1], piece))
 
     def weighted_ratios(
@@ -335,14 +359,17 @@ class TorchOps:
     ) -> Tensor:
         """The tile G_ij = w_i 2^z_ij of the rows' z, plus w_j 2^z_ij of the columns'. → (C, B)"""
         out = self.workspace(queries.shape[0], columns.rows.shape[0])
-        for piece, tile in self.similarity(queries, columns, i0, j0):
+        for piece, tile, scores in self.similarity(queries, columns, i0, j0):
             other = None
             if cols is not None:
                 row_bias, column_shift, column_weights = cols
                 other = self.buffer("other", tile.shape, self.precision.sums)
-                torch.add(tile, cut(row_bias, piece), out=other).sub_(column_shift).exp2_()
+                torch.add(tile, cut(row_bias, piece), out=other)
+                as_columns_(other, scores, columns, j0)
+                other.sub_(column_shift).exp2_()
                 if column_weights is not None:
                     other.mul_(column_weights)
+            as_rows_(tile, scores, columns, moved(piece, i0), j0)
             tile.sub_(cut(shift, piece)).exp2_()
             if weights is not None:
                 tile.mul_(cut(weights, piece))
@@ -353,8 +380,13 @@ class TorchOps:
             self._store(tile, out, piece)
         return out
 
-    def similarity(self, queries: Tensor, columns: Columns, i0: int, j0: int) -> Iterator[tuple[slice, Tensor]]:
-        """Row pieces of q_i·k_j + bias_ij, in the sums' dtype; the product itself fills the workspace."""
+    def similarity(
+        self, queries: Tensor, columns: Columns, i0: int, j0: int
+    ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """Row pieces of q_i·k_j, in the sums' dtype, what is no negative in either direction masked; and a guide's.
+
+        The product itself fills the workspace. ``as_rows_`` and ``as_columns_`` do what one direction asks for.
+        """
         product = self.workspace(queries.shape[0], columns.rows.shape[0])
         if product.dtype != self.precision.product:
             product = product.view(self.precision.product)
@@ -363,8 +395,12 @@ class TorchOps:
             tile = cut(product, piece)
             if tile.dtype != self.precision.sums:
                 tile = self.buffer("scratch", tile.shape, self.precision.sums).copy_(tile)
-            _mask_(tile, columns, i0 + piece.start, j0)
-            yield piece, tile
+            i, scores = moved(piece, i0), None
+            _mask_(tile, columns, i.start, j0)
+            if columns.limits is not None and columns.limits.guide is not None:
+                rows, others = columns.limits.guide
+                scores = rows[i] @ others[j0 : j0 + tile.shape[1]].T
+            yield piece, tile, scores
 
     def _store(self, tile: Tensor, out: Tensor, piece: slice) -> None:
         if tile.dtype != out.dtype:  # else the tile is a part of it
@@ -463,20 +499,34 @@ def moved(rows: slice, by: int) -> slice:
 
 
 def _mask_(tile: Tensor, columns: Columns, i0: int, j0: int) -> None:
-    """Biases and masks of the entries (i0 + a, j0 + b), in place; tile: (C, B)."""
+    """Masks and the columns' bias of the entries (i0 + a, j0 + b), in place; tile: (C, B)."""
     if columns.bias:
         tile.add_(columns.bias)
-    N, H = columns.num_positives, columns.num_negatives
-    if columns.own_bias:
-        for start in range(N, N + H, N):
-            _diagonal(tile, i0, j0 - start).add_(columns.own_bias)
     if columns.column_ids is not None and j0 < columns.column_ids.numel():
         assert columns.row_ids is not None
         ids = columns.column_ids[j0 : j0 + tile.shape[1]]
         same = columns.row_ids[i0 : i0 + tile.shape[0], None] == ids
         tile[:, : ids.numel()].masked_fill_(same, -math.inf)
-    if N:
+    if columns.num_positives:
         _diagonal(tile, i0, j0).fill_(-math.inf)
+
+
+def as_rows_(tile: Tensor, scores: Tensor | None, columns: Columns, i: slice, j0: int) -> None:
+    """What only the rows i see, in place: columns too similar to them, and their own hard negatives' weight."""
+    if columns.limits is not None:
+        limit = cut(columns.limits.rows, i)
+        tile.masked_fill_((tile if scores is None else scores) > limit, -math.inf)
+    N, H = columns.num_positives, columns.num_negatives
+    if columns.own_bias:
+        for start in range(N, N + H, N):
+            _diagonal(tile, i.start, j0 - start).add_(columns.own_bias)
+
+
+def as_columns_(tile: Tensor, scores: Tensor | None, columns: Columns, j0: int) -> None:
+    """What only the columns see, in place: rows too similar to them. tile: q_i·k_j + row_bias_i."""
+    if columns.limits is not None and columns.limits.columns is not None:
+        limit = columns.limits.columns[j0 : j0 + tile.shape[1]]
+        tile.masked_fill_((tile if scores is None else scores) > limit, -math.inf)
 
 
 def _diagonal(tile: Tensor, i0: int, j0: int) -> Tensor:

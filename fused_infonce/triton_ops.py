@@ -108,12 +108,12 @@ class TritonOps:
         keys, grad_keys = self._copies(sum(x.shape[0] for x in columns), D)
         center_q = (self.empty(D) if centers is None else centers[0]) if self.rounds else None
         center_k = self.empty(D) if centers is None else centers[1]
-        r_q, r_k, shift, cosines = self.empty(4, N, 1).unbind()
+        r_q, r_k, shift, cosines, chords = self.empty(5, N, 1).unbind()
         normalise.normalise_pairs(
             anchors, columns[0], bits, queries, keys[:N], None if grad_keys is None else grad_keys[:N],
-            (r_q, r_k, shift, cosines), center_q, center_k, centers is None, self.settings.row_elements,
+            (r_q, r_k, shift, cosines, chords), center_q, center_k, centers is None, self.settings.row_elements,
         )  # fmt: skip
-        units = Units(Rows(anchors, r_q), [Rows(columns[0], r_k)], center_q, center_k, cosines)
+        units = Units(Rows(anchors, r_q), [Rows(columns[0], r_k)], center_q, center_k, cosines, chords)
         start = N
         for x in columns[1:]:
             part = slice(start, start + x.shape[0])
@@ -131,9 +131,9 @@ class TritonOps:
         """bits · q̂ in the product dtype, and bits · q̂_i·(k̂_i − center) from unrounded rows. → (N, D), (N, 1)"""
         n, D = q.x.shape
         queries, shift = self._rows(n, D, self.precision.product), torch.empty_like(q.r)
-        unused = [torch.empty_like(q.r) for _ in range(3)]
+        unused = [torch.empty_like(q.r) for _ in range(4)]
         normalise.normalise_pairs(
-            q.x, k.x, bits, queries, None, None, (unused[0], unused[1], shift, unused[2]), None, center, False,
+            q.x, k.x, bits, queries, None, None, (*unused[:2], shift, *unused[2:]), None, center, False,
             self.settings.row_elements,
         )  # fmt: skip
         return queries, shift
@@ -142,6 +142,15 @@ class TritonOps:
         """s_ii, from unrounded rows. → (N, 1)"""
         assert units.cosines is not None
         return units.cosines
+
+    def half_squared_chords(self, units: Units) -> Tensor:
+        """½‖q̂_i − k̂_i‖², from unrounded rows: 1 − s_ii to its last digits. → (N, 1)"""
+        assert units.chords is not None
+        return units.chords
+
+    def unit_rows(self, x: Tensor) -> Tensor:
+        """x̂ in the product dtype. → (n, D)"""
+        return self.given_noise(x, None)[0]
 
     def sampled_noise(
         self, seed: Tensor, rows: slice, num_noise: int, D: int, center: Tensor | None
@@ -197,7 +206,7 @@ class TritonOps:
         own = terms.own if isinstance(terms.own, Tensor) else None
         similarity.close_rows(
             partials, state.sums, own, terms.constant, terms.offset, state.results, rows.start,
-            x, r, state.units.center_q, anchors,
+            x, r, state.units.center_q, anchors, terms.decoupled,
         )  # fmt: skip
         return out
 
@@ -223,14 +232,15 @@ class TritonOps:
         rows: tuple[Tensor, Tensor],  # running maximum and Σ 2^(z − maximum), (C, 1) each
         cols: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
         # row bias (C, 1), column shift (B,), and the columns' maximum and sum, (B,) each
+        floor: float = 0.0,
     ) -> None:
         """Adds the ratios of a tile with the corner (i0, j0) to the running sums, in place.
 
-        The rows' z_ij is q_i·k_j + bias_ij − shift_i, the columns' q_i·k_j + row_bias_i − column_shift_j.
+        floor: what the maxima start from. The rows' z_ij is q_i·k_j + bias_ij − shift_i, the columns' q_i·k_j + row_bias_i − column_shift_j.
         """
         of_rows, of_columns = ratios.ratio_sums(
-            queries, columns.rows, i0, j0, shift, None if cols is None else cols[:2], _special(columns, j0),
-            self.settings.ratios,
+            queries, columns.rows, i0, j0, shift, None if cols is None else cols[:2],
+            {**_special(columns, j0), **_column_limits(columns)}, self.settings.ratios, floor,
         )  # fmt: skip
         _merge(of_rows, 1, rows)
         if cols is not None and of_columns is not None:
@@ -251,8 +261,9 @@ class TritonOps:
         """The tile G_ij = w_i 2^z_ij of the rows' z, plus w_j 2^z_ij of the columns'. → (C, B)"""
         out = self.workspace(queries.shape[0], len(columns))
         of_rows, of_columns = ratios.weighted_ratios(
-            queries, columns.rows, out, i0, j0, shift, weights, cols, _special(columns, j0), self.settings.ratios
-        )
+            queries, columns.rows, out, i0, j0, shift, weights, cols,
+            {**_special(columns, j0), **_column_limits(columns)}, self.settings.ratios,
+        )  # fmt: skip
         sums[0].add_(of_rows.sum(1, keepdim=True))
         sums[1].add_(of_columns.sum(0))
         return out
@@ -324,7 +335,8 @@ class TritonOps:
 
 def _special(columns: Columns, j0: int) -> dict[str, object]:
     """What is special about some entries, as the kernels take it."""
-    ids = columns.column_ids
+    ids, limits = columns.column_ids, columns.limits
+    guide = None if limits is None else limits.guide
     return {
         "row_ids": None if ids is None else columns.row_ids,
         "column_ids": ids,
@@ -336,7 +348,19 @@ def _special(columns: Columns, j0: int) -> dict[str, object]:
         "HAS_POSITIVES": columns.num_positives > j0,
         "HAS_OWN": columns.own_bias != 0,
         "HAS_IDS": ids is not None,
+        "limits": None if limits is None else limits.rows,
+        "guide_rows": None if guide is None else guide[0],
+        "guide_columns": None if guide is None else guide[1],
+        "guide_features": 0 if guide is None else guide[0].shape[1],
+        "stride_guide_n": 0 if guide is None else guide[0].stride(0),
+        "stride_guide_t": 0 if guide is None else guide[1].stride(0),
+        "HAS_LIMITS": limits is not None,
+        "HAS_GUIDE": guide is not None,
     }
+
+
+def _column_limits(columns: Columns) -> dict[str, object]:
+    return {"column_limits": None if columns.limits is None else columns.limits.columns}
 
 
 def _side(side: Side | None) -> dict[str, object] | None:

@@ -19,6 +19,9 @@ CASES = {
     "sum": {"reduction": "sum", "ids": torch.arange(N) // 2},
     "given noise": {"noise": rows(9, D, seed=5, dtype=torch.float32)},
     "expected noise": {"noise": "expected", "num_noise": 30},
+    "decoupled": {"decoupled": True, "angular_margin": 0.2, "hardness": 2.0},
+    "filter": {"filter_margin": 0.05, "filter_threshold": 0.4, "symmetric": True},
+    "smoothing": {"label_smoothing": 0.1, "negatives": True},
 }
 
 
@@ -117,6 +120,6 @@ def test_opcheck(backend, symmetric, learn):
     tau = torch.tensor(0.1, requires_grad=True) if learn else None
     arguments = (
         *leaves(), None, tau, None, None, None, None, 0.0 if learn else 0.05, 0.02, 0, 1.0, "sampled", 0.0,
-        symmetric, "mean", backend, None, None, [True, True, True, False, learn],
+        symmetric, "mean", backend, None, learn, 0.2, 1.0, 0.0, 0.1, None, None, [True, True, True, False, learn],
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fused_infonce.gs_infonce.default, arguments)

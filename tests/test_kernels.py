@@ -23,8 +23,11 @@ N, D, H, Q, M = 21, 20, 42, 5, 9
 INTERPRETED = settings.default_settings("interpreter", torch.float32, "ieee", 0, 0)
 PLAIN = {
     "row_ids": None, "column_ids": None, "num_ids": 0, "bias": 0.0, "own_bias": 0.0, "num_positives": 0,
-    "num_negatives": 0, "HAS_POSITIVES": False, "HAS_OWN": False, "HAS_IDS": False,
+    "num_negatives": 0, "HAS_POSITIVES": False, "HAS_OWN": False, "HAS_IDS": False, "limits": None,
+    "guide_rows": None, "guide_columns": None, "guide_features": 0, "stride_guide_n": 0, "stride_guide_t": 0, "HAS_LIMITS": False,
+    "HAS_GUIDE": False,
 }  # fmt: skip
+BOTH = PLAIN | {"column_limits": None}
 
 
 def make(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -81,6 +84,17 @@ OPTIONS = {
     "symmetric": {"noise": make(M, D, seed=5), "symmetric": True, "negatives": True, "hard_negative_weight": 1.3},
     "expected, symmetric": {"noise": "expected", "num_noise": 50, "symmetric": True},
     "none": {"noise": make(M, D, seed=5), "reduction": "none", "symmetric": True},
+    "decoupled": {"decoupled": True, "noise": make(M, D, seed=5), "negatives": True},
+    "decoupled, two sweeps": {"decoupled": True, "num_noise": 0, "temperature": 0.002, "symmetric": True},
+    "margin": {"angular_margin": 0.3, "hardness": 3.0, "num_noise": 0, "negatives": True},
+    "margin, symmetric": {"angular_margin": 0.3, "hardness": 3.0, "noise": "expected", "symmetric": True},
+    "filter": {
+        "filter_margin": 0.05, "filter_threshold": 0.3, "num_noise": 0, "negatives": True, "hard_negative_weight": 1.3,
+    },
+    "filter, symmetric": {"filter_margin": 0.05, "num_noise": 0, "symmetric": True, "decoupled": True},
+    "guide": {"guide": [make(n, 7, seed=20 + n) for n in (N, N, H, Q)], "negatives": True, "num_noise": 0},
+    "guide, symmetric": {"guide": [make(N, 7, seed=s) for s in (1, 2)], "num_noise": 0, "symmetric": True},
+    "smoothing": {"label_smoothing": 0.1, "num_noise": 0, "negatives": True},
 }  # fmt: skip
 
 
@@ -93,7 +107,7 @@ def test_every_option(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-@pytest.mark.parametrize("name", ["weights", "noise", "symmetric", "none"])
+@pytest.mark.parametrize("name", ["weights", "noise", "symmetric", "none", "decoupled", "margin, symmetric"])
 def test_half_precision(name, dtype):
     options = dict(OPTIONS[name], temperature=0.1)
     upstream = make(N, seed=6) if options.get("reduction") == "none" else None
@@ -203,7 +217,7 @@ def test_normalise_pairs():
     x, y = make(N, 50, seed=1)[:, ::2], make(N, 25, seed=2)
     x[4] = 0
     queries, keys = torch.empty(N, 25, device=DEVICE), torch.empty(N, 25, device=DEVICE)
-    vectors = tuple(torch.empty(N, 1, device=DEVICE) for _ in range(4))
+    vectors = tuple(torch.empty(N, 1, device=DEVICE) for _ in range(5))
     center_q, center_k = torch.empty(25, device=DEVICE), torch.empty(25, device=DEVICE)
     normalise.normalise_pairs(x, y, 3.0, queries, keys, None, vectors, center_q, center_k, True, 256)
     r_q, r_k = (torch.where(z.norm(dim=1) > 0, 1 / z.double().norm(dim=1), 0)[:, None] for z in (x, y))
@@ -214,6 +228,7 @@ def test_normalise_pairs():
     for got, exact in zip((queries, keys, *vectors), want, strict=False):
         assert relative_error(got, exact) < 1e-6
     assert relative_error(vectors[3], (unit_q * unit_k).sum(1, keepdim=True)) < 1e-6
+    assert relative_error(vectors[4], (unit_q - unit_k).square().sum(1, keepdim=True) / 2) < 1e-6
     assert relative_error(center_q, unit_q[chosen].mean(0)) < 1e-6
 
 
@@ -361,11 +376,11 @@ def test_costs_are_what_is_launched_and_allocated(monkeypatch):
             similarity.exp_similarity_cost(C, T, d, 4, 4, tile),
         ),
         (
-            lambda: ratios.ratio_sums(q, k, 0, 0, shift, both_sides, PLAIN, tile),
+            lambda: ratios.ratio_sums(q, k, 0, 0, shift, both_sides, BOTH, tile),
             ratios.ratios_cost(C, T, d, 4, 0, True, tile),
         ),
         (
-            lambda: ratios.weighted_ratios(q, k, out, 0, 0, shift, None, None, PLAIN, tile),
+            lambda: ratios.weighted_ratios(q, k, out, 0, 0, shift, None, None, BOTH, tile),
             ratios.ratios_cost(C, T, d, 4, 4, False, tile),
         ),
         (
@@ -382,7 +397,7 @@ def test_costs_are_what_is_launched_and_allocated(monkeypatch):
     # Bytes: each operand once, each result once.
     assert cases[0][1].bytes == 4 * (q.numel() + k.numel() + out.numel() + shift.numel() + C * 2)
     assert cases[3][1].bytes == 4 * (out.numel() + k.numel() + 2 * C * d)
-    assert normalise.normalise_pairs_cost(C, d, 4, 4, 2).bytes == 4 * (4 * C * d + 4 * C)
+    assert normalise.normalise_pairs_cost(C, d, 4, 4, 2).bytes == 4 * (4 * C * d + 5 * C)
     assert normalise.normalise_backward_cost(C, d, 4, 2).bytes == 4 * 6 * C * d
     assert noise.sample_noise_cost(C, d, 2, 1).bytes == 2 * C * d
 

@@ -3,7 +3,7 @@
 Forward, of anchors x and positives y in one pass, each input read once, each output written once:
 
     r_i = 1/‖x_i‖ (0 for a zero row),  queries_i = bits q̂_i,  keys_i = k̂_i − c,
-    s_ii = q̂_i·k̂_i,  shift_i = bits q̂_i·(k̂_i − c)          from unrounded rows, in fp32
+    s_ii = q̂_i·k̂_i,  ½‖q̂_i − k̂_i‖²,  shift_i = bits q̂_i·(k̂_i − c)          from unrounded rows, in fp32
 
 The centres c (of the keys) and c_q (of the anchors) are means of 16 evenly spaced unit rows, which every program
 forms for itself (any constant is exact; the mean of 16 leaves centred rows 3 % longer than the mean of all would).
@@ -68,6 +68,7 @@ def normalise_pairs_kernel(
     r_y,
     shift,
     cosines,
+    chords,
     center_q,
     center_k,
     bits,
@@ -117,6 +118,7 @@ def normalise_pairs_kernel(
         tl.store(r_x + offs_n, r_q, mask=in_n)
         tl.store(r_y + offs_n, r_k, mask=in_n)
         tl.store(cosines + offs_n, tl.sum(q * k, 1), mask=in_n)
+        tl.store(chords + offs_n, 0.5 * tl.sum((q - k) * (q - k), 1), mask=in_n)
         k = tl.where(mask, k - c, 0.0)
         tl.store(shift + offs_n, factor * tl.sum(q * k, 1), mask=in_n)
         at = offs_n.to(tl.int64)[:, None]
@@ -130,11 +132,11 @@ def normalise_pairs_kernel(
 def normalise_pairs(
     x: Tensor,  # (N, D) anchors
     y: Tensor,  # (N, D) positives
-    bits: float | Tensor,  # κ log2(e)
+    bits: float | Tensor,
     queries: Tensor,  # (N, D)
     keys: Tensor | None,  # (N, D)
     grad_keys: Tensor | None,  # (N, D), where it is another dtype than the keys'
-    vectors: tuple[Tensor, Tensor, Tensor, Tensor],  # 1/‖x‖, 1/‖y‖, shift, cosines, (N, 1) each
+    vectors: tuple[Tensor, ...],  # 1/‖x‖, 1/‖y‖, shift, cosines, ½‖q̂ − k̂‖², (N, 1) each
     center_q: Tensor | None,  # (D,)
     center_k: Tensor | None,
     make_centers: bool,  # write the centres, or else read that of the keys
@@ -155,7 +157,7 @@ def normalise_pairs(
 
 def normalise_pairs_cost(N: int, D: int, element: int, operand: int, copies: int) -> Cost:
     """copies: operands written, queries among them."""
-    return Cost(0, 2 * N * D * element + copies * N * D * operand + 16 * N, 0)
+    return Cost(0, 2 * N * D * element + copies * N * D * operand + 20 * N, 0)
 
 
 @triton.jit

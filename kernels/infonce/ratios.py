@@ -3,8 +3,9 @@
     rows:     z_ij  = q_i·k_j + bias_ij − shift_i
     columns:  z'_ij = q_i·k_j + bias_ij + row_bias_i − column_shift_j        (the other direction; in bits, both)
 
-The first gives, of every tile, the maximum of 0 and z and Σ 2^(z − maximum) over its columns, and the same over
-its rows for z'. The second gives G_ij = w_i 2^z_ij (+ w_j 2^z'_ij), stored as operand of the gradient products,
+z is −∞ where q_i·k_j is beyond the row's limit, z' where q_i·k_j + row_bias_i is beyond the column's, or a guide's
+score is. The first gives, of every tile, the maximum of z (and of the positive's 0) and Σ 2^(z − maximum) over its
+columns, and the same over its rows for z'. The second gives G_ij = w_i 2^z_ij (+ w_j 2^z'_ij), stored as operand of the gradient products,
 and its sums over rows and columns in fp32.
 
 FLOPs: 2·C·B·D each. Bytes: operands once; the second stores G. Partials: 4 or 8 bytes a row and tile of columns,
@@ -50,6 +51,14 @@ def ratios_kernel(
     own_bias,
     num_positives,
     num_negatives,
+    limits,
+    guide_rows,
+    guide_columns,
+    guide_features,
+    stride_guide_n,
+    stride_guide_t,
+    column_limits,
+    floor,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -61,6 +70,8 @@ def ratios_kernel(
     HAS_POSITIVES: tl.constexpr,
     HAS_OWN: tl.constexpr,
     HAS_IDS: tl.constexpr,
+    HAS_LIMITS: tl.constexpr,
+    HAS_GUIDE: tl.constexpr,
     USE_TMA: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -77,6 +88,13 @@ def ratios_kernel(
         offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
         rows = tl.minimum(offs_n, N - 1)
         columns = tl.minimum(offs_t, T - 1)
+        if HAS_LIMITS:
+            scores = z
+            if HAS_GUIDE:
+                scores = similarity_tile(
+                    guide_rows, guide_columns, i0 + pid_n * BLOCK_N, j0 + pid_t * BLOCK_T, i0 + N, j0 + T,
+                    guide_features, stride_guide_n, stride_guide_t, BLOCK_N, BLOCK_T, BLOCK_D, False, False, PRECISION,
+                )  # fmt: skip
         z = biased(
             z, i0 + rows, j0 + columns, row_ids, column_ids, num_ids, bias, own_bias, num_positives,
             num_negatives, HAS_POSITIVES, HAS_OWN, HAS_IDS,
@@ -84,8 +102,16 @@ def ratios_kernel(
         inside = (offs_n < N)[:, None] & (offs_t < T)[None, :]
         z = tl.where(inside, z, float("-inf"))
         of_rows = z - tl.load(shift + rows)[:, None]
+        if HAS_LIMITS:
+            of_rows = tl.where(scores > tl.load(limits + i0 + rows)[:, None], float("-inf"), of_rows)
         if HAS_COLUMNS:
-            of_columns = z + tl.load(row_bias + rows)[:, None] - tl.load(column_shift + columns)[None, :]
+            biases = tl.load(row_bias + rows)[:, None]
+            of_columns = z + biases - tl.load(column_shift + columns)[None, :]
+            if HAS_LIMITS:
+                if not HAS_GUIDE:
+                    scores += biases
+                limit = tl.load(column_limits + j0 + columns)
+                of_columns = tl.where(scores > limit[None, :], float("-inf"), of_columns)
         row_out = offs_n.to(tl.int64) * tiles_t + pid_t
         column_out = pid_n.to(tl.int64) * T + offs_t
         if STORE:
@@ -104,11 +130,11 @@ def ratios_kernel(
             tl.store(out, g.to(G.dtype.element_ty), mask=inside)
         else:
             # A maximum passes over NaN, the sum does not: NaN reaches the result there.
-            maximum = tl.maximum(tl.max(of_rows, 1), 0.0)
+            maximum = tl.maximum(tl.max(of_rows, 1), floor)
             tl.store(row_maxima + row_out, maximum, mask=offs_n < N)
             tl.store(row_sums + row_out, tl.sum(tl.exp2(of_rows - maximum[:, None]), 1), mask=offs_n < N)
             if HAS_COLUMNS:
-                maximum = tl.maximum(tl.max(of_columns, 0), 0.0)
+                maximum = tl.maximum(tl.max(of_columns, 0), floor)
                 tl.store(column_maxima + column_out, maximum, mask=offs_t < T)
                 total = tl.sum(tl.exp2(of_columns - maximum[None, :]), 0)
                 tl.store(column_sums + column_out, total, mask=offs_t < T)
@@ -150,6 +176,7 @@ def ratio_sums(
     cols: tuple[Tensor, Tensor] | None,  # row bias (C, 1), column shift (B,)
     special: dict[str, object],
     settings: Tile,
+    floor: float = 0.0,  # of the maxima: the positive's own exponent
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
     """Maxima and sums in parts: (C, tiles of columns) and, of the other direction, (tiles of rows, B) each."""
     C, B = queries.shape[0], keys.shape[0]
@@ -161,7 +188,7 @@ def ratio_sums(
     _launch(
         queries, keys, i0, j0, shift, special, settings,
         row_bias=row_bias, column_shift=column_shift, row_weights=None, column_weights=None, G=None,
-        row_maxima=of_rows[0], row_sums=of_rows[1], column_maxima=of_columns[0], column_sums=of_columns[1],
+        floor=floor, row_maxima=of_rows[0], row_sums=of_rows[1], column_maxima=of_columns[0], column_sums=of_columns[1],
     )  # fmt: skip
     return tuple(of_rows), None if cols is None else tuple(of_columns)
 
@@ -186,7 +213,7 @@ def weighted_ratios(
     _launch(
         queries, keys, i0, j0, shift, special, settings,
         row_bias=row_bias, column_shift=column_shift, row_weights=weights, column_weights=column_weights, G=out,
-        row_maxima=None, row_sums=row_sums, column_maxima=None, column_sums=column_sums,
+        floor=0.0, row_maxima=None, row_sums=row_sums, column_maxima=None, column_sums=column_sums,
     )  # fmt: skip
     return row_sums, column_sums
 

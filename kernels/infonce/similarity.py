@@ -1,12 +1,14 @@
 """Exponentiated similarity of one sweep, and the closing of its rows.
 
-    E_ij = 2^(q_i·k_j + bias_ij − shift_i),  q = κ log2(e) q̂ (C, D), k = k̂ − c (T, D);  Σ_j E_ij in parts, by tiles
+    E_ij = 2^(q_i·k_j + bias_ij − shift_i),  q = bits q̂ (C, D), k = k̂ − c (T, D);  Σ_j E_ij in parts, by tiles
+
+with 0 where the score q_i·k_j, or a guide's, is beyond the row's limit.
 
 E is stored in bf16, or in fp32 for fp32 operands; products and sums are fp32. Then, of C rows whose columns are
 all done, with own_i = e^(−o_i) + t_i:
 
     α_i = 1/(own_i + Σ_j E_ij),  total_i = Σ_j E_ij + t_i,  share_i = α_i total_i
-    loss_i = log(1 + e^(o_i) total_i)
+    loss_i = log(1 + e^(o_i) total_i), decoupled log(e^(o_i) total_i) and own_i = t_i
     anchors_i = [α_i (q̂_i − c_q) | α_i]  (C, D + 8), the operand of the columns' gradient product
 
 FLOPs: 2·C·T·D. Bytes: operands once, E once. Partials: C × tiles of T fp32, written and read once.
@@ -46,6 +48,12 @@ def exp_similarity_kernel(
     own_bias,
     num_positives,
     num_negatives,
+    limits,
+    guide_rows,
+    guide_columns,
+    guide_features,
+    stride_guide_n,
+    stride_guide_t,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -53,6 +61,8 @@ def exp_similarity_kernel(
     HAS_POSITIVES: tl.constexpr,
     HAS_OWN: tl.constexpr,
     HAS_IDS: tl.constexpr,
+    HAS_LIMITS: tl.constexpr,
+    HAS_GUIDE: tl.constexpr,
     USE_TMA: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -69,12 +79,22 @@ def exp_similarity_kernel(
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
         offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
         rows = tl.minimum(offs_n, N - 1)
+        if HAS_LIMITS:
+            scores = z
+            if HAS_GUIDE:
+                scores = similarity_tile(
+                    guide_rows, guide_columns, i0 + pid_n * BLOCK_N, pid_t * BLOCK_T, i0 + N, T, guide_features,
+                    stride_guide_n, stride_guide_t, BLOCK_N, BLOCK_T, BLOCK_D, False, False, PRECISION,
+                )  # fmt: skip
+            similar = scores > tl.load(limits + i0 + rows)[:, None]
         z = biased(
             z, i0 + rows, offs_t, row_ids, column_ids, num_ids, bias, own_bias, num_positives, num_negatives,
             HAS_POSITIVES, HAS_OWN, HAS_IDS,
         )  # fmt: skip
         e = tl.exp2(z - tl.load(shift + rows)[:, None])
         e = tl.where(offs_t[None, :] < T, e, 0.0)
+        if HAS_LIMITS:
+            e = tl.where(similar, 0.0, e)
         out = offs_n.to(tl.int64)
         tl.store(partials + out * tiles_t + pid_t, tl.sum(e, 1), mask=offs_n < N)
         tl.store(
@@ -181,6 +201,7 @@ def close_rows_kernel(
     HAS_OFFSET: tl.constexpr,
     HAS_ANCHORS: tl.constexpr,
     HAS_CENTER: tl.constexpr,
+    DECOUPLED: tl.constexpr,
     PAD: tl.constexpr,
 ):
     offs_n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -197,10 +218,12 @@ def close_rows_kernel(
             other=0.0,
         )
         total += tl.sum(part, 1)
-    own_term = tl.full((BLOCK_N,), 1.0, tl.float32)
+    own_term = tl.full((BLOCK_N,), 0.0 if DECOUPLED else 1.0, tl.float32)
     if HAS_OWN:
         own_term = tl.load(own + i, mask=mask_n, other=1.0)
     alpha = 1.0 / (own_term + total)
+    if DECOUPLED:  # a row without negatives
+        alpha = tl.where(own_term + total == 0.0, 0.0, alpha)
     if HAS_CONSTANT:
         total += tl.load(constant + i, mask=mask_n, other=0.0)
     loss = log1p(total)
@@ -208,8 +231,11 @@ def close_rows_kernel(
         o = tl.load(offset + i, mask=mask_n, other=0.0)
         # log(1 + e^o total), o > 0: the larger of 0 and y is taken out
         y = o + tl.log(total)
+        if DECOUPLED:
+            loss = y
         far = tl.maximum(y, 0.0) + log1p(tl.exp(tl.minimum(y, 0.0) - tl.maximum(y, 0.0)))
-        loss = tl.where(o > 0, tl.where(total == total, far, total), loss)
+        if not DECOUPLED:
+            loss = tl.where(o > 0, tl.where(total == total, far, total), loss)
     tl.store(alpha_out + i, alpha, mask=mask_n)
     tl.store(total_out + i, total, mask=mask_n)
     tl.store(share_out + i, alpha * total, mask=mask_n)
@@ -224,7 +250,7 @@ def close_rows_kernel(
 def close_rows(
     partials: Tensor,  # (C, tiles)
     sums: Tensor | None,  # (N, 1) what other columns gave
-    own: Tensor | None,  # (N, 1); None: 1
+    own: Tensor | None,  # (N, 1); None: 1, or 0 where the positive is not in the denominator
     constant: Tensor | None,  # (N, 1) t_i
     offset: Tensor | None,  # (N, 1) o_i
     results: tuple[Tensor, Tensor, Tensor, Tensor],  # α, total, share, loss, (N, 1) each
@@ -233,6 +259,7 @@ def close_rows(
     r: Tensor | None,  # (N, 1)
     center_q: Tensor | None,  # (D,)
     anchors: Tensor | None,  # (C, D + PAD), or (C, D) where they are not centred
+    decoupled: bool,
 ) -> None:
     """Closes rows i0, i0 + 1, … of one sweep."""
     C, tiles = partials.shape
@@ -246,7 +273,7 @@ def close_rows(
         BLOCK_N=block_n, BLOCK_P=32, BLOCK_D=128,
         HAS_SUMS=sums is not None, HAS_OWN=own is not None, HAS_CONSTANT=constant is not None,
         HAS_OFFSET=offset is not None, HAS_ANCHORS=anchors is not None, HAS_CENTER=center_q is not None,
-        PAD=0 if anchors is None or x is None else anchors.shape[1] - x.shape[1],
+        DECOUPLED=decoupled, PAD=0 if anchors is None or x is None else anchors.shape[1] - x.shape[1],
         num_warps=4,
     )  # fmt: skip
 

@@ -1,0 +1,222 @@
+"""The neighbours of InfoNCE: each formula as published, in float64 with the whole matrix, against the sweep."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import loss_and_grads, relative_error, rows
+from torch import Tensor
+
+from fused_infonce import GSInfoNCELoss, gs_infonce, info_nce
+
+N, D, H, Q, G = 37, 24, 74, 11, 7
+TAU = 0.2
+
+
+def cosines(*parts: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, T) of the first with all others; and those of the pairs, (N, 1)."""
+    q, *columns = (F.normalize(x, dim=1) for x in parts)
+    s = q @ torch.cat(columns).T
+    return s, s.diagonal()[:, None]
+
+
+def without_positives(logits: Tensor) -> Tensor:
+    return logits.masked_fill(torch.eye(*logits.shape, dtype=torch.bool), -math.inf)
+
+
+def decoupled(s: Tensor, positive: Tensor, tau: Tensor) -> Tensor:
+    """Yeh et al. 2022, equation 6."""
+    return (without_positives(s / tau).logsumexp(1) - positive[:, 0] / tau).mean()
+
+
+def arccon(s: Tensor, positive: Tensor, tau: Tensor, m: float = 0.3) -> Tensor:
+    """Zhang et al. 2022, equation 4: cos(θ + m) in the numerator, and for the positive in the denominator."""
+    target = (positive.acos() + m).cos()
+    logits = torch.cat([target / tau, without_positives(s / tau)], 1)
+    return F.cross_entropy(logits, torch.zeros(len(s), dtype=torch.long))
+
+
+def hardened(s: Tensor, positive: Tensor, tau: Tensor, beta: float = 4.0) -> Tensor:
+    """Lan et al. 2025, equation 5: logits of the negatives grow by β sg(s)."""
+    penalty = (beta * s.detach()).masked_fill(torch.eye(*s.shape, dtype=torch.bool), 0.0)
+    return F.cross_entropy(s / tau + penalty, torch.arange(len(s)))
+
+
+def smoothed(s: Tensor, positive: Tensor, tau: Tensor, epsilon: float = 0.1) -> Tensor:
+    """Szegedy et al. 2016, section 7, as torch does it."""
+    return F.cross_entropy(s / tau, torch.arange(len(s)), label_smoothing=epsilon)
+
+
+def filtered(s: Tensor, positive: Tensor, tau: Tensor, margin: float = 0.1) -> Tensor:
+    """GISTEmbed, Solatorio 2024, with the model as its own guide."""
+    return F.cross_entropy((s / tau).masked_fill(s > positive + margin, -math.inf), torch.arange(len(s)))
+
+
+def cut_off(s: Tensor, positive: Tensor, tau: Tensor, threshold: float = 0.2) -> Tensor:
+    similar = (s > threshold) & ~torch.eye(*s.shape, dtype=torch.bool)
+    return F.cross_entropy((s / tau).masked_fill(similar, -math.inf), torch.arange(len(s)))
+
+
+FORMULAS = {
+    decoupled: {"decoupled": True},
+    arccon: {"angular_margin": 0.3},
+    hardened: {"hardness": 4.0},
+    smoothed: {"label_smoothing": 0.1},
+    filtered: {"filter_margin": 0.1},
+    cut_off: {"filter_threshold": 0.2},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("columns", ["pairs", "negatives", "symmetric"])
+@pytest.mark.parametrize("formula", FORMULAS, ids=lambda f: f.__name__)
+def test_the_published_formula(formula, columns, dtype):
+    inputs = [rows(n, D, seed=s, dtype=dtype) for s, n in enumerate((N, N, H))]
+    inputs = inputs if columns == "negatives" else inputs[:2]
+    tau = torch.tensor(TAU, dtype=torch.float64)
+    symmetric = columns == "symmetric"
+    ours = loss_and_grads(
+        inputs, num_noise=0, temperature=tau, symmetric=symmetric, backend="torch", workspace_bytes=20_000,
+        **FORMULAS[formula],
+    )  # fmt: skip
+    leaves = [x.double().requires_grad_() for x in (*inputs, tau)]
+    want = formula(*cosines(*leaves[:-1]), leaves[-1])
+    if symmetric:
+        want = (want + formula(*cosines(leaves[1], leaves[0]), leaves[-1])) / 2
+    exact = [want.detach(), *torch.autograd.grad(want, leaves)]
+    for a, b in zip(ours, exact, strict=True):
+        assert relative_error(a, b) < (1e-11 if dtype == torch.float64 else 1e-5)
+
+
+OPTIONS = {
+    "decoupled": {"decoupled": True},
+    "margin": {"angular_margin": 0.3},
+    "hardness": {"hardness": 4.0},
+    "filter": {"filter_margin": 0.05, "filter_threshold": 0.3},
+    "guide": {"guide": [rows(n, G, seed=20 + i) for i, n in enumerate((N, N, H, Q))], "filter_threshold": 0.7},
+    "smoothing": {"label_smoothing": 0.1},
+    "all": {"decoupled": True, "angular_margin": 0.2, "hardness": 3.0, "filter_margin": 0.1},
+    "smoothed margin": {"angular_margin": 0.2, "label_smoothing": 0.1, "decoupled": True, "hardness": 2.0},
+}
+NOISE = {"none": {"num_noise": 0}, "given": {"noise": rows(19, D, seed=5)}, "expected": {"noise": "expected"}}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["oneway", "symmetric"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_with_every_other_option(name, symmetric, reduction, dtype):
+    """Against the reference, in tiles of few rows, in one sweep and in two, from τ = 0.002 to 10."""
+    inputs = [rows(n, D, seed=s, dtype=dtype) for s, n in enumerate((N, N, H))]
+    upstream = rows(N, seed=6, dtype=dtype) if reduction == "none" else None
+    masks: dict = {"ids": torch.arange(N) // 2, "negative_ids": torch.arange(H) % 20}
+    for noise, own, tau in itertools.product(NOISE, (0.0, 1.3), (0.002, 0.02, 0.05, 10.0)):
+        options = {
+            "queue": rows(Q, D, seed=4, dtype=dtype), "temperature": torch.tensor(tau, dtype=torch.float64),
+            "hard_negative_weight": own, "symmetric": symmetric, "reduction": reduction, "noise_weight": 0.7,
+            **NOISE[noise], **OPTIONS[name],
+        }  # fmt: skip
+        if own and "label_smoothing" not in options:
+            options |= masks
+        ours = loss_and_grads(inputs, upstream, backend="torch", workspace_bytes=20_000, **options)
+        want = loss_and_grads(inputs, upstream, backend="reference", **options)
+        limit = (1e-10 if dtype == torch.float64 else 1e-5) * max(1, 0.05 / tau)
+        last = None if dtype == torch.float64 else -1  # dτ may cancel
+        for what, a, b in zip(("loss", "q", "k", "h", "queue", "tau"), ours[:last], want[:last], strict=False):
+            assert relative_error(a, b) < limit, (what, noise, own, tau)
+
+
+@pytest.mark.parametrize("name", ["decoupled", "margin", "filter", "smoothing"])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["oneway", "symmetric"])
+def test_gradcheck(name, symmetric):
+    """All but hardness, whose weights have no derivative on purpose."""
+    q, k, h = (rows(n, 5, seed=n).requires_grad_() for n in (4, 6, 12))
+    tau = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
+
+    def loss(q, k, h, tau):
+        return info_nce(q, k[:4], h, temperature=tau, symmetric=symmetric, backend="torch", **OPTIONS[name])
+
+    assert torch.autograd.gradcheck(loss, (q, k, h, tau))
+
+
+@pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"reduction": "none"}, {"temperature": 0.002}], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_decoupled_row_without_negatives_counts_nothing(options, backend):
+    q, k = rows(6, 5, seed=1), rows(6, 5, seed=2)
+    alone = torch.arange(6).clamp(min=4)  # rows 4 and 5 share an id
+    everything = torch.zeros(6, dtype=torch.int64)
+    upstream = rows(6, seed=3) if "reduction" in options else None
+    for ids in (alone, everything):
+        found = loss_and_grads([q, k], upstream, num_noise=0, decoupled=True, ids=ids, backend=backend, **options)
+        assert all(x.isfinite().all() for x in found)
+        assert found[0].any() == found[1].any() == (ids is alone)
+    assert info_nce(q[:1], k[:1], decoupled=True, backend=backend) == 0
+
+
+def test_close_and_equal_pairs_keep_the_margin_s_gradient():
+    """1 − s² is not read off s: rows 1e-4 apart, where s says nothing of it in fp32."""
+    q = F.normalize(rows(64, 96, seed=1), dim=1)
+    k = q + 1e-4 * rows(64, 96, seed=2)
+    tau = torch.tensor(0.05, dtype=torch.float64)
+    single = [x.float() for x in (q, k)]
+    ours = loss_and_grads(single, num_noise=0, temperature=tau, angular_margin=0.2)
+    exact = [x.double().requires_grad_() for x in single]
+    s = F.normalize(exact[0], dim=1) @ F.normalize(exact[1], dim=1).T
+    chord = (F.normalize(exact[0], dim=1) - F.normalize(exact[1], dim=1)).square().sum(1) / 2
+    sine = (chord * (2 - chord)).sqrt()
+    target = s.diagonal() * math.cos(0.2) - sine * math.sin(0.2)
+    z = without_positives((s - target[:, None]) / 0.05)
+    want = z.logsumexp(1).exp().log1p().mean()
+    for a, b in zip(ours[1:3], torch.autograd.grad(want, exact), strict=True):
+        assert relative_error(a, b) < 2e-3  # of directions that fp32 rows know to 1e-3
+    same = loss_and_grads([single[0], single[0].clone()], num_noise=0, angular_margin=0.2)
+    assert all(x.isfinite().all() for x in same)
+
+
+def test_zero_rows_and_nan():
+    q, k = rows(9, 5, seed=1), rows(9, 5, seed=2)
+    q[3] = 0
+    for name in ("decoupled", "margin", "hardness", "filter", "smoothing"):
+        options = {name: value for name, value in OPTIONS[name].items() if name != "guide"}
+        loss, dq, _ = loss_and_grads([q, k], num_noise=0, **options)
+        want = loss_and_grads([q, k], num_noise=0, backend="reference", **options)
+        assert relative_error(loss, want[0]) < 1e-12
+        assert (dq[3] == 0).all()
+        bad = q.clone()
+        bad[5, 2] = math.nan
+        assert info_nce(bad, k, **options).isnan(), name
+
+
+def test_a_guide_alone_filters_what_it_holds_for_better_than_the_positive():
+    """GISTEmbed's rule, in both directions, and its margin's sign."""
+    q, k, guide = rows(8, 5, seed=1), rows(8, 5, seed=2), [rows(8, 3, seed=3), rows(8, 3, seed=4)]
+    s, g = cosines(q, k)[0] / 0.05, cosines(*guide)[0]
+    for margin, options in ((0.0, {}), (-0.2, {"filter_margin": -0.2})):
+        limit = g.diagonal() + margin
+        keep = torch.eye(8, dtype=torch.bool)
+        found = info_nce(q, k, guide=guide, symmetric=True, **options)
+        one = F.cross_entropy(s.masked_fill((g > limit[:, None]) & ~keep, -math.inf), torch.arange(8))
+        other = F.cross_entropy(s.T.masked_fill((g.T > limit[:, None]) & ~keep, -math.inf), torch.arange(8))
+        assert relative_error(found, (one + other) / 2) < 1e-12
+
+
+def test_the_module_takes_them():
+    q, k = rows(8, 5, seed=1), rows(8, 5, seed=2)
+    options = {"decoupled": True, "angular_margin": 0.1, "hardness": 2.0, "filter_margin": 0.2}
+    module = GSInfoNCELoss(num_noise=0, **options)
+    assert module(q, k) == gs_infonce(q, k, num_noise=0, **options)
+    assert "decoupled=True" in repr(module)
+    guide = [rows(8, 3, seed=3), rows(8, 3, seed=4)]
+    assert GSInfoNCELoss(num_noise=0)(q, k, guide=guide) == info_nce(q, k, guide=guide)
+    assert GSInfoNCELoss(num_noise=0, label_smoothing=0.1)(q, k) == info_nce(q, k, label_smoothing=0.1)
+
+
+def test_defaults_change_nothing_to_the_bit():
+    inputs = [rows(20, 6, seed=s, dtype=torch.float32) for s in (1, 2)]
+    off = {"decoupled": False, "angular_margin": 0.0, "hardness": 0.0, "label_smoothing": 0.0, "filter_margin": None}
+    found = loss_and_grads(inputs, num_noise=0, **off)
+    assert all(torch.equal(a, b) for a, b in zip(found, loss_and_grads(inputs, num_noise=0), strict=True))
