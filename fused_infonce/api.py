@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -103,6 +104,21 @@ def gs_infonce(
             ``fused_infonce``, INFO). ``"triton"`` never falls back.
         workspace_bytes: memory for tiles of the matrix; default 64 MiB on CPUs, 256 MiB on other devices, more
             where the kernels could not hold 1024 rows in it. At least one row of columns is always held.
+        decoupled: leave the positive out of the denominator (Yeh et al., ECCV 2022, equation 6). The loss may be
+            negative; a row whose every negative is masked counts 0.
+        angular_margin: m in radians, 0 <= m < π: the positive's cosine is cos(θ_ii + m) (ArcCon, Zhang et al.,
+            ACL 2022, equation 4, with m = 10° = 0.175). Beyond θ = π − m it rises again, as in the formula.
+        hardness: β >= 0: every negative, noise included, weighs e^(β s_ij), which has no derivative (Lan et al.,
+            2025, equation 5, with β = 9). ``symmetric``: in both directions.
+        label_smoothing: ε: a share of the label that is spread evenly over all columns but the noise, as in
+            ``F.cross_entropy``; log-weights are no part of its logits. Not with ``ids`` or a filter.
+        filter_margin: columns with s_ij > s_ii + filter_margin are no negatives of anchor i (GISTEmbed, Solatorio
+            2024; its margin is −filter_margin); in the other direction of ``symmetric`` with s_ij > s_jj + …
+        filter_threshold: columns with s_ij > filter_threshold are no negatives either. A filter compares scores as
+            the products round them; it has no derivative and leaves noise alone.
+        guide: embeddings of the same rows by another model, (n, G) for each input given, in their order: their
+            cosines are what a filter compares (``filter_margin`` then is 0 where no filter is given). Costs a
+            second product a sweep; not with a group.
 
     Returns:
         The loss in nats: 0-dim, or (N,) with ``reduction="none"``; float32, float64 for float64 inputs.
@@ -230,23 +246,21 @@ def info_nce(
 
 
 def _eager_loss(*inputs: Tensor | None, group: ProcessGroup | None, strategy: Strategy, **options: Any) -> Tensor:
-    if group is not None:
-        call = resolve_among(group, strategy, *inputs, **options)
-    else:
-        call = resolve(*inputs, **options)  # type: ignore[arg-type]
+    resolved = resolve if group is None else functools.partial(resolve_among, group, strategy)
+    call = resolved(*inputs, **options)  # type: ignore[arg-type]
     loss = reference_loss(call) if call.backend == "reference" else fused_loss(call)
-    options = call.options
-    if not options.label_smoothing:
+    asked = call.options
+    if not asked.label_smoothing:
         return loss
     smoothing = smoothing_term(
         call.inputs,
         call.temperature,
-        label_smoothing=options.label_smoothing,
-        angular_margin=options.angular_margin,
-        symmetric=options.symmetric,
-        reduction=options.reduction,
+        label_smoothing=asked.label_smoothing,
+        angular_margin=asked.angular_margin,
+        symmetric=asked.symmetric,
+        reduction=asked.reduction,
         dtype=torch.float64 if call.backend == "reference" else loss.dtype,
-        exchange=options.exchange,
+        exchange=asked.exchange,
     )
     return (loss + smoothing).to(loss.dtype)
 

@@ -354,10 +354,12 @@ def _check_filter(margin: Any, threshold: Any, guide: Any, tensors: list[Tensor]
         raise ValueError(f"{wanted}, not {len(guide)}")
     for i, (x, rows) in enumerate(zip(guide, tensors, strict=True)):
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError(f"guide[{i}] must be a floating-point tensor, not {getattr(x, 'dtype', type(x).__name__)}")
+            raise TypeError(
+                f"guide[{i}] must be a floating-point tensor, not {getattr(x, 'dtype', type(x).__name__)}"
+            )
         if x.ndim != 2 or x.shape[0] != rows.shape[0] or x.shape[1:] != guide[0].shape[1:]:
             raise ValueError(
-                f"guide[{i}] must be a matrix of {rows.shape[0]} rows, with the features of guide[0], not {_shape(x)}"
+                f"guide[{i}] must be a matrix of {rows.shape[0]} rows and guide[0]'s features, not {_shape(x)}"
             )
         _check_device(f"guide[{i}]", x, tensors[0].device)
     rows, *columns = (x.detach() for x in guide)

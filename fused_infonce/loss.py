@@ -15,7 +15,6 @@ from .backends import Backend
 from .distributed import Strategy
 from .options import Reduction
 
-
 _VARIANTS = {
     "decoupled": False, "angular_margin": 0.0, "hardness": 0.0, "label_smoothing": 0.0, "filter_margin": None,
     "filter_threshold": None,
@@ -148,5 +147,7 @@ class GSInfoNCELoss(nn.Module):
             parts.append(f"learnable_temperature=True, temperature_range={self.temperature_range}")
         names = ("num_noise", "noise_weight", "noise", "hard_negative_weight", "symmetric", "reduction", "backend")
         parts += [f"{name}={getattr(self, name)!r}" for name in names]
-        parts += [f"{name}={getattr(self, name)!r}" for name, off in _VARIANTS.items() if getattr(self, name) != off]
+        parts += [
+            f"{name}={getattr(self, name)!r}" for name, off in _VARIANTS.items() if getattr(self, name) != off
+        ]
         return ", ".join(parts)

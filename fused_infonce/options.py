@@ -20,7 +20,7 @@ _EXPONENT_SPAN = 162.0
 
 @dataclass(slots=True, eq=False)
 class Similar:
-    """Column j is no negative of row i where score_ij > min(score_ii + margin, threshold), of those that are given."""
+    """Column j is no negative of row i where score_ij > min(score_ii + margin, threshold), of those given."""
 
     margin: float | None
     threshold: float | None
@@ -87,5 +87,5 @@ class Options:
 
     @property
     def offset_margin(self) -> float:
-        """o_i = max(0, κ + β − κ p_i + offset_margin) is the row offset of one sweep, p_i the positive's cosine."""
+        """o_i = max(0, κ + β − κ p_i + offset_margin) is the row offset of one sweep, p_i of the positive."""
         return self._biases[1] + self.log_columns - _EXPONENT_TOP

@@ -62,7 +62,7 @@ def _row_terms(rows: Tensor, columns: Tensor, s: Tensor, p: Tensor, count: int) 
 
 
 def _everyones(x: Tensor, exchange: Exchange | None) -> Tensor:
-    return x if exchange is None else _SumOverRanks.apply(x, exchange)  # type: ignore[no-any-return, no-untyped-call]
+    return x if exchange is None else _SumOverRanks.apply(x, exchange)  # type: ignore[no-untyped-call]
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -74,5 +74,5 @@ class _SumOverRanks(torch.autograd.Function):
         return exchange.sum(x.clone())
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         return ctx.exchange.sum(upstream.clone()), None

@@ -426,9 +426,7 @@ class Sweep:
             for columns in self._noise(center):
                 for rows in self._row_chunks(len(columns)):
                     part = (state[0][rows], state[1][rows])
-                    self.ops.add_ratios(
-                        queries[rows], columns, rows.start, 0, shift[rows], part, None, self.floor
-                    )
+                    self.ops.add_ratios(queries[rows], columns, rows.start, 0, shift[rows], part, None, self.floor)
 
     def gradients(
         self,
@@ -550,7 +548,7 @@ class Sweep:
         return maximum, torch.exp2(exponent - maximum)
 
     def _column_direction(self, loss: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """The columns' z_ij − loss_j = q_i·k_j + row_bias_i − column_shift_j, in bits; (N, 1) and, by rank, (N,)."""
+        """The columns' z_ij − loss_j = q_i·k_j + row_bias_i − column_shift_j, bits; (N, 1) and, by rank, (N,)."""
         shift = self.bits * self.cosines
         row_bias = shift - self.operands.shift
         if self.turned is not None:
@@ -703,4 +701,3 @@ def _spans(counts: Counts) -> Iterator[tuple[str, slice]]:
         if count:
             yield name, slice(start, start + count)
             start += count
-

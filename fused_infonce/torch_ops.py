@@ -333,7 +333,8 @@ class TorchOps:
     ) -> None:
         """Adds the ratios of a tile with the corner (i0, j0) to the running sums, in place.
 
-        floor: what the maxima start from. The rows' z_ij is q_i·k_j + bias_ij − shift_i, the columns' q_i·k_j + row_bias_i − column_shift_j.
+        The rows' z_ij is q_i·k_j + bias_ij − shift_i, the columns' q_i·k_j + row_bias_i − column_shift_j.
+        floor: what the maxima start from.
         """
         for piece, tile, scores in self.similarity(queries, columns, i0, j0):
             if cols is not None:
@@ -383,7 +384,7 @@ class TorchOps:
     def similarity(
         self, queries: Tensor, columns: Columns, i0: int, j0: int
     ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """Row pieces of q_i·k_j, in the sums' dtype, what is no negative in either direction masked; and a guide's.
+        """Row pieces of q_i·k_j in the sums' dtype, what is no negative in either direction masked; a guide's too.
 
         The product itself fills the workspace. ``as_rows_`` and ``as_columns_`` do what one direction asks for.
         """

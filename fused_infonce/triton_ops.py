@@ -189,9 +189,10 @@ class TritonOps:
         """
         n, terms = rows.stop - rows.start, state.terms
         out = self.workspace(n, len(columns))
+        special = _special(columns, 0)
+        tile = self.settings.guided if special["HAS_GUIDE"] else self.settings.similarity
         partials = similarity.exp_similarity(
-            queries[rows], columns.rows, out, terms.shift[rows], rows.start, _special(columns, 0),
-            self.settings.similarity,
+            queries[rows], columns.rows, out, terms.shift[rows], rows.start, special, tile
         )  # fmt: skip
         if not closing:
             if state.sums is None:
@@ -236,11 +237,14 @@ class TritonOps:
     ) -> None:
         """Adds the ratios of a tile with the corner (i0, j0) to the running sums, in place.
 
-        floor: what the maxima start from. The rows' z_ij is q_i·k_j + bias_ij − shift_i, the columns' q_i·k_j + row_bias_i − column_shift_j.
+        The rows' z_ij is q_i·k_j + bias_ij − shift_i, the columns' q_i·k_j + row_bias_i − column_shift_j.
+        floor: what the maxima start from.
         """
+        special = _special(columns, j0)
         of_rows, of_columns = ratios.ratio_sums(
             queries, columns.rows, i0, j0, shift, None if cols is None else cols[:2],
-            {**_special(columns, j0), **_column_limits(columns)}, self.settings.ratios, floor,
+            special | _column_limits(columns),
+            self.settings.guided if special["HAS_GUIDE"] else self.settings.ratios, floor,
         )  # fmt: skip
         _merge(of_rows, 1, rows)
         if cols is not None and of_columns is not None:
@@ -260,9 +264,10 @@ class TritonOps:
     ) -> Tensor:
         """The tile G_ij = w_i 2^z_ij of the rows' z, plus w_j 2^z_ij of the columns'. → (C, B)"""
         out = self.workspace(queries.shape[0], len(columns))
+        special = _special(columns, j0)
         of_rows, of_columns = ratios.weighted_ratios(
-            queries, columns.rows, out, i0, j0, shift, weights, cols,
-            {**_special(columns, j0), **_column_limits(columns)}, self.settings.ratios,
+            queries, columns.rows, out, i0, j0, shift, weights, cols, special | _column_limits(columns),
+            self.settings.guided if special["HAS_GUIDE"] else self.settings.ratios,
         )  # fmt: skip
         sums[0].add_(of_rows.sum(1, keepdim=True))
         sums[1].add_(of_columns.sum(0))

@@ -131,11 +131,17 @@ def product_launches(dtype: str, C: int, T: int, chosen: settings.Settings, suff
     q, k, column = make(C, D, of=operand), make(T, D, of=operand), make(C, 1)
     plain = {
         "row_ids": None, "column_ids": None, "num_ids": 0, "bias": 0.0, "own_bias": 0.0, "num_positives": C,
-        "num_negatives": 0, "HAS_POSITIVES": True, "HAS_OWN": False, "HAS_IDS": False,
+        "num_negatives": 0, "HAS_POSITIVES": True, "HAS_OWN": False, "HAS_IDS": False, "limits": None,
+        "guide_rows": None, "guide_columns": None, "guide_features": 0, "stride_guide_n": 0, "stride_guide_t": 0,
+        "HAS_LIMITS": False, "HAS_GUIDE": False,
     }  # fmt: skip
     every = plain | {
         "row_ids": make(C, of=torch.int64), "column_ids": make(T, of=torch.int64), "num_ids": T, "own_bias": 1.5,
-        "num_negatives": C, "HAS_OWN": True, "HAS_IDS": True,
+        "num_negatives": C, "HAS_OWN": True, "HAS_IDS": True, "limits": column, "HAS_LIMITS": True,
+    }  # fmt: skip
+    guided = plain | {
+        "limits": column, "guide_rows": q, "guide_columns": k, "guide_features": D, "stride_guide_n": D,
+        "stride_guide_t": D, "HAS_LIMITS": True, "HAS_GUIDE": True,
     }  # fmt: skip
     E, both = make(C, T, of=gradient), (column, make(T))
     yield suffix, partial(similarity.exp_similarity, q, k, E, column, 0, plain, chosen.similarity)
@@ -143,8 +149,15 @@ def product_launches(dtype: str, C: int, T: int, chosen: settings.Settings, suff
         f", every option{suffix}",
         partial(similarity.exp_similarity, q, k, E, column, 0, every, chosen.similarity),
     )
-    yield f", sums{suffix}", partial(ratios.ratio_sums, q, k, 0, 0, column, both, plain, chosen.ratios)
-    weighted = (column, (*both, make(T)), every)
+    yield f", guide{suffix}", partial(similarity.exp_similarity, q, k, E, column, 0, guided, chosen.guided)
+    no_limits, limits = {"column_limits": None}, {"column_limits": make(T)}
+    yield f", sums{suffix}", partial(ratios.ratio_sums, q, k, 0, 0, column, both, plain | no_limits, chosen.ratios)
+    weighted = (column, (*both, make(T)), every | limits)
+    guided_tile = (column, (*both, make(T)), guided | limits)
+    yield (
+        f", tile, guide{suffix}",
+        partial(ratios.weighted_ratios, q, k, E, 0, 0, column, *guided_tile, chosen.guided),
+    )
     yield f", tile{suffix}", partial(ratios.weighted_ratios, q, k, E, 0, 0, column, *weighted, chosen.ratios)
     keys, anchors = make(T, D, of=gradient), make(C, D + similarity.PAD, of=gradient)
     columns = (E, anchors, make(T, D), make(T), True)
@@ -153,7 +166,7 @@ def product_launches(dtype: str, C: int, T: int, chosen: settings.Settings, suff
 
 def row_launches(elements: int, D: int, C: int = 8192):
     x, bf16, fp16 = make(C, D), make(C, D, of=torch.bfloat16), make(C, D, of=torch.float16)
-    column, center, vectors = make(C, 1), make(D), tuple(make(C, 1) for _ in range(4))
+    column, center, vectors = make(C, 1), make(D), tuple(make(C, 1) for _ in range(5))
     outputs = (bf16, make(C, D, of=torch.bfloat16), fp16, vectors, center, make(D), True)
     yield "", partial(normalise.normalise_pairs, x, make(C, D), 28.85, *outputs, elements)
     yield "", partial(normalise.normalise_rows, x, center, bf16, fp16, column, elements)
@@ -161,8 +174,9 @@ def row_launches(elements: int, D: int, C: int = 8192):
     yield "", partial(normalise.normalise_backward, x, column, side, x, column, side, make(1), 0.5, elements)
     yield "", partial(noise.sample_noise, make(1, of=torch.int64), 0, center, bf16, None)
     anchors = make(C, D + similarity.PAD, of=torch.bfloat16)
-    closed = (column, column, column, column, vectors, 0, x, column, center, anchors)
-    yield "", partial(similarity.close_rows, make(C, 128), *closed)
+    closed = (column, column, column, column, vectors[:4], 0, x, column, center, anchors)
+    for decoupled, suffix in ((False, ""), (True, ", decoupled")):
+        yield suffix, partial(similarity.close_rows, make(C, 128), *closed, decoupled)
     yield "", partial(similarity.centered_anchors, x, column, center, 0, bf16)
 
 

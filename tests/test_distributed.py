@@ -107,6 +107,22 @@ def assert_same(ranks, case, counts, views=0, queue=0, dtype=torch.float64, temp
         assert relative_error(mean, grads[-1]) < limit, "temperature"
 
 
+VARIANTS = {
+    "decoupled": {"decoupled": True, "angular_margin": 0.2, "hardness": 2.0, "num_noise": 0},
+    "filter": {"filter_margin": 0.1, "filter_threshold": 0.5, "num_noise": 0},
+    "smoothing": {"label_smoothing": 0.1, "angular_margin": 0.2, "num_noise": 0},
+    "smoothing, none": {"label_smoothing": 0.1, "reduction": "none", "num_noise": 0},
+}
+
+
+@pytest.mark.parametrize("symmetric", [False, True], ids=["oneway", "symmetric"])
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_neighbours(ranks, name, strategy, symmetric):
+    case = {**VARIANTS[name], "strategy": strategy, "symmetric": symmetric}
+    assert_same(ranks, case, UNEVEN[2], views=2, queue=3)
+
+
 NOISE = {
     "none": {"num_noise": 0},
     "sampled": {"num_noise": M, "noise_weight": 0.7},

@@ -49,6 +49,22 @@ WRONG = [
     (ValueError, "reduction must be one of 'mean', 'sum', 'none', not 'max'", (x, y), {"reduction": "max"}),
     (ValueError, "backend must be one of .*not 'cuda'", (x, y), {"backend": "cuda"}),
     (ValueError, "workspace_bytes must be a positive", (x, y), {"workspace_bytes": 0}),
+    (TypeError, "decoupled must be True or False, not 1", (x, y), {"decoupled": 1}),
+    (ValueError, "angular_margin must be an angle in radians.*not 10", (x, y), {"angular_margin": 10}),
+    (ValueError, "hardness must be >= 0, not -1", (x, y), {"hardness": -1.0}),
+    (ValueError, "label_smoothing must be a share.*not 1", (x, y), {"label_smoothing": 1.0}),
+    (
+        ValueError,
+        "label_smoothing cannot be combined with ids or a filter",
+        (x, y),
+        {"label_smoothing": 0.1, "ids": torch.arange(4)},
+    ),
+    (ValueError, "filter_margin must be finite, not inf", (x, y), {"filter_margin": math.inf}),
+    (TypeError, "filter_threshold must be a number, not str", (x, y), {"filter_threshold": "0.9"}),
+    (TypeError, "guide must be one matrix for each of the 2 inputs.*not Tensor", (x, y), {"guide": x}),
+    (ValueError, "guide must be one matrix for each of the 3 inputs.*not 2", (x, y, h), {"guide": [x, y]}),
+    (ValueError, r"guide\[1\] must be a matrix of 4 rows.*\(6, 3\)", (x, y), {"guide": [x, h]}),
+    (TypeError, r"guide\[0\] must be a floating-point tensor", (x, y), {"guide": [x.int(), y]}),
     (TypeError, "group must be a process group.*'world'", (x, y), {"group": "world"}),
 ]
 

@@ -24,8 +24,8 @@ INTERPRETED = settings.default_settings("interpreter", torch.float32, "ieee", 0,
 PLAIN = {
     "row_ids": None, "column_ids": None, "num_ids": 0, "bias": 0.0, "own_bias": 0.0, "num_positives": 0,
     "num_negatives": 0, "HAS_POSITIVES": False, "HAS_OWN": False, "HAS_IDS": False, "limits": None,
-    "guide_rows": None, "guide_columns": None, "guide_features": 0, "stride_guide_n": 0, "stride_guide_t": 0, "HAS_LIMITS": False,
-    "HAS_GUIDE": False,
+    "guide_rows": None, "guide_columns": None, "guide_features": 0, "stride_guide_n": 0, "stride_guide_t": 0,
+    "HAS_LIMITS": False, "HAS_GUIDE": False,
 }  # fmt: skip
 BOTH = PLAIN | {"column_limits": None}
 
@@ -89,7 +89,8 @@ OPTIONS = {
     "margin": {"angular_margin": 0.3, "hardness": 3.0, "num_noise": 0, "negatives": True},
     "margin, symmetric": {"angular_margin": 0.3, "hardness": 3.0, "noise": "expected", "symmetric": True},
     "filter": {
-        "filter_margin": 0.05, "filter_threshold": 0.3, "num_noise": 0, "negatives": True, "hard_negative_weight": 1.3,
+        "filter_margin": 0.05, "filter_threshold": 0.3, "num_noise": 0, "negatives": True,
+        "hard_negative_weight": 1.3,
     },
     "filter, symmetric": {"filter_margin": 0.05, "num_noise": 0, "symmetric": True, "decoupled": True},
     "guide": {"guide": [make(n, 7, seed=20 + n) for n in (N, N, H, Q)], "negatives": True, "num_noise": 0},

@@ -78,7 +78,7 @@ def similarity_tile(
 
 
 @triton.jit
-def biased(
+def masked(
     z,  # (BLOCK_N, BLOCK_T)
     i,  # (BLOCK_N,) rows of the whole matrix
     j,  # (BLOCK_T,) columns of it
@@ -86,20 +86,11 @@ def biased(
     column_ids,  # (num_ids,)
     num_ids,
     bias,
-    own_bias,
-    num_positives,
-    num_negatives,
     HAS_POSITIVES: tl.constexpr,
-    HAS_OWN: tl.constexpr,
     HAS_IDS: tl.constexpr,
 ):
-    """Logit biases, in bits: of all columns, of a row's own hard negatives; −∞ for equal ids and the positive."""
+    """What both directions see: the bias of all columns, in bits; −∞ for equal ids and the positive."""
     z += bias
-    if HAS_OWN:
-        negative = j - num_positives
-        inside = (negative >= 0) & (negative < num_negatives)
-        own = inside[None, :] & ((negative % num_positives)[None, :] == i[:, None])
-        z = tl.where(own, z + own_bias, z)
     if HAS_IDS:
         of_rows = tl.load(row_ids + i)
         known = j < num_ids
@@ -107,6 +98,30 @@ def biased(
         z = tl.where(known[None, :] & (of_rows[:, None] == of_columns[None, :]), float("-inf"), z)
     if HAS_POSITIVES:
         z = tl.where(i[:, None] == j[None, :], float("-inf"), z)
+    return z
+
+
+@triton.jit
+def as_rows(
+    z,  # (BLOCK_N, BLOCK_T)
+    scores,  # (BLOCK_N, BLOCK_T), z where there is no guide
+    i,
+    j,
+    limits,  # (N, 1)
+    own_bias,
+    num_positives,
+    num_negatives,
+    HAS_LIMITS: tl.constexpr,
+    HAS_OWN: tl.constexpr,
+):
+    """What only the rows see: −∞ for columns too similar to them, and their own hard negatives' bias, in bits."""
+    if HAS_LIMITS:
+        z = tl.where(scores > tl.load(limits + i)[:, None], float("-inf"), z)
+    if HAS_OWN:
+        negative = j - num_positives
+        inside = (negative >= 0) & (negative < num_negatives)
+        own = inside[None, :] & ((negative % num_positives)[None, :] == i[:, None])
+        z = tl.where(own, z + own_bias, z)
     return z
 
 

@@ -5,8 +5,8 @@
 
 z is −∞ where q_i·k_j is beyond the row's limit, z' where q_i·k_j + row_bias_i is beyond the column's, or a guide's
 score is. The first gives, of every tile, the maximum of z (and of the positive's 0) and Σ 2^(z − maximum) over its
-columns, and the same over its rows for z'. The second gives G_ij = w_i 2^z_ij (+ w_j 2^z'_ij), stored as operand of the gradient products,
-and its sums over rows and columns in fp32.
+columns, and the same over its rows for z'. The second gives G_ij = w_i 2^z_ij (+ w_j 2^z'_ij), stored as operand
+of the gradient products, and its sums over rows and columns in fp32.
 
 FLOPs: 2·C·B·D each. Bytes: operands once; the second stores G. Partials: 4 or 8 bytes a row and tile of columns,
 and a column and tile of rows.
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Cost, biased, operands, precision_of, similarity_tile, tile_of
+from .common import Cost, as_rows, masked, operands, precision_of, similarity_tile, tile_of
 from .settings import Tile, cdiv, num_programs
 
 
@@ -88,30 +88,27 @@ def ratios_kernel(
         offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
         rows = tl.minimum(offs_n, N - 1)
         columns = tl.minimum(offs_t, T - 1)
-        if HAS_LIMITS:
-            scores = z
-            if HAS_GUIDE:
-                scores = similarity_tile(
-                    guide_rows, guide_columns, i0 + pid_n * BLOCK_N, j0 + pid_t * BLOCK_T, i0 + N, j0 + T,
-                    guide_features, stride_guide_n, stride_guide_t, BLOCK_N, BLOCK_T, BLOCK_D, False, False, PRECISION,
-                )  # fmt: skip
-        z = biased(
-            z, i0 + rows, j0 + columns, row_ids, column_ids, num_ids, bias, own_bias, num_positives,
-            num_negatives, HAS_POSITIVES, HAS_OWN, HAS_IDS,
-        )  # fmt: skip
+        z = masked(z, i0 + rows, j0 + columns, row_ids, column_ids, num_ids, bias, HAS_POSITIVES, HAS_IDS)
         inside = (offs_n < N)[:, None] & (offs_t < T)[None, :]
         z = tl.where(inside, z, float("-inf"))
-        of_rows = z - tl.load(shift + rows)[:, None]
-        if HAS_LIMITS:
-            of_rows = tl.where(scores > tl.load(limits + i0 + rows)[:, None], float("-inf"), of_rows)
+        scores = z
+        if HAS_GUIDE:
+            scores = similarity_tile(
+                guide_rows, guide_columns, i0 + pid_n * BLOCK_N, j0 + pid_t * BLOCK_T, i0 + N, j0 + T,
+                guide_features, stride_guide_n, stride_guide_t, BLOCK_N, BLOCK_T, BLOCK_D, False, False, PRECISION,
+            )  # fmt: skip
+        of_rows = as_rows(
+            z, scores, i0 + rows, j0 + columns, limits, own_bias, num_positives, num_negatives, HAS_LIMITS, HAS_OWN
+        )
+        of_rows -= tl.load(shift + rows)[:, None]
         if HAS_COLUMNS:
-            biases = tl.load(row_bias + rows)[:, None]
-            of_columns = z + biases - tl.load(column_shift + columns)[None, :]
+            of_columns = z + tl.load(row_bias + rows)[:, None]
             if HAS_LIMITS:
                 if not HAS_GUIDE:
-                    scores += biases
+                    scores = of_columns
                 limit = tl.load(column_limits + j0 + columns)
                 of_columns = tl.where(scores > limit[None, :], float("-inf"), of_columns)
+            of_columns -= tl.load(column_shift + columns)[None, :]
         row_out = offs_n.to(tl.int64) * tiles_t + pid_t
         column_out = pid_n.to(tl.int64) * T + offs_t
         if STORE:
@@ -188,7 +185,8 @@ def ratio_sums(
     _launch(
         queries, keys, i0, j0, shift, special, settings,
         row_bias=row_bias, column_shift=column_shift, row_weights=None, column_weights=None, G=None,
-        floor=floor, row_maxima=of_rows[0], row_sums=of_rows[1], column_maxima=of_columns[0], column_sums=of_columns[1],
+        floor=floor, row_maxima=of_rows[0], row_sums=of_rows[1], column_maxima=of_columns[0],
+        column_sums=of_columns[1],
     )  # fmt: skip
     return tuple(of_rows), None if cols is None else tuple(of_columns)
 

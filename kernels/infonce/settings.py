@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -31,6 +31,11 @@ class Settings:
     products: Tile  # gradient products
     library_products: bool  # gradient products by torch.mm (cuBLAS) and not by the kernel
     row_elements: int = 4096  # elements of one input that a program of the row kernels holds
+
+    @property
+    def guided(self) -> Tile:
+        """Where a guide's product takes a second accumulator."""
+        return replace(self.ratios, block_n=max(16, self.ratios.block_n // 2))
 
 
 # bf16 and fp16 operands. Shared memory: 163 KiB on sm_80, 227 on sm_90 and sm_100, 99 on sm_120, 64 on gfx942.

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Cost, biased, operands, precision_of, similarity_tile, tile_of
+from .common import Cost, as_rows, masked, operands, precision_of, similarity_tile, tile_of
 from .settings import Tile, cdiv, num_programs
 
 PAD = 8  # columns beyond D of the anchors: α_i, then zeros, so that rows stay multiples of 16 bytes
@@ -79,22 +79,19 @@ def exp_similarity_kernel(
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
         offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
         rows = tl.minimum(offs_n, N - 1)
-        if HAS_LIMITS:
+        if HAS_GUIDE:
+            scores = similarity_tile(
+                guide_rows, guide_columns, i0 + pid_n * BLOCK_N, pid_t * BLOCK_T, i0 + N, T, guide_features,
+                stride_guide_n, stride_guide_t, BLOCK_N, BLOCK_T, BLOCK_D, False, False, PRECISION,
+            )  # fmt: skip
+        z = masked(z, i0 + rows, offs_t, row_ids, column_ids, num_ids, bias, HAS_POSITIVES, HAS_IDS)
+        if not HAS_GUIDE:
             scores = z
-            if HAS_GUIDE:
-                scores = similarity_tile(
-                    guide_rows, guide_columns, i0 + pid_n * BLOCK_N, pid_t * BLOCK_T, i0 + N, T, guide_features,
-                    stride_guide_n, stride_guide_t, BLOCK_N, BLOCK_T, BLOCK_D, False, False, PRECISION,
-                )  # fmt: skip
-            similar = scores > tl.load(limits + i0 + rows)[:, None]
-        z = biased(
-            z, i0 + rows, offs_t, row_ids, column_ids, num_ids, bias, own_bias, num_positives, num_negatives,
-            HAS_POSITIVES, HAS_OWN, HAS_IDS,
-        )  # fmt: skip
+        z = as_rows(
+            z, scores, i0 + rows, offs_t, limits, own_bias, num_positives, num_negatives, HAS_LIMITS, HAS_OWN
+        )
         e = tl.exp2(z - tl.load(shift + rows)[:, None])
         e = tl.where(offs_t[None, :] < T, e, 0.0)
-        if HAS_LIMITS:
-            e = tl.where(similar, 0.0, e)
         out = offs_n.to(tl.int64)
         tl.store(partials + out * tiles_t + pid_t, tl.sum(e, 1), mask=offs_n < N)
         tl.store(
@@ -110,7 +107,7 @@ def exp_similarity(
     out: Tensor,  # (C, T)
     shift: Tensor,  # (C, 1)
     i0: int,
-    special: dict[str, object],  # what `biased` takes
+    special: dict[str, object],  # about some entries
     settings: Tile,
 ) -> Tensor:
     """The tile E in ``out``; its row sums in parts, one a tile of columns. → (C, tiles)"""
