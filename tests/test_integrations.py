@@ -57,6 +57,7 @@ MNRL_OPTIONS = [
     {"scale": 50.0},
     {"directions": ("query_to_doc", "query_to_query")},
     {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"},
+    {"hardness_mode": "all_negatives", "hardness_strength": 5.0},
 ]
 
 
@@ -93,14 +94,37 @@ def test_multiple_negatives_ranking(cached, columns, options, dtype, model):
         ({"similarity_fct": torch.mm}, "similarity_fct must be cos_sim, not mm"),
         ({"directions": ("query_to_doc", "doc_to_doc")}, "doc_to_doc"),
         ({"directions": ("query_to_doc", "doc_to_query")}, "per_direction"),
-        ({"hardness_mode": "all_negatives", "hardness_strength": 5.0}, "hardness_mode"),
+        ({"hardness_mode": "hard_negatives", "hardness_strength": 5.0}, "take hardness_mode='all_negatives'"),
+        (
+            {
+                "hardness_mode": "all_negatives",
+                "hardness_strength": 5.0,
+                "directions": ("query_to_doc", "query_to_query"),
+            },
+            "with directions=.*query_to_query",
+        ),
         ({"scale": 0.0}, "Scale must be"),
     ],
-    ids=["similarity", "doc_to_doc", "doc_to_query", "hardness", "scale"],
+    ids=["similarity", "doc_to_doc", "doc_to_query", "hardness", "directions", "scale"],
 )
 def test_what_is_not_hosted_is_said(cached, options, message, model):
     with pytest.raises(ValueError, match=message):
         mnrl(cached)[0](model, **options)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_hardness_of_in_batch_negatives_is_hosted_for_pairs(cached, model):
+    ours, theirs = mnrl(cached)
+    options = {"hardness_mode": "in_batch_negatives", "hardness_strength": 9.0}
+    inputs = [rows(N, D, seed=s) for s in range(3)]
+    compare(
+        applied(ours(model, **options), cached),
+        applied(theirs(model, **options), cached),
+        inputs[:2],
+        torch.float64,
+    )
+    with pytest.raises(ValueError, match=r"in_batch_negatives.*all_negatives"):
+        applied(ours(model, **options), cached)(*inputs)
 
 
 def test_config_for_the_model_card(model):

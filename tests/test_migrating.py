@@ -1,4 +1,4 @@
-"""The code blocks of docs/migrating.md run and agree, before and after; the examples run and learn."""
+"""The code blocks of docs/migrating.md run and agree, before and after; those of losses.md and examples run."""
 
 from __future__ import annotations
 
@@ -43,6 +43,11 @@ def test_before_and_after(section):
             loss = loss.compute_loss_from_embeddings([a, b], None)
         found.append(loss.item())
     assert found[0] == pytest.approx(found[1], rel=1e-6)  # a logit scale is fp32
+
+
+def test_the_page_of_losses():
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "losses.md").read_text(), re.DOTALL):
+        exec(block, {})
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda file: file.stem)

@@ -29,6 +29,8 @@ class _Fused:
     scale: float
     directions: tuple[str, ...]
     gather_across_devices: bool
+    hardness_mode: str | None
+    hardness_strength: float
 
     def _set_up(self, similarity_fct: Callable[..., Any], options: dict[str, Any]) -> None:
         if similarity_fct is not cos_sim:
@@ -45,11 +47,14 @@ class _Fused:
                 "directions=('query_to_doc', 'doc_to_query') with partition_mode='per_direction', "
                 "or the library's loss"
             )
-        if getattr(self, "hardness_mode", None) is not None and getattr(self, "hardness_strength", 0.0) > 0:
+        mode = getattr(self, "hardness_mode", None) if getattr(self, "hardness_strength", 0.0) > 0 else None
+        if mode is not None and (mode == "hard_negatives" or set(self.directions) != {"query_to_doc"}):
             raise ValueError(
-                "hardness_mode: a penalty that grows with the similarity is not hosted by the sweep; "
-                "leave it out, or take the library's loss"
+                f"hardness_mode={mode!r} with directions={self.directions}: the sweep weighs all negatives of one "
+                "direction or none; take hardness_mode='all_negatives' (of pairs 'in_batch_negatives' too) with "
+                "directions=('query_to_doc',), or the library's loss"
             )
+        options["hardness"] = 0.0 if mode is None else self.hardness_strength
         self.mask_duplicates = bool(options.pop("mask_duplicates"))
         self._options = options
         self._ids: tuple[Tensor, Tensor | None] | None = None
@@ -65,6 +70,11 @@ class _Fused:
         """(N, D), [(N, D), …], the positives first"""
         N = len(queries)
         negatives = documents[1:]
+        if negatives and self._options["hardness"] and self.hardness_mode == "in_batch_negatives":
+            raise ValueError(
+                "hardness_mode='in_batch_negatives' with columns of hard negatives leaves a query's own "
+                "unweighted, which the sweep cannot; take 'all_negatives', or the library's loss"
+            )
         ids, negative_ids = self._ids or (None, None)
         if "query_to_query" in self.directions:
             # Each query against the others: masked for itself by an id of its own.
@@ -98,7 +108,7 @@ class _Fused:
         )
 
     def _own_config(self) -> dict[str, Any]:
-        shown = {name: value for name, value in self._options.items() if not isinstance(value, Tensor)}
+        shown = {name: x for name, x in self._options.items() if name != "hardness" and not isinstance(x, Tensor)}
         return {**shown, "mask_duplicates": self.mask_duplicates}
 
 
@@ -109,7 +119,8 @@ class FusedMultipleNegativesRankingLoss(_Fused, MultipleNegativesRankingLoss):  
         model, scale, similarity_fct, gather_across_devices, directions, partition_mode, hardness_mode,
             hardness_strength: the library's. ``similarity_fct`` must be ``cos_sim``. Of ``directions`` it takes
             ``("query_to_doc",)``, that with ``"query_to_query"``, and ``("query_to_doc", "doc_to_query")`` with
-            ``partition_mode="per_direction"``. No hardness.
+            ``partition_mode="per_direction"``. Hardness in the first of these: ``"all_negatives"``, and of pairs
+            ``"in_batch_negatives"``.
         num_noise, noise_weight, noise: Gaussian-noise negatives, as in ``gs_infonce``; none by default.
         mask_duplicates: a document with the same tokens as an anchor's positive is no negative of it.
         backend, workspace_bytes: as in ``gs_infonce``.
