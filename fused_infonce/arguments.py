@@ -118,7 +118,7 @@ def resolve(
 
     dtype = tensors[0].dtype
     for x in tensors[1:]:
-        dtype = torch.promote_types(dtype, x.dtype)
+        dtype = dtype if x.dtype == dtype else torch.promote_types(dtype, x.dtype)
     check_choice("backend", backend, ("auto", "triton", "torch", "reference"))
     chosen = choose_backend(backend, anchors.device, dtype, anchors.shape[1])
     seed = None

@@ -27,20 +27,26 @@ def choose_backend(
     """
     if backend == "torch" or backend == "reference":
         return backend
+    if backend == "auto" and device.type == "cpu":  # whatever there is of Triton: its interpreter is for tests
+        _log_once("backend 'torch' for cpu tensors: the Triton kernels need tensors on a GPU")
+        return "torch"
     missing = _missing_for_triton(device, dtype, D)
     if backend == "triton":
         if missing is not None:
             raise ValueError(f"backend='triton' cannot run this call: {missing}; use backend='auto' or 'torch'")
         return "triton"
-    on_gpu = device.type == "cuda"
-    chosen: Literal["triton", "torch"] = "triton" if missing is None and on_gpu else "torch"
+    chosen: Literal["triton", "torch"] = "triton" if missing is None else "torch"
     reason = f"backend '{chosen}' for {device.type} tensors"
     if chosen == "torch":
-        reason += f": {missing}" if missing is not None else ": the interpreter is for tests"
+        reason += f": {missing}"
+    _log_once(reason)
+    return chosen
+
+
+def _log_once(reason: str) -> None:
     if reason not in _logged:
         _logged.add(reason)
         log.info(reason)
-    return chosen
 
 
 @functools.cache  # looking for a package asks the file system, which takes as long as a small loss

@@ -39,7 +39,7 @@ def _ops(call: Call) -> TorchOps:
     anchors, options, dtype = call.inputs[0], call.options, call.product_dtype
     rows, columns = options.total("positives"), options.total("columns")
     if rows * columns * anchors.shape[1] <= SMALL_PRODUCT:
-        dtype = torch.promote_types(dtype, torch.float32)
+        dtype = dtype if dtype == torch.float64 else torch.float32
     precision, workspace_bytes = Precision.of(dtype), options.workspace_bytes
     if call.backend == "triton":
         from .triton_ops import TritonOps  # here, for Triton need not be installed

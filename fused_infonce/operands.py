@@ -102,17 +102,17 @@ class Units:
 class Operands:
     """What the similarity product is taken of; exponents are in base 2, in bits."""
 
-    queries: Tensor  # (N, D) bits q̂_i, product dtype; bits: (κ + hardness) log2(e)
+    queries: Tensor  # (N, D) q̂_i in the product dtype, times bits where the backend's products do not
     keys: Tensor  # (T, D) the keys centred, product dtype
     grad_keys: Tensor  # (T, D) the same in the gradient dtype
-    shift: Tensor  # (N, 1) bits q̂_i·k̃_i, from unrounded rows
+    shift: Tensor | None  # (N, 1) bits q̂_i·k̃_i, from unrounded rows; None: made where it is asked for
 
 
 @dataclass(slots=True, eq=False)
 class RowTerms:
     """What a row's sum of exponentials is measured against, (N, 1) each: E_ij = 2^(z_ij − shift_i), in bits."""
 
-    shift: Tensor
+    shift: Tensor | None  # None: q_i·k_i, on the diagonal of the tiles
     offset: Tensor | None  # o_i, nats, part of the shift; None: 0
     constant: Tensor | None  # t_i, expected noise's share of the sum; None: 0
     own: Tensor | float  # e^(−o_i) + t_i; t_i where the positive is not in the denominator
@@ -128,6 +128,8 @@ class Accumulator:
     sums: Tensor | None  # (n,) Σ_i α_i E_ij; None where nobody asks
 
     def part(self, columns: slice) -> Accumulator:
+        if columns.stop - columns.start == self.grad.shape[0]:
+            return self
         return Accumulator(self.grad[columns], None if self.sums is None else self.sums[columns])
 
 

@@ -80,12 +80,8 @@ class Positive:
     """What takes the place of s_ii in row i's loss, (N, 1) each."""
 
     value: Tensor  # p_i
-    slope: Tensor | None = None  # dp_i/ds_ii; None: 1, p_i is s_ii
-    turn: Tensor | None = None  # slope_i s_ii − p_i, what ⟨q̂_i, dq̂_i⟩ lacks of dκ; None: 0
-
-    def share(self, x: Tensor) -> Tensor:
-        """What the positive loses where its row's ratios have the share x."""
-        return x if self.slope is None else x * self.slope
+    slope: Tensor  # dp_i/ds_ii, times a row's share what the positive loses
+    turn: Tensor  # slope_i s_ii − p_i, times the share what ⟨q̂_i, dq̂_i⟩ lacks of dκ
 
 
 @dataclass(slots=True, eq=False)
@@ -95,7 +91,7 @@ class Tape:
     units: Units  # without the inputs themselves
     rows: RowSums
     constant: tuple[Tensor, float | Tensor] | None  # expected noise: t_i (N, 1), and ρ
-    positive: Positive
+    margin: Positive | None
 
 
 class Sweep:
@@ -124,7 +120,11 @@ class Sweep:
         self.counts = [options.counts] if exchange is None else exchange.counts  # by rank
         centers = None if exchange is None else exchange.centers(inputs[0], inputs[1], ops.precision.sums)
         self.units, self.operands = ops.normalise(inputs[0], columns, self.bits, centers)
-        self.T = sum(x.shape[0] for x in columns)
+        self.T = self.operands.keys.shape[0]
+        self.margin = self._positive() if options.angular_margin else None
+        self.turned: Tensor | None = None  # κ p_i − (κ + hardness) s_ii in bits, (N, 1); None: 0
+        if options.angular_margin or options.hardness:
+            self.turned = self.kappa * LOG2_E * self.positive - self.bits * self.cosines
         self.keys = self._keys()
 
     @functools.cached_property
@@ -132,28 +132,27 @@ class Sweep:
         """s_ii, (N, 1)"""
         return self.ops.cosines(self.units)
 
+    @property
+    def positive(self) -> Tensor:
+        """p_i, cos(θ_ii + m) or s_ii, (N, 1)"""
+        return self.cosines if self.margin is None else self.margin.value
+
     @functools.cached_property
-    def positive(self) -> Positive:
-        """cos(θ_ii + m), or s_ii."""
-        s, m = self.cosines, self.options.angular_margin
-        if m == 0:
-            return Positive(s)
-        zero = (self.units.anchors.r == 0) | (self.units.keys[0].r == 0)
-        value, slope = cosine_with_margin(s, self.ops.half_squared_chords(self.units), zero, m)
-        return Positive(value, slope, slope * s - value)
+    def own_products(self) -> Tensor:
+        """bits q̂_i·k̃_i, (N, 1)"""
+        made = self.operands.shift
+        return self.ops.own_products(self.units, self.bits) if made is None else made
 
     @functools.cached_property
     def shift(self) -> Tensor:
         """z_ij = q_i·k_j − shift_i in bits, (N, 1)"""
-        shift = self.operands.shift
-        return shift if self.turned is None else shift + self.turned
+        return self.own_products if self.turned is None else self.own_products + self.turned
 
-    @functools.cached_property
-    def turned(self) -> Tensor | None:
-        """κ p_i − (κ + hardness) s_ii in bits, (N, 1); None: 0"""
-        if self.positive.slope is None and self.options.hardness == 0:
-            return None
-        return self.kappa * LOG2_E * self.positive.value - self.bits * self.cosines
+    def _positive(self) -> Positive:
+        s, m = self.cosines, self.options.angular_margin
+        zero = (self.units.anchors.r == 0) | (self.units.keys[0].r == 0)
+        value, slope = cosine_with_margin(s, self.ops.half_squared_chords(self.units), zero, m)
+        return Positive(value, slope, slope * s - value)
 
     @functools.cached_property
     def limits(self) -> tuple[Tensor, tuple[Tensor, Tensor] | None] | None:
@@ -177,7 +176,7 @@ class Sweep:
         if guide is not None:
             return Limits(limit, limit[:, 0], guide)
         columns = self._limits_of_columns[owner] if self.options.symmetric else None
-        return Limits(self.bits * (limit - self.cosines) + self.operands.shift, columns)
+        return Limits(self.bits * (limit - self.cosines) + self.own_products, columns)
 
     @functools.cached_property
     def _limits_of_columns(self) -> list[Tensor]:
@@ -275,8 +274,8 @@ class Sweep:
         log_weight = options.log_noise_weight + math.log(options.num_noise)
         if isinstance(log_c, Tensor) and isinstance(rho, Tensor):
             sums = self.ops.precision.sums
-            return (log_c + log_weight).to(sums) - self.kappa * self.positive.value, rho.to(sums)
-        return log_c + log_weight - self.kappa * self.positive.value, rho
+            return (log_c + log_weight).to(sums) - self.kappa * self.positive, rho.to(sums)
+        return log_c + log_weight - self.kappa * self.positive, rho
 
     # ------------------------------------------------------------------ chunks
 
@@ -328,7 +327,7 @@ class Sweep:
         if self.exchange is not None and acc_columns is not None:
             acc_columns = self._home(acc_columns, places).part(wanted_columns(self.options.counts, needs.columns))
         sums = ops.row_sums(state)
-        return sums.losses, Tape(self.units, sums, constant, self.positive), acc_rows, acc_columns
+        return sums.losses, Tape(self.units, sums, constant, self.margin), acc_rows, acc_columns
 
     def _everyones(self) -> tuple[Columns, slice, list[list[slice]]]:
         """All ranks' columns in one matrix; those whose gradients are asked for; and where each rank's lie.
@@ -372,17 +371,21 @@ class Sweep:
 
     def _row_terms(self, kappa_bound: float) -> tuple[RowTerms, tuple[Tensor, float | Tensor] | None]:
         """What a row's sum is measured against; and t_i with ρ."""
-        shift, options, positive = self.shift, self.options, self.positive
+        options, offset = self.options, None
         decoupled, hardness = options.decoupled, options.hardness
         constant = self._log_constant()
-        offset = None
         own: Tensor | float = 0.0 if decoupled else 1.0
         if decoupled or 2 * kappa_bound + hardness + options.offset_margin > 0:
-            offset = (self.kappa * (1 - positive.value)).add_(hardness + options.offset_margin)
+            offset = (self.kappa * (1 - self.positive)).add_(hardness + options.offset_margin)
             if not decoupled:
                 own = (-offset.clamp_(min=0)).exp_()
-            shift = shift + offset * LOG2_E
-        whole = positive.slope is None
+        whole = self.margin is None
+        shift: Tensor | None = None
+        on_diagonal = self.operands.shift is None and self.turned is None and not options.has_noise_columns
+        if offset is not None:
+            shift = self.shift + offset * LOG2_E
+        elif not on_diagonal:
+            shift = self.shift
         if constant is None:
             return RowTerms(shift, offset, None, own, decoupled, whole), None
         t = (constant[0] if offset is None else constant[0] - offset).exp()
@@ -438,7 +441,6 @@ class Sweep:
     ) -> Gradients:
         """Gradients of scale · Σ_i w_i loss_i; without weights all w_i are 1."""
         ops = self.ops
-        positive = self.positive
         share, row_loss = self._share(row_loss)
         if column_loss is not None:
             more, column_loss = self._share(column_loss)
@@ -446,6 +448,7 @@ class Sweep:
             scale = scale.times(0.5)
         if weights is not None:
             share *= weights
+        lost = share if self.margin is None else share * self.margin.slope
 
         everyones_wanted = self._wanted(needs)
         wanted = everyones_wanted[self.rank]
@@ -518,15 +521,15 @@ class Sweep:
 
         side: Side | None = None
         if acc_rows is not None:
-            side = Side(acc_rows, positive.share(share), row_sums, self.units.center_k, disposable=True)
+            side = Side(acc_rows, lost, row_sums, self.units.center_k, disposable=True)
         acc.sums = column_sums[wanted]
         out, dots = _finish_sides(
-            ops, self.options, self.units, needs, acc, positive.share(share), side, scale.times(self.kappa),
+            ops, self.options, self.units, needs, acc, lost, side, scale.times(self.kappa),
             disposable=True,
         )  # fmt: skip
         if needs.temperature and dots is not None:
-            if positive.turn is not None:
-                d_kappa += (share * positive.turn).sum()
+            if self.margin is not None:
+                d_kappa += (share * self.margin.turn).sum()
             d_kappa += dots.sum() + self._constant_share(row_loss, column_loss, weights)
             out.kappa = d_kappa * scale.value
         return out
@@ -550,7 +553,7 @@ class Sweep:
     def _column_direction(self, loss: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """The columns' z_ij − loss_j = q_i·k_j + row_bias_i − column_shift_j, bits; (N, 1) and, by rank, (N,)."""
         shift = self.bits * self.cosines
-        row_bias = shift - self.operands.shift
+        row_bias = shift - self.own_products
         if self.turned is not None:
             shift = shift + self.turned
         return row_bias, self._of_positives((shift if loss is None else shift + loss * LOG2_E)[:, 0])
@@ -601,7 +604,8 @@ class Sweep:
             for block in self._column_blocks(self.counts[0], split=True):
                 part = (row[0][rows], row[1][rows])
                 keys = self.keys.block(block)
-                for piece, tile, _ in ops.similarity(self.operands.queries[rows], keys, rows.start, block.start):
+                for found in ops.similarity(self.operands.queries[rows], keys, rows.start, block.start):
+                    piece, tile = found.rows, found.tile
                     i = moved(piece, rows.start)
                     if block.start < self.N:
                         valid = tile > -math.inf
@@ -610,7 +614,7 @@ class Sweep:
                         cosine += s.masked_fill(~valid, 0).sum()
                         potential += (2 * t * (s - 1)).exp_().sum()
                         hit[piece] &= (tile <= shift[i]).all(1)
-                    as_rows_(tile, None, keys, i, block.start)
+                    as_rows_(found, keys, i, block.start)
                     merge_ratios(tile, shift[i], 1, part[0][piece], part[1][piece])
             hits[rows] = hit.to(hits.dtype)
         losses = self._log_of(*row)
@@ -637,22 +641,23 @@ def finish(
     dtype: torch.dtype | None = None,
 ) -> Gradients:
     """Gradients of scale · Σ_i loss_i from what one sweep left behind, in the inputs' dtypes or in ``dtype``."""
-    units, rows, positive, side = tape.units, tape.rows, tape.positive, None
+    units, rows, margin, side = tape.units, tape.rows, tape.margin, None
+    total, share = rows.total, rows.share
+    if margin is not None and total is not None and share is not None:
+        total, share = total * margin.slope, share * margin.slope
     if acc_rows is not None:
         sums = rows.total  # Σ_j E_ij, less what the positive has lost
         if tape.constant is not None:
             sums = -tape.constant[0] if sums is None else sums - tape.constant[0]
-        total = None if rows.total is None else positive.share(rows.total)
         side = Side(acc_rows, total, sums, units.center_k, rows.alpha, dtype=dtype)
-    share = None if rows.share is None else positive.share(rows.share)
     out, dots = _finish_sides(
         ops, options, units, needs, acc_columns, share, side, scale.times(kappa), dtype=dtype
     )
     if needs.temperature and dots is not None:
         if tape.constant is not None:
             dots = dots + tape.constant[0] * tape.constant[1]
-        if positive.turn is not None and rows.total is not None:
-            dots = dots + rows.total * positive.turn
+        if margin is not None and rows.total is not None:
+            dots = dots + rows.total * margin.turn
         out.kappa = (dots * rows.alpha).sum() * scale.value
     return out
 
@@ -675,7 +680,7 @@ def _finish_sides(
     for (name, columns), rows in zip(_spans(options.counts), units.keys, strict=True):
         if acc is None or not getattr(needs, name):
             continue
-        part = acc.part(slice(columns.start - first, columns.stop - first))
+        part = acc.part(moved(columns, -first))
         sums = None if part.sums is None else part.sums[:, None]
         if name == "positives":
             positives = Side(part.grad, share, sums, units.center_q, None, disposable, dtype)

@@ -18,7 +18,7 @@ from . import noise
 from .operands import Accumulator, Columns, Operands, Precision, Rows, RowSums, RowTerms, Scale, Side, Units
 
 TILE = 1 << 19  # elements that one pass of elementwise operations works on: 2 MiB of fp32
-CENTER_ROWS = 1024  # rows that a centre is the mean of; any constant is exact, a mean is the most useful one
+CENTER_ROWS = 64  # rows that a centre is the mean of; any constant is exact, a mean is the most useful one
 DEFAULT_WORKSPACE = {"cpu": 64 << 20}
 DEFAULT_DEVICE_WORKSPACE = 256 << 20
 
@@ -29,10 +29,21 @@ class RowState:
 
     terms: RowTerms
     units: Units
-    sums: Tensor  # (N, 1) Σ_j E_ij
-    alpha: Tensor  # (N, 1) 1/(own_i + Σ_j E_ij), of the rows that are closed
     columns: slice  # those whose gradients are asked for
     column_sums: Tensor | None  # (n,) their Σ_i α_i E_ij over closed rows
+    sums: Tensor | None = None  # (N, 1) Σ_j E_ij
+    alpha: Tensor | None = None  # (N, 1) 1/(own_i + Σ_j E_ij), of the rows that are closed
+
+
+@dataclass(slots=True, eq=False)
+class Part:
+    """Some rows of a tile of products."""
+
+    rows: slice  # of the tile
+    tile: Tensor  # (n, T)
+    diagonal: Tensor | None  # its entries of rows' own columns, masked; a view; None: there are none
+    pairs: Tensor | None  # (n, 1) what stood there
+    scores: Tensor | None  # (n, T) a guide's
 
 
 class TorchOps:
@@ -45,6 +56,7 @@ class TorchOps:
         self.precision = precision
         self.device = device
         self.rounds = precision.rounds
+        self.factor = 1.0  # of the similarity product, where it is no part of the queries
         budget = workspace_bytes or DEFAULT_WORKSPACE.get(device.type, DEFAULT_DEVICE_WORKSPACE)
         # The rest is for the scratch of elementwise passes and what the libraries keep. glibc's allocator reuses a
         # tile of 24 MiB; from 32 MiB on each call would fault its pages in anew.
@@ -128,6 +140,7 @@ class TorchOps:
     ) -> tuple[Units, Operands]:
         """Norms and centres, and the operands of the similarity product; bits: κ log2(e)."""
         product, gradient = self.precision.product, self.precision.gradient
+        self.factor = bits if isinstance(bits, float) and product == self.precision.sums else 1.0
         q, keys = self._rows(anchors), [self._rows(x) for x in columns]
         center_q = (self._mean(q) if centers is None else centers[0]) if self.rounds else None
         units = Units(q, keys, center_q, self._mean(keys[0]) if centers is None else centers[1])
@@ -135,6 +148,9 @@ class TorchOps:
         if len(keys) > 1:
             rows = torch.empty(sum(map(len, keys)), anchors.shape[1], dtype=product, device=self.device)
             self._fill_centered(rows[len(q) :], keys[1:], units.center_k)
+        if q.unit is not None and self.factor != 1 and rows is None:  # exact: the rest is made where it is asked for
+            rows = self._unit(keys[0], slice(0, len(q))) - units.center_k
+            return units, Operands(q.unit, rows, rows, None)
         queries, shift, first = self._queries(q, keys[0], units.center_k, bits, rows)
         grad_rows = rows = first if rows is None else rows
         if gradient != product:
@@ -142,8 +158,12 @@ class TorchOps:
             self._fill_centered(grad_rows, keys, units.center_k)
         return units, Operands(queries, rows, grad_rows, shift)
 
+    def own_products(self, units: Units, bits: float | Tensor) -> Tensor:
+        """bits q̂_i·k̃_i, from unrounded rows. → (N, 1)"""
+        return self._queries(units.anchors, units.keys[0], units.center_k, bits)[1]
+
     def queries(self, q: Rows, k: Rows, center: Tensor | None, bits: float | Tensor) -> tuple[Tensor, Tensor]:
-        """bits · q̂ in the product dtype, and bits · q̂_i·(k̂_i − center) from unrounded rows.
+        """Operands of the similarity product for q̂, and bits · q̂_i·(k̂_i − center) from unrounded rows.
 
         (N, D), (N, D), (D,), 0-dim → (N, D), (N, 1)
         """
@@ -158,7 +178,7 @@ class TorchOps:
             unit, centered = self._unit(q, piece), self._unit(k, piece)
             if center is not None:
                 centered = centered - center
-            return centered, unit * bits, (unit * centered).sum(1, keepdim=True)
+            return centered, unit if self.factor != 1 else unit * bits, (unit * centered).sum(1, keepdim=True)
 
         dtypes = (self.precision.product, self.precision.product, self.precision.sums)
         rows, queries, dots = self._by_pieces(q.x.shape, make, dtypes, None if keys is None else keys[: len(k)])
@@ -248,9 +268,9 @@ class TorchOps:
     def _mean(self, rows: Rows) -> Tensor:
         """Mean of up to CENTER_ROWS evenly spaced unit rows. → (D,)"""
         n = len(rows)
-        if n <= CENTER_ROWS:
-            return self._unit(rows, slice(0, n)).mean(0)
         step = -(-n // CENTER_ROWS)
+        if rows.unit is not None:
+            return (rows.unit if step == 1 else rows.unit[::step]).mean(0)
         some = rows.x[::step].to(self.precision.sums)
         return torch.mv(some.T, rows.r[::step, 0]).div_(some.shape[0])
 
@@ -258,8 +278,7 @@ class TorchOps:
 
     def start(self, terms: RowTerms, units: Units, columns: slice, acc: Accumulator | None) -> RowState:
         """Nothing summed yet; acc: where the gradients of some columns are to be summed."""
-        alpha = torch.empty_like(terms.shift)
-        return RowState(terms, units, self.zeros(*alpha.shape), alpha, columns, None if acc is None else acc.sums)
+        return RowState(terms, units, columns, None if acc is None else acc.sums)
 
     def exp_similarity(
         self, queries: Tensor, columns: Columns, rows: slice, state: RowState, closing: bool
@@ -269,33 +288,50 @@ class TorchOps:
         closing: no more columns come, α_i is known. Where the gradient products
         are exact the closed rows' diagonal is −Σ_j E_ij − t_i, what the positives lose, if that is all they do.
         """
+        terms, shape = state.terms, state.units.anchors.r.shape
         out = self.workspace(rows.stop - rows.start, len(columns))
-        for piece, tile, scores in self.similarity(cut(queries, rows), columns, rows.start, 0):
-            i = moved(piece, rows.start)
-            as_rows_(tile, scores, columns, i, 0)
-            tile.sub_(cut(state.terms.shift, i)).exp2_()
-            sums = cut(state.sums, i).add_(tile.sum(1, keepdim=True))
+        for part in self.similarity(cut(queries, rows), columns, rows.start, 0, terms.shift is None):
+            i, tile, shift = moved(part.rows, rows.start), part.tile, part.pairs
+            as_rows_(part, columns, i, 0)
+            if terms.shift is not None:
+                shift = cut(terms.shift, i)
+            assert shift is not None
+            tile.sub_(shift).exp2_()
+            sums = tile.sum(1, keepdim=True)
+            if state.sums is None and sums.shape == shape:
+                state.sums = sums
+            else:
+                if state.sums is None:
+                    state.sums = self.zeros(*shape)
+                sums = cut(state.sums, i).add_(sums)
             if closing:
-                own = state.terms.own
-                alpha = torch.add(sums, cut(own, i) if isinstance(own, Tensor) else own, out=cut(state.alpha, i))
-                alpha.reciprocal_()
-                if state.terms.decoupled:  # a row without negatives
+                alpha = (sums + (cut(terms.own, i) if isinstance(terms.own, Tensor) else terms.own)).reciprocal_()
+                if terms.decoupled:  # a row without negatives
                     alpha.nan_to_num_(nan=math.nan, posinf=0.0)
+                if sums.shape == shape:
+                    state.alpha = alpha
+                else:
+                    if state.alpha is None:
+                        state.alpha = self.empty(*shape)
+                    state.alpha[i] = alpha
                 if state.column_sums is not None:
                     state.column_sums.addmv_(cut_columns(tile, state.columns).T, alpha[:, 0])
-                if not self.rounds and state.terms.whole:
-                    lost = sums if state.terms.constant is None else sums + cut(state.terms.constant, i)
-                    _diagonal(tile, i.start, 0).copy_(lost[:, 0]).neg_()
-            self._store(tile, out, piece)
+                if not self.rounds and terms.whole and part.diagonal is not None:
+                    lost = sums if terms.constant is None else sums + cut(terms.constant, i)
+                    part.diagonal.sub_(lost[:, 0])  # from 0
+            self._store(tile, out, part.rows)
         return out
 
     def closed_anchors(self, state: RowState, rows: slice) -> Tensor:
         """α_i q̃_i in the gradient dtype, of closed rows. → (n, D)"""
-        q, center = state.units.anchors, state.units.center_q
+        q, center, alphas = state.units.anchors, state.units.center_q, state.alpha
+        assert alphas is not None
+        if q.unit is not None and center is None:
+            return cut(q.unit, rows) * cut(alphas, rows)
 
         def make(piece: slice) -> tuple[Tensor]:
             i = moved(piece, rows.start)
-            alpha = cut(state.alpha, i)
+            alpha = cut(alphas, i)
             scaled = cut(q.x, i) * (cut(q.r, i) * alpha) if q.unit is None else cut(q.unit, i) * alpha
             return (scaled if center is None else scaled.addcmul_(alpha, center, value=-1),)
 
@@ -305,6 +341,8 @@ class TorchOps:
     def row_sums(self, state: RowState) -> RowSums:
         """What is known of the rows when all are closed."""
         terms, offset, constant = state.terms, state.terms.offset, state.terms.constant
+        assert state.sums is not None
+        assert state.alpha is not None
         total = state.sums if constant is None else state.sums + constant
         if offset is None:
             losses = total.log1p()
@@ -336,14 +374,15 @@ class TorchOps:
         The rows' z_ij is q_i·k_j + bias_ij − shift_i, the columns' q_i·k_j + row_bias_i − column_shift_j.
         floor: what the maxima start from.
         """
-        for piece, tile, scores in self.similarity(queries, columns, i0, j0):
+        for part in self.similarity(queries, columns, i0, j0):
+            piece, tile = part.rows, part.tile
             if cols is not None:
                 row_bias, column_shift, maximum, total = cols
                 other = self.buffer("other", tile.shape, self.precision.sums)
                 torch.add(tile, cut(row_bias, piece), out=other)
-                as_columns_(other, scores, columns, j0)
+                as_columns_(other, part.scores, columns, j0)
                 merge_ratios(other, column_shift, 0, maximum, total)
-            as_rows_(tile, scores, columns, moved(piece, i0), j0)
+            as_rows_(part, columns, moved(piece, i0), j0)
             merge_ratios(tile, cut(shift, piece), 1, cut(rows[0], piece), cut(rows[1], piece))
 
     def weighted_ratios(
@@ -360,17 +399,17 @@ class TorchOps:
     ) -> Tensor:
         """The tile G_ij = w_i 2^z_ij of the rows' z, plus w_j 2^z_ij of the columns'. → (C, B)"""
         out = self.workspace(queries.shape[0], columns.rows.shape[0])
-        for piece, tile, scores in self.similarity(queries, columns, i0, j0):
-            other = None
+        for part in self.similarity(queries, columns, i0, j0):
+            piece, tile, other = part.rows, part.tile, None
             if cols is not None:
                 row_bias, column_shift, column_weights = cols
                 other = self.buffer("other", tile.shape, self.precision.sums)
                 torch.add(tile, cut(row_bias, piece), out=other)
-                as_columns_(other, scores, columns, j0)
+                as_columns_(other, part.scores, columns, j0)
                 other.sub_(column_shift).exp2_()
                 if column_weights is not None:
                     other.mul_(column_weights)
-            as_rows_(tile, scores, columns, moved(piece, i0), j0)
+            as_rows_(part, columns, moved(piece, i0), j0)
             tile.sub_(cut(shift, piece)).exp2_()
             if weights is not None:
                 tile.mul_(cut(weights, piece))
@@ -382,26 +421,31 @@ class TorchOps:
         return out
 
     def similarity(
-        self, queries: Tensor, columns: Columns, i0: int, j0: int
-    ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """Row pieces of q_i·k_j in the sums' dtype, what is no negative in either direction masked; a guide's too.
+        self, queries: Tensor, columns: Columns, i0: int, j0: int, with_pairs: bool = False
+    ) -> Iterator[Part]:
+        """Row pieces of q_i·k_j in the sums' dtype, what is no negative in either direction masked.
 
         The product itself fills the workspace. ``as_rows_`` and ``as_columns_`` do what one direction asks for.
         """
         product = self.workspace(queries.shape[0], columns.rows.shape[0])
         if product.dtype != self.precision.product:
             product = product.view(self.precision.product)
-        torch.mm(queries, columns.rows.T, out=product)
+        torch.addmm(product, queries, columns.rows.T, beta=0, alpha=self.factor, out=product)
         for piece in self._pieces(*product.shape):
             tile = cut(product, piece)
             if tile.dtype != self.precision.sums:
                 tile = self.buffer("scratch", tile.shape, self.precision.sums).copy_(tile)
-            i, scores = moved(piece, i0), None
+            i, diagonal, pairs, scores = moved(piece, i0), None, None, None
+            if columns.num_positives:
+                diagonal = _diagonal(tile, i.start, j0)
+                if with_pairs:
+                    pairs = diagonal[:, None].clone()
+                diagonal.fill_(-math.inf)
             _mask_(tile, columns, i.start, j0)
             if columns.limits is not None and columns.limits.guide is not None:
                 rows, others = columns.limits.guide
                 scores = rows[i] @ others[j0 : j0 + tile.shape[1]].T
-            yield piece, tile, scores
+            yield Part(piece, tile, diagonal, pairs, scores)
 
     def _store(self, tile: Tensor, out: Tensor, piece: slice) -> None:
         if tile.dtype != out.dtype:  # else the tile is a part of it
@@ -500,7 +544,7 @@ def moved(rows: slice, by: int) -> slice:
 
 
 def _mask_(tile: Tensor, columns: Columns, i0: int, j0: int) -> None:
-    """Masks and the columns' bias of the entries (i0 + a, j0 + b), in place; tile: (C, B)."""
+    """Equal ids and the columns' bias of the entries (i0 + a, j0 + b), in place; tile: (C, B)."""
     if columns.bias:
         tile.add_(columns.bias)
     if columns.column_ids is not None and j0 < columns.column_ids.numel():
@@ -508,12 +552,11 @@ def _mask_(tile: Tensor, columns: Columns, i0: int, j0: int) -> None:
         ids = columns.column_ids[j0 : j0 + tile.shape[1]]
         same = columns.row_ids[i0 : i0 + tile.shape[0], None] == ids
         tile[:, : ids.numel()].masked_fill_(same, -math.inf)
-    if columns.num_positives:
-        _diagonal(tile, i0, j0).fill_(-math.inf)
 
 
-def as_rows_(tile: Tensor, scores: Tensor | None, columns: Columns, i: slice, j0: int) -> None:
+def as_rows_(part: Part, columns: Columns, i: slice, j0: int) -> None:
     """What only the rows i see, in place: columns too similar to them, and their own hard negatives' weight."""
+    tile, scores = part.tile, part.scores
     if columns.limits is not None:
         limit = cut(columns.limits.rows, i)
         tile.masked_fill_((tile if scores is None else scores) > limit, -math.inf)

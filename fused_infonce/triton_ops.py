@@ -177,7 +177,7 @@ class TritonOps:
 
     def start(self, terms: RowTerms, units: Units, columns: slice, acc: Accumulator | None) -> RowState:
         """Nothing summed yet; acc: where the gradients of some columns are to be summed."""
-        alpha, total, share, losses = self.empty(4, *terms.shift.shape).unbind()
+        alpha, total, share, losses = self.empty(4, *units.anchors.r.shape).unbind()
         return RowState(terms, units, columns, None, (alpha, total, share, losses))
 
     def exp_similarity(
@@ -188,6 +188,7 @@ class TritonOps:
         closing: no more columns come, α_i is known.
         """
         n, terms = rows.stop - rows.start, state.terms
+        assert terms.shift is not None
         out = self.workspace(n, len(columns))
         special = _special(columns, 0)
         tile = self.settings.guided if special["HAS_GUIDE"] else self.settings.similarity
