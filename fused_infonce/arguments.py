@@ -129,9 +129,7 @@ def resolve(
     elif kind == "sampled":
         seed = noise_source.draw_seed(generator)
     options = Options(
-        num_anchors=N,
-        num_negatives=H,
-        num_queue=0 if queue is None else queue.shape[0],
+        counts=Counts(N, H, 0 if queue is None else queue.shape[0]),
         noise=kind,
         num_noise=M,
         log_noise_weight=math.log(noise_weight) if kind != "none" else 0.0,

@@ -189,7 +189,7 @@ def _forward(*args: Any) -> Results:
 
 def _forward_fake(*args: Any) -> Results:
     call, _ = _call(*args)
-    N, dtype = call.options.num_anchors, torch.promote_types(call.dtype, torch.float32)
+    N, dtype = call.options.counts.positives, torch.promote_types(call.dtype, torch.float32)
     like = call.inputs[0].new_empty((), dtype=dtype)
     loss = like.new_empty(N) if call.options.reduction == "none" else like.new_empty(())
     if call.takes_one_sweep and any(args[-1]):

@@ -87,9 +87,11 @@ class Units:
     cosines: Tensor | None = None  # (N, 1) s_ii, where a backend knows them anyway
     chords: Tensor | None = None  # (N, 1) ½‖q̂_i − k̂_i‖², likewise
 
-    def detach(self) -> Units:
+    def detach(self) -> None:
         """Forgets the inputs, in place."""
-        return self.attach([_NOTHING] * (1 + len(self.keys)))
+        self.anchors.x = _NOTHING
+        for rows in self.keys:
+            rows.x = _NOTHING
 
     def attach(self, inputs: list[Tensor]) -> Units:
         """Takes them back; anchors first."""

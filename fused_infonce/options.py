@@ -29,9 +29,7 @@ class Similar:
 
 @dataclass(slots=True, eq=False)
 class Options:
-    num_anchors: int  # N, also the number of positives
-    num_negatives: int  # H
-    num_queue: int  # Q
+    counts: Counts  # N, H and Q of this rank
     noise: NoiseKind
     num_noise: int  # M
     log_noise_weight: float  # log λ
@@ -47,11 +45,7 @@ class Options:
     hardness: float = 0.0  # β: weights e^(β s_ij) of the negatives, of which there is no derivative
     label_smoothing: float = 0.0  # ε
     similar: Similar | None = None  # which negatives are too similar to be negatives
-    exchange: Exchange | None = None  # with the other ranks of a group; the numbers above are this rank's
-
-    @property
-    def counts(self) -> Counts:
-        return Counts(self.num_anchors, self.num_negatives, self.num_queue)
+    exchange: Exchange | None = None  # with the other ranks of a group
 
     def total(self, name: Literal["positives", "negatives", "queue", "columns"]) -> int:
         """Rows of this call, on all ranks."""

@@ -88,14 +88,14 @@ def _too_similar(similar: Similar, s: Tensor, positive: Tensor, scores: Tensor |
 
 
 def _pair_bias(options: Options, device: torch.device) -> Tensor:  # (N, N)
-    bias = torch.zeros(options.num_anchors, options.num_anchors, dtype=torch.float64, device=device)
+    bias = torch.zeros(options.counts.positives, options.counts.positives, dtype=torch.float64, device=device)
     if options.ids is not None:
         bias.masked_fill_(options.ids[:, None] == options.ids[None, :], -math.inf)
     return bias.fill_diagonal_(-math.inf)
 
 
 def _extra_bias(options: Options, device: torch.device) -> Tensor:  # (N, H + Q)
-    N, H, Q = options.num_anchors, options.num_negatives, options.num_queue
+    N, H, Q = options.counts.positives, options.counts.negatives, options.counts.queue
     bias = torch.zeros(N, H + Q, dtype=torch.float64, device=device)
     if options.own_log_weight:
         own = torch.arange(N)[:, None] == torch.arange(H)[None, :] % N

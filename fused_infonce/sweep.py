@@ -21,10 +21,10 @@ and the mirror image for the keys. docs/numerics.md derives all of it.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -37,6 +37,10 @@ from .options import Options
 from .torch_ops import TorchOps, as_rows_, cut, merge_ratios, moved
 
 LOG2_E = 1 / math.log(2)
+_COLUMNS = {  # the inputs that are columns, by which of them are asked for
+    asked: frozenset(itertools.compress(("positives", "negatives", "queue"), asked))
+    for asked in itertools.product((False, True), repeat=3)
+}
 NO_RATIO = -1e30  # the maximum of no ratios, in bits; finite, so that differences of two are
 
 
@@ -52,7 +56,7 @@ class Needs:
 
     @property
     def columns(self) -> frozenset[str]:
-        return frozenset(name for name in ("positives", "negatives", "queue") if getattr(self, name))
+        return _COLUMNS[self.positives, self.negatives, self.queue]
 
     @property
     def rows(self) -> bool:
@@ -206,7 +210,7 @@ class Sweep:
             self.operands.keys,
             self.operands.grad_keys,
             num_positives=self.N,
-            num_negatives=options.num_negatives,
+            num_negatives=options.counts.negatives,
             own_bias=options.own_log_weight * LOG2_E,
             row_ids=None if ids is None else ids[self.rank][: self.N],
             column_ids=None if ids is None else ids[self.rank],
@@ -289,7 +293,7 @@ class Sweep:
     def _column_blocks(self, counts: Counts, split: bool) -> Iterator[slice]:
         """Blocks of a rank's columns; with ``split`` none straddles the end of the positives."""
         edges = [0, counts.positives, counts.columns] if split else [0, counts.columns]
-        for first, last in pairwise(edges):
+        for first, last in itertools.pairwise(edges):
             for start in range(first, last, self.ops.column_block):
                 yield slice(start, min(last, start + self.ops.column_block))
 
@@ -692,17 +696,20 @@ def _finish_sides(
     return out, dots
 
 
+@functools.lru_cache(maxsize=64)  # shapes seldom change, and small batches feel it
 def wanted_columns(counts: Counts, wants: frozenset[str]) -> slice:
     """A rank's columns from the first to the last whose gradients are asked for; slice(0, 0): none."""
     wanted = [columns for name, columns in _spans(counts) if name in wants]
     return slice(wanted[0].start, wanted[-1].stop) if wanted else slice(0, 0)
 
 
-def _spans(counts: Counts) -> Iterator[tuple[str, slice]]:
+@functools.lru_cache(maxsize=64)
+def _spans(counts: Counts) -> list[tuple[str, slice]]:
     """The inputs whose rows are columns of the similarity matrix, and where they lie."""
-    start = 0
+    spans, start = [], 0
     for name in ("positives", "negatives", "queue"):
         count = getattr(counts, name)
         if count:
-            yield name, slice(start, start + count)
+            spans.append((name, slice(start, start + count)))
             start += count
+    return spans

@@ -62,6 +62,7 @@ class TorchOps:
         # tile of 24 MiB; from 32 MiB on each call would fault its pages in anew.
         self.tile_elements = min(TILE, max(1024, budget // 128))
         self.workspace_elements = budget * 3 // 8 // precision.gradient.itemsize
+        self._like: Tensor | None = None  # a tensor of the sums' dtype: new_empty takes a third of empty's time
         self._buffers: dict[str, Tensor] = {}
         self._tile: Tensor | None = None
 
@@ -79,7 +80,11 @@ class TorchOps:
         """A tile's memory, overwritten by the next one's. → (rows, columns)"""
         size = rows * columns
         if self._tile is None or self._tile.numel() < size:
-            self._tile = torch.empty(rows, columns, dtype=self.precision.gradient, device=self.device)
+            dtype = self.precision.gradient
+            if dtype == self.precision.sums:
+                self._tile = self.empty(rows, columns)
+            else:
+                self._tile = torch.empty(rows, columns, dtype=dtype, device=self.device)
         if self._tile.shape == (rows, columns):  # what one tile holds pays for no view
             return self._tile
         return self._tile.view(-1)[:size].view(rows, columns)
@@ -87,12 +92,14 @@ class TorchOps:
     def release(self) -> None:
         """Gives the memory of tiles and scratch back."""
         self._buffers.clear()
-        self._tile = None
+        self._tile = self._like = None
 
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.precision.sums, device=self.device)
 
     def empty(self, *shape: int) -> Tensor:
+        if self._like is not None:
+            return self._like.new_empty(shape)
         return torch.empty(shape, dtype=self.precision.sums, device=self.device)
 
     def accumulator(self, columns: int, D: int) -> Accumulator:
@@ -142,13 +149,16 @@ class TorchOps:
         product, gradient = self.precision.product, self.precision.gradient
         self.factor = bits if isinstance(bits, float) and product == self.precision.sums else 1.0
         q, keys = self._rows(anchors), [self._rows(x) for x in columns]
+        self._like = q.r
         center_q = (self._mean(q) if centers is None else centers[0]) if self.rounds else None
         units = Units(q, keys, center_q, self._mean(keys[0]) if centers is None else centers[1])
         rows = None
         if len(keys) > 1:
             rows = torch.empty(sum(map(len, keys)), anchors.shape[1], dtype=product, device=self.device)
             self._fill_centered(rows[len(q) :], keys[1:], units.center_k)
-        if q.unit is not None and self.factor != 1 and rows is None:  # exact: the rest is made where it is asked for
+        if (
+            q.unit is not None and self.factor != 1 and rows is None
+        ):  # exact: the rest is made where it is asked for
             rows = self._unit(keys[0], slice(0, len(q))) - units.center_k
             return units, Operands(q.unit, rows, rows, None)
         queries, shift, first = self._queries(q, keys[0], units.center_k, bits, rows)
@@ -318,7 +328,7 @@ class TorchOps:
                     state.column_sums.addmv_(cut_columns(tile, state.columns).T, alpha[:, 0])
                 if not self.rounds and terms.whole and part.diagonal is not None:
                     lost = sums if terms.constant is None else sums + cut(terms.constant, i)
-                    part.diagonal.sub_(lost[:, 0])  # from 0
+                    part.diagonal.sub_(lost.squeeze(1))  # from 0
             self._store(tile, out, part.rows)
         return out
 
@@ -439,7 +449,7 @@ class TorchOps:
             if columns.num_positives:
                 diagonal = _diagonal(tile, i.start, j0)
                 if with_pairs:
-                    pairs = diagonal[:, None].clone()
+                    pairs = diagonal.unsqueeze(1).clone()
                 diagonal.fill_(-math.inf)
             _mask_(tile, columns, i.start, j0)
             if columns.limits is not None and columns.limits.guide is not None:
@@ -500,6 +510,7 @@ class TorchOps:
 
     def _finish(self, rows: Rows, pair: Rows | None, side: Side, scale: float | Tensor) -> list[Tensor]:
         factors = rows.r * scale if side.factor is None else rows.r * side.factor * scale
+        dtype = side.dtype or rows.x.dtype
 
         def make(piece: slice) -> tuple[Tensor, Tensor]:
             v, unit = cut(side.acc, piece), self._unit(rows, piece)
@@ -514,7 +525,6 @@ class TorchOps:
             dots = (unit * v).sum(1, keepdim=True)
             return torch.addcmul(v, unit, dots, value=-1).mul_(cut(factors, piece)), dots
 
-        dtype = side.dtype or rows.x.dtype
         out = side.acc if side.disposable and side.acc.dtype == dtype else None
         return self._by_pieces(rows.x.shape, make, (dtype, factors.dtype), out)
 
