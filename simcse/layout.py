@@ -10,6 +10,7 @@ README.md                          the model card
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,8 +27,29 @@ INSIDE = "sentence_transformers.models."  # read by every version since 2
 def save_encoder(
     encoder: SentenceEncoder, tokenizer: PreTrainedTokenizerBase, folder: str | Path, card: str = ""
 ) -> None:
-    """Write the folder that the head of this file describes; ``card`` goes into the model card."""
+    """Write the folder that the head of this file describes; ``card`` goes into the model card.
+
+    All is written beside and then moved. What cuts it off leaves an older model as it was or, within the moves, a
+    folder without ``config.json``, which nothing takes for a model.
+    """
     folder = Path(folder)
+    beside = folder / ".unfinished-model"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        _write_all(encoder, tokenizer, beside, card)
+        marker = folder / "config.json"
+        marker.unlink(missing_ok=True)
+        files = [path for path in beside.rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: path == beside / marker.name):
+            target = folder / path.relative_to(beside)
+            target.parent.mkdir(exist_ok=True)
+            path.replace(target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _write_all(encoder: SentenceEncoder, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
     weights = encoder.backbone.state_dict()
     if encoder.mlp is not None:
         linear = encoder.mlp[0].state_dict()

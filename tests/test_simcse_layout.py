@@ -1,6 +1,7 @@
 """A saved folder is read by sentence-transformers and by transformers alone, with the same vectors."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,3 +54,32 @@ def test_what_sentence_transformers_cannot_express_it_does_not_mean_pool(tiny, t
     assert "cannot express" in (tmp_path / "README.md").read_text()
     with pytest.raises(ValueError, match=r"cannot express|trust_remote_code|simcse\.layout"):
         SentenceTransformer(str(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize("when", ["writing", "moving"])
+def test_a_save_that_is_cut_off_leaves_the_old_model_or_none(tiny, tmp_path, when, monkeypatch):
+    encoder, tokenizer = load_encoder(str(tiny), "avg")
+    save_encoder(encoder, tokenizer, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def cut_off(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if when == "writing":
+            patch.setattr(type(tokenizer), "save_pretrained", cut_off)
+        else:
+            replace = Path.replace
+            patch.setattr(
+                Path, "replace", lambda self, to: cut_off() if self.suffix == ".safetensors" else replace(self, to)
+            )
+        with pytest.raises(KeyboardInterrupt):
+            save_encoder(encoder, tokenizer, tmp_path, "a newer card")
+    assert not (tmp_path / ".unfinished-model").exists()
+    if when == "writing":
+        assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    else:
+        with pytest.raises(UserError, match=r"no config\.json"):
+            load_encoder(str(tmp_path))
+    save_encoder(encoder, tokenizer, tmp_path)
+    assert load_encoder(str(tmp_path))[0].pooler_type == "avg"
