@@ -56,6 +56,7 @@ def tiles() -> list[Any]:
 def kernels(case: Case, device: str, candidates: list[Any]) -> list[Search]:
     """Settings of the three kernels that multiply, each timed alone on a chunk of rows as the sweep makes it."""
     from fused_infonce.kernels import products, ratios, similarity
+    from fused_infonce.kernels.common import NOTHING_SPECIAL
     from fused_infonce.kernels.settings import default_settings, target_of
 
     N, D, dtype = case.N, case.D, case.product_dtype
@@ -68,10 +69,7 @@ def kernels(case: Case, device: str, candidates: list[Any]) -> list[Search]:
     q, k, keys, shift = make(C, D, of=dtype), make(N, D, of=dtype), make(N, D, of=stored), make(C, 1)
     E, anchors = make(C, N, of=stored), make(C, D + similarity.PAD, of=stored)
     acc_rows, acc, out = make(C, D), make(N, D + similarity.PAD), torch.empty(C, N, dtype=stored, device=device)
-    special = {
-        "row_ids": None, "column_ids": None, "num_ids": 0, "bias": 0.0, "own_bias": 0.0, "num_positives": N,
-        "num_negatives": 0, "HAS_POSITIVES": True, "HAS_OWN": False, "HAS_IDS": False,
-    }  # fmt: skip
+    special = NOTHING_SPECIAL | {"num_positives": N, "HAS_POSITIVES": True}
     both = (shift, make(N))
     target = target_of(torch.device(device))
     default = default_settings(target, dtype, "ieee" if dtype == torch.float32 else "tf32", C, N)

@@ -244,8 +244,8 @@ class TritonOps:
         special = _special(columns, j0)
         of_rows, of_columns = ratios.ratio_sums(
             queries, columns.rows, i0, j0, shift, None if cols is None else cols[:2],
-            special | _column_limits(columns),
-            self.settings.guided if special["HAS_GUIDE"] else self.settings.ratios, floor,
+            special, self.settings.guided if special["HAS_GUIDE"] else self.settings.ratios, floor,
+            _column_limits(columns),
         )  # fmt: skip
         _merge(of_rows, 1, rows)
         if cols is not None and of_columns is not None:
@@ -267,8 +267,8 @@ class TritonOps:
         out = self.workspace(queries.shape[0], len(columns))
         special = _special(columns, j0)
         of_rows, of_columns = ratios.weighted_ratios(
-            queries, columns.rows, out, i0, j0, shift, weights, cols, special | _column_limits(columns),
-            self.settings.guided if special["HAS_GUIDE"] else self.settings.ratios,
+            queries, columns.rows, out, i0, j0, shift, weights, cols, special,
+            self.settings.guided if special["HAS_GUIDE"] else self.settings.ratios, _column_limits(columns),
         )  # fmt: skip
         sums[0].add_(of_rows.sum(1, keepdim=True))
         sums[1].add_(of_columns.sum(0))
@@ -365,8 +365,8 @@ def _special(columns: Columns, j0: int) -> dict[str, object]:
     }
 
 
-def _column_limits(columns: Columns) -> dict[str, object]:
-    return {"column_limits": None if columns.limits is None else columns.limits.columns}
+def _column_limits(columns: Columns) -> Tensor | None:
+    return None if columns.limits is None else columns.limits.columns
 
 
 def _side(side: Side | None) -> dict[str, object] | None:

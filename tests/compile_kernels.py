@@ -129,12 +129,7 @@ def product_launches(dtype: str, C: int, T: int, chosen: settings.Settings, suff
     operand = DTYPES[dtype]
     gradient = torch.bfloat16 if dtype in ("bf16", "fp16") else torch.float32
     q, k, column = make(C, D, of=operand), make(T, D, of=operand), make(C, 1)
-    plain = {
-        "row_ids": None, "column_ids": None, "num_ids": 0, "bias": 0.0, "own_bias": 0.0, "num_positives": C,
-        "num_negatives": 0, "HAS_POSITIVES": True, "HAS_OWN": False, "HAS_IDS": False, "limits": None,
-        "guide_rows": None, "guide_columns": None, "guide_features": 0, "stride_guide_n": 0, "stride_guide_t": 0,
-        "HAS_LIMITS": False, "HAS_GUIDE": False,
-    }  # fmt: skip
+    plain = common.NOTHING_SPECIAL | {"num_positives": C, "HAS_POSITIVES": True}
     every = plain | {
         "row_ids": make(C, of=torch.int64), "column_ids": make(T, of=torch.int64), "num_ids": T, "own_bias": 1.5,
         "num_negatives": C, "HAS_OWN": True, "HAS_IDS": True, "limits": column, "HAS_LIMITS": True,
@@ -150,15 +145,13 @@ def product_launches(dtype: str, C: int, T: int, chosen: settings.Settings, suff
         partial(similarity.exp_similarity, q, k, E, column, 0, every, chosen.similarity),
     )
     yield f", guide{suffix}", partial(similarity.exp_similarity, q, k, E, column, 0, guided, chosen.guided)
-    no_limits, limits = {"column_limits": None}, {"column_limits": make(T)}
-    yield f", sums{suffix}", partial(ratios.ratio_sums, q, k, 0, 0, column, both, plain | no_limits, chosen.ratios)
-    weighted = (column, (*both, make(T)), every | limits)
-    guided_tile = (column, (*both, make(T)), guided | limits)
-    yield (
-        f", tile, guide{suffix}",
-        partial(ratios.weighted_ratios, q, k, E, 0, 0, column, *guided_tile, chosen.guided),
-    )
-    yield f", tile{suffix}", partial(ratios.weighted_ratios, q, k, E, 0, 0, column, *weighted, chosen.ratios)
+    yield f", sums{suffix}", partial(ratios.ratio_sums, q, k, 0, 0, column, both, plain, chosen.ratios)
+    weighted, limits = (column, (*both, make(T))), make(T)
+    for name, special, tile in (("tile", every, chosen.ratios), ("tile, guide", guided, chosen.guided)):
+        yield (
+            f", {name}{suffix}",
+            partial(ratios.weighted_ratios, q, k, E, 0, 0, column, *weighted, special, tile, limits),
+        )
     keys, anchors = make(T, D, of=gradient), make(C, D + similarity.PAD, of=gradient)
     columns = (E, anchors, make(T, D), make(T), True)
     yield suffix, partial(products.grad_products, E, keys, make(C, D), True, *columns, chosen.products, False)

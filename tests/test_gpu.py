@@ -154,7 +154,7 @@ def test_rows_of_more_than_2_31_elements():
     last = torch.randn(3, D, device=DEVICE).bfloat16()
     x[-3:], y[-3:] = last, last.flip(0)
     queries, keys = torch.empty_like(x), torch.empty_like(x)
-    vectors = tuple(torch.empty(N, 1, device=DEVICE) for _ in range(4))
+    vectors = tuple(torch.empty(N, 1, device=DEVICE) for _ in range(5))
     center_k = torch.empty(D, device=DEVICE)
     normalise.normalise_pairs(x, y, 1.0, queries, keys, None, vectors, None, center_k, True, 8192)
     want = torch.nn.functional.normalize(last.double(), dim=1)
@@ -173,6 +173,9 @@ OPTIONS = {
     "symmetric": {"symmetric": True, "num_noise": 100},
     "none": {"reduction": "none", "num_noise": 0},
     "two sweeps": {"temperature": 0.002, "num_noise": 0},
+    "decoupled": {"decoupled": True, "hardness": 2.0, "num_noise": 0},
+    "margin": {"angular_margin": 0.2, "label_smoothing": 0.1, "num_noise": 0},
+    "filter": {"filter_margin": 0.05, "symmetric": True, "num_noise": 0},
 }
 
 

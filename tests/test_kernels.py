@@ -21,13 +21,7 @@ from fused_infonce import function, gs_infonce, triton_ops
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 N, D, H, Q, M = 21, 20, 42, 5, 9
 INTERPRETED = settings.default_settings("interpreter", torch.float32, "ieee", 0, 0)
-PLAIN = {
-    "row_ids": None, "column_ids": None, "num_ids": 0, "bias": 0.0, "own_bias": 0.0, "num_positives": 0,
-    "num_negatives": 0, "HAS_POSITIVES": False, "HAS_OWN": False, "HAS_IDS": False, "limits": None,
-    "guide_rows": None, "guide_columns": None, "guide_features": 0, "stride_guide_n": 0, "stride_guide_t": 0,
-    "HAS_LIMITS": False, "HAS_GUIDE": False,
-}  # fmt: skip
-BOTH = PLAIN | {"column_limits": None}
+PLAIN = common.NOTHING_SPECIAL
 
 
 def make(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -377,11 +371,11 @@ def test_costs_are_what_is_launched_and_allocated(monkeypatch):
             similarity.exp_similarity_cost(C, T, d, 4, 4, tile),
         ),
         (
-            lambda: ratios.ratio_sums(q, k, 0, 0, shift, both_sides, BOTH, tile),
+            lambda: ratios.ratio_sums(q, k, 0, 0, shift, both_sides, PLAIN, tile),
             ratios.ratios_cost(C, T, d, 4, 0, True, tile),
         ),
         (
-            lambda: ratios.weighted_ratios(q, k, out, 0, 0, shift, None, None, BOTH, tile),
+            lambda: ratios.weighted_ratios(q, k, out, 0, 0, shift, None, None, PLAIN, tile),
             ratios.ratios_cost(C, T, d, 4, 4, False, tile),
         ),
         (

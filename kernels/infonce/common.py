@@ -22,6 +22,15 @@ class Cost:
     workspace: int  # bytes that the launcher allocates beside its results
 
 
+# What may be special about some entries, as the kernels take it; here nothing is.
+NOTHING_SPECIAL = {
+    "row_ids": None, "column_ids": None, "num_ids": 0, "bias": 0.0, "own_bias": 0.0, "num_positives": 0,
+    "num_negatives": 0, "limits": None, "guide_rows": None, "guide_columns": None, "guide_features": 0,
+    "stride_guide_n": 0, "stride_guide_t": 0, "HAS_POSITIVES": False, "HAS_OWN": False, "HAS_IDS": False,
+    "HAS_LIMITS": False, "HAS_GUIDE": False,
+}  # fmt: skip
+
+
 @triton.jit
 def tile_of(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
     """Tiles in groups of GROUP rows, column by column, so that operands are shared in the cache."""

@@ -88,15 +88,16 @@ def ratios_kernel(
         offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
         rows = tl.minimum(offs_n, N - 1)
         columns = tl.minimum(offs_t, T - 1)
-        z = masked(z, i0 + rows, j0 + columns, row_ids, column_ids, num_ids, bias, HAS_POSITIVES, HAS_IDS)
-        inside = (offs_n < N)[:, None] & (offs_t < T)[None, :]
-        z = tl.where(inside, z, float("-inf"))
-        scores = z
         if HAS_GUIDE:
             scores = similarity_tile(
                 guide_rows, guide_columns, i0 + pid_n * BLOCK_N, j0 + pid_t * BLOCK_T, i0 + N, j0 + T,
                 guide_features, stride_guide_n, stride_guide_t, BLOCK_N, BLOCK_T, BLOCK_D, False, False, PRECISION,
             )  # fmt: skip
+        z = masked(z, i0 + rows, j0 + columns, row_ids, column_ids, num_ids, bias, HAS_POSITIVES, HAS_IDS)
+        inside = (offs_n < N)[:, None] & (offs_t < T)[None, :]
+        z = tl.where(inside, z, float("-inf"))
+        if not HAS_GUIDE:
+            scores = z
         of_rows = as_rows(
             z, scores, i0 + rows, j0 + columns, limits, own_bias, num_positives, num_negatives, HAS_LIMITS, HAS_OWN
         )
@@ -174,6 +175,7 @@ def ratio_sums(
     special: dict[str, object],
     settings: Tile,
     floor: float = 0.0,  # of the maxima: the positive's own exponent
+    column_limits: Tensor | None = None,  # (N,)
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
     """Maxima and sums in parts: (C, tiles of columns) and, of the other direction, (tiles of rows, B) each."""
     C, B = queries.shape[0], keys.shape[0]
@@ -185,8 +187,8 @@ def ratio_sums(
     _launch(
         queries, keys, i0, j0, shift, special, settings,
         row_bias=row_bias, column_shift=column_shift, row_weights=None, column_weights=None, G=None,
-        floor=floor, row_maxima=of_rows[0], row_sums=of_rows[1], column_maxima=of_columns[0],
-        column_sums=of_columns[1],
+        floor=floor, column_limits=column_limits,
+        row_maxima=of_rows[0], row_sums=of_rows[1], column_maxima=of_columns[0], column_sums=of_columns[1],
     )  # fmt: skip
     return tuple(of_rows), None if cols is None else tuple(of_columns)
 
@@ -202,6 +204,7 @@ def weighted_ratios(
     cols: tuple[Tensor, Tensor, Tensor | None] | None,  # row bias (C, 1), column shift (B,), column weights (B,)
     special: dict[str, object],
     settings: Tile,
+    column_limits: Tensor | None = None,  # (N,)
 ) -> tuple[Tensor, Tensor]:
     """The tile G in ``out``; its sums in parts: of rows (C, tiles of columns), of columns (tiles of rows, B)."""
     C, B = out.shape
@@ -211,7 +214,8 @@ def weighted_ratios(
     _launch(
         queries, keys, i0, j0, shift, special, settings,
         row_bias=row_bias, column_shift=column_shift, row_weights=weights, column_weights=column_weights, G=out,
-        floor=0.0, row_maxima=None, row_sums=row_sums, column_maxima=None, column_sums=column_sums,
+        floor=0.0, column_limits=column_limits,
+        row_maxima=None, row_sums=row_sums, column_maxima=None, column_sums=column_sums,
     )  # fmt: skip
     return row_sums, column_sums
 
