@@ -1,6 +1,8 @@
 """Mini batches give the gradients of one pass; a resumed run is the unbroken one; checkpoints are whole."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -113,3 +115,37 @@ def test_checkpoint_that_was_broken_off_is_not_there(folder, tmp_path, capsys, m
     train.main(flags(folder, tmp_path / "run", **steps, resume_from_checkpoint=True))
     assert not (tmp_path / "run" / ".unfinished").exists()
     assert (tmp_path / "run" / "checkpoint-6").is_dir()
+
+
+PARTS = """
+import torch
+from transformers import BertConfig, BertModel
+
+from bench.memory import status
+from simcse.objective import embed_in_parts
+
+torch.set_num_threads(1)
+encoder = BertModel(
+    BertConfig(vocab_size=500, hidden_size=192, num_hidden_layers=4, num_attention_heads=4, intermediate_size=768)
+)
+
+
+def embed(**tokens):
+    vectors = encoder(**tokens).last_hidden_state[:, 0]
+    return vectors, vectors.new_zeros(())
+
+
+for parts in (8, 32):
+    ids = torch.ones(32 * parts, 32, dtype=torch.int64)
+    vectors, _ = embed_in_parts(embed, {"input_ids": ids, "attention_mask": ids}, 32)
+    vectors.square().sum().backward()
+    print(status("VmHWM") / 2**20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process's peak memory is read from /proc")
+def test_memory_follows_the_mini_batch_and_not_the_batch():
+    done = subprocess.run([sys.executable, "-c", PARTS], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    few, many = map(float, done.stdout.split())
+    assert many < few + 80  # MiB
