@@ -18,7 +18,8 @@ from . import noise
 from .operands import Accumulator, Columns, Operands, Precision, Rows, RowSums, RowTerms, Scale, Side, Units
 
 TILE = 1 << 19  # elements that one pass of elementwise operations works on: 2 MiB of fp32
-CENTER_ROWS = 64  # rows that a centre is the mean of; any constant is exact, a mean is the most useful one
+CENTER_ROWS = 1024  # rows that a centre is the mean of; any constant is exact, a mean is the most useful one
+FEW_CENTER_ROWS = 64  # the same where products do not round: little is gained by more
 DEFAULT_WORKSPACE = {"cpu": 64 << 20}
 DEFAULT_DEVICE_WORKSPACE = 256 << 20
 
@@ -276,9 +277,8 @@ class TorchOps:
             start += len(rows)
 
     def _mean(self, rows: Rows) -> Tensor:
-        """Mean of up to CENTER_ROWS evenly spaced unit rows. → (D,)"""
-        n = len(rows)
-        step = -(-n // CENTER_ROWS)
+        """Mean of evenly spaced unit rows. → (D,)"""
+        step = -(-len(rows) // (CENTER_ROWS if self.rounds else FEW_CENTER_ROWS))
         if rows.unit is not None:
             return (rows.unit if step == 1 else rows.unit[::step]).mean(0)
         some = rows.x[::step].to(self.precision.sums)
