@@ -157,9 +157,8 @@ class TorchOps:
         if len(keys) > 1:
             rows = torch.empty(sum(map(len, keys)), anchors.shape[1], dtype=product, device=self.device)
             self._fill_centered(rows[len(q) :], keys[1:], units.center_k)
-        if (
-            q.unit is not None and self.factor != 1 and rows is None
-        ):  # exact: the rest is made where it is asked for
+        if q.unit is not None and not self.rounds and self.factor != 1 and rows is None:
+            # Products are exact: those of the pairs are made where they are asked for, or read off the diagonal.
             rows = self._unit(keys[0], slice(0, len(q))) - units.center_k
             return units, Operands(q.unit, rows, rows, None)
         queries, shift, first = self._queries(q, keys[0], units.center_k, bits, rows)

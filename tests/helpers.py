@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import signal
+
 import torch
 from torch import Tensor
 
 from fused_infonce import gs_infonce
+
+
+def interruptible() -> None:
+    """For ``preexec_fn``: a background job of a shell ignores SIGINT, and so would every process it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def rows(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import interruptible
 
 from bench import cli, report, suites, tables, tune
 from bench.candidates import FLOOR, Unsupported, load
@@ -146,7 +147,7 @@ def test_what_was_measured_is_kept_when_interrupted(tmp_path):
     candidates = ["--also", ALSO, "--candidates", "naive", "hanging"]
     command = [sys.executable, "-m", "bench", *map(str, arguments + candidates)]
     with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible
     ) as process:
         end = time.monotonic() + 60
         while not (tmp_path / "loss.json").exists() and time.monotonic() < end:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import interruptible
 from test_simcse_model import make_tiny_model
 from test_simcse_sts import write_sts
 
@@ -306,6 +307,7 @@ def test_interrupt_is_one_line_and_exit_130(folder, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=interruptible,
     )
     try:
         while "loss" not in process.stdout.readline():
