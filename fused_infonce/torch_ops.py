@@ -434,6 +434,7 @@ class TorchOps:
     ) -> Iterator[Part]:
         """Row pieces of q_i·k_j in the sums' dtype, what is no negative in either direction masked.
 
+        with_pairs: keep what the mask of the rows' own columns hides.
         The product itself fills the workspace. ``as_rows_`` and ``as_columns_`` do what one direction asks for.
         """
         product = self.workspace(queries.shape[0], columns.rows.shape[0])

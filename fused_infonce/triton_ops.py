@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .kernels import noise, normalise, products, ratios, similarity
 from .kernels.common import precision_of
-from .kernels.settings import Settings, default_settings, target_of
+from .kernels.settings import Settings, Tile, default_settings, target_of
 from .operands import Accumulator, Columns, Operands, Precision, Rows, RowSums, RowTerms, Scale, Side, Units
 
 DEFAULT_WORKSPACE = 256 << 20
@@ -67,6 +67,9 @@ class TritonOps:
         if self._tile is None or self._tile.numel() < rows * width:
             self._tile = torch.empty(rows * width, dtype=self.precision.gradient, device=self.device)
         return self._tile[: rows * width].view(rows, width)[:, :columns]
+
+    def _tile_for(self, special: dict[str, object], usual: Tile) -> Tile:
+        return self.settings.guided if special["HAS_GUIDE"] else usual
 
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float32, device=self.device)
@@ -191,7 +194,7 @@ class TritonOps:
         assert terms.shift is not None
         out = self.workspace(n, len(columns))
         special = _special(columns, 0)
-        tile = self.settings.guided if special["HAS_GUIDE"] else self.settings.similarity
+        tile = self._tile_for(special, self.settings.similarity)
         partials = similarity.exp_similarity(
             queries[rows], columns.rows, out, terms.shift[rows], rows.start, special, tile
         )  # fmt: skip
@@ -244,7 +247,7 @@ class TritonOps:
         special = _special(columns, j0)
         of_rows, of_columns = ratios.ratio_sums(
             queries, columns.rows, i0, j0, shift, None if cols is None else cols[:2],
-            special, self.settings.guided if special["HAS_GUIDE"] else self.settings.ratios, floor,
+            special, self._tile_for(special, self.settings.ratios), floor,
             _column_limits(columns),
         )  # fmt: skip
         _merge(of_rows, 1, rows)
@@ -268,7 +271,7 @@ class TritonOps:
         special = _special(columns, j0)
         of_rows, of_columns = ratios.weighted_ratios(
             queries, columns.rows, out, i0, j0, shift, weights, cols, special,
-            self.settings.guided if special["HAS_GUIDE"] else self.settings.ratios, _column_limits(columns),
+            self._tile_for(special, self.settings.ratios), _column_limits(columns),
         )  # fmt: skip
         sums[0].add_(of_rows.sum(1, keepdim=True))
         sums[1].add_(of_columns.sum(0))
