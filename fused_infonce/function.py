@@ -25,7 +25,7 @@ def fused_loss(call: Call) -> Tensor:
     wanted = (*call.inputs, call.temperature)
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in wanted):
         return _FusedInfoNCE.apply(*wanted, call)  # type: ignore[no-any-return, no-untyped-call]
-    with torch.no_grad(), _outside_autocast(call.inputs[0].device.type):
+    with _as_a_kernel(call.inputs[0].device.type):
         return reduced(*sweep_of(call).losses(), call.options)
 
 
@@ -56,7 +56,7 @@ class _FusedInfoNCE(torch.autograd.Function):
         ctx.ops, ctx.options = _ops(call), call.options
         ctx.temperature = temperature
         tau = temperature if isinstance(temperature, Tensor) else None
-        with _outside_autocast(anchors.device.type):
+        with _as_a_kernel(anchors.device.type):
             sweep = sweep_of(call, ctx.ops)
             # Large tensors go through save_for_backward: freed with the graph, and watched for changes in place.
             if call.takes_one_sweep:
@@ -74,10 +74,11 @@ class _FusedInfoNCE(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):  # type: ignore[no-untyped-def]
-        *inputs, tau = ctx.saved_tensors[:5]
-        kept, ops, options = ctx.saved_tensors[5:], ctx.ops, ctx.options
+        saved = ctx.saved_tensors
+        inputs, tau, kept = saved[:4], saved[4], saved[5:]
+        ops, options = ctx.ops, ctx.options
         temperature = ctx.temperature if tau is None else tau
-        with torch.no_grad(), _outside_autocast(upstream.device.type):
+        with _as_a_kernel(upstream.device.type):
             kappa = _kappa(temperature, ops.precision.sums)
             if ctx.tape is not None:
                 acc_rows, grad, sums = kept
@@ -184,8 +185,14 @@ def reduced(row_loss: Tensor, column_loss: Tensor | None, options: Options) -> T
     return total / options.total("positives") if options.reduction == "mean" else total
 
 
-def _outside_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
-    """The dtypes of every product are chosen here, not by autocast."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+def _as_a_kernel(device_type: str) -> contextlib.AbstractContextManager[object]:
+    """As a kernel of torch's own runs: below autograd, which would look at each of its operations for a graph that
+    there never is (6 % of a small loss), and with the dtypes of products chosen here, not by autocast.
+    """
+    below = torch._C._AutoDispatchBelowAutograd()
+    if not torch.is_autocast_enabled(device_type):
+        return below
+    both = contextlib.ExitStack()
+    both.enter_context(below)
+    both.enter_context(torch.autocast(device_type, enabled=False))
+    return both

@@ -42,7 +42,7 @@ class Part:
 
     rows: slice  # of the tile
     tile: Tensor  # (n, T)
-    diagonal: Tensor | None  # its entries of rows' own columns, masked; a view; None: there are none
+    diagonal: Tensor | None  # (n, 1) its entries of rows' own columns, masked; a view; None: there are none
     pairs: Tensor | None  # (n, 1) what stood there
     scores: Tensor | None  # (n, T) a guide's
 
@@ -327,7 +327,7 @@ class TorchOps:
                     state.column_sums.addmv_(cut_columns(tile, state.columns).T, alpha[:, 0])
                 if not self.rounds and terms.whole and part.diagonal is not None:
                     lost = sums if terms.constant is None else sums + cut(terms.constant, i)
-                    part.diagonal.sub_(lost.squeeze(1))  # from 0
+                    part.diagonal.sub_(lost)  # from 0
             self._store(tile, out, part.rows)
         return out
 
@@ -449,7 +449,7 @@ class TorchOps:
             if columns.num_positives:
                 diagonal = _diagonal(tile, i.start, j0)
                 if with_pairs:
-                    pairs = diagonal.unsqueeze(1).clone()
+                    pairs = diagonal.clone()
                 diagonal.fill_(-math.inf)
             _mask_(tile, columns, i.start, j0)
             if columns.limits is not None and columns.limits.guide is not None:
@@ -584,8 +584,12 @@ def as_columns_(tile: Tensor, scores: Tensor | None, columns: Columns, j0: int) 
 
 
 def _diagonal(tile: Tensor, i0: int, j0: int) -> Tensor:
-    """The entries of the tile, whose corner is (i0, j0), on the diagonal i == j; a view, perhaps empty."""
-    return tile.diagonal(i0 - j0) if -tile.shape[0] < i0 - j0 < tile.shape[1] else tile.flatten()[:0]
+    """The entries of the tile, whose corner is (i0, j0), on the diagonal i == j: a view. → (n, 1)"""
+    i, j = max(0, j0 - i0), max(0, i0 - j0)  # where it enters the tile
+    length = max(0, min(tile.shape[0] - i, tile.shape[1] - j))
+    down, right = tile.stride()
+    start = tile.storage_offset() + i * down + j * right if length else 0
+    return tile.as_strided((length, 1), (down + right, 1), start)
 
 
 def merge_ratios(z: Tensor, shift: Tensor, dim: int, maximum: Tensor, total: Tensor) -> None:
