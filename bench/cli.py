@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import plots, report, results, suites, tables, train, tune
+from bench import plots, report, results, study, suites, tables, train, tune
 from bench.candidates import Candidate, load
 from bench.cases import DTYPES, REGIMES, WAYS, Case
 from bench.machine import describe
@@ -28,6 +28,7 @@ JOBS = {
     "accuracy": "error of loss and gradients against float64 at four stages of training",
     "train": "steps of simcse.train against those of sentence-transformers' trainer",
     "tune": "the fastest settings on this machine, and where to put them",
+    "study": "trainings over batch, loss and seed: do larger batches hurt, and does noise mend it",
 }
 MEASURED = ("loss", "memory", "accuracy", "train")  # by a bare ``python -m bench``
 EPILOG = """\
@@ -36,6 +37,7 @@ examples:
   python -m bench --out bench/results --readme README.md    what the README shows (an hour on 2 cores)
   python -m bench loss --n 4096 --d 768 --dtype bf16 --candidates ours-torch naive st-mnrl
   python -m bench loss --also my_losses.py     your own loss beside the others (see docs/benchmarks.md)
+  python -m bench study --train_file wiki.txt.gz --sts_data sts.tsv --out runs/study    run again, it goes on
   python -m bench report bench/results         tables and pictures anew
 """
 LONGEST_TRAINING = 1800.0  # seconds
@@ -64,6 +66,8 @@ def main(argv: list[str] | None = None) -> None:
                 _train(args, folder, known, console)
             elif job == "tune":
                 _tune(args, folder, known, console)
+            elif job == "study":
+                _study(parser, args, folder, known, console)
             else:
                 _measure(parser, job, args, folder, known, console)
         _report(parser, folder, args.readme)
@@ -118,6 +122,8 @@ def _parser() -> argparse.ArgumentParser:
             made.add_argument("--model", default="minilm", help="encoder, as simcse.train takes it")
             made.add_argument("--batch", type=int, nargs="+", help="sentences a batch, instead of the suite's")
             made.add_argument("--steps", type=int, help="that are timed, instead of the suite's")
+        if job == "study":
+            _study_flags(made)
     found = jobs.add_parser("report", help="tables and pictures of results", description="Tables and pictures.")
     found.add_argument("folder", nargs="?", default="bench/results", help="default: %(default)s")
     text = "file whose section between the marks is replaced by the results"
@@ -129,6 +135,23 @@ def _parser() -> argparse.ArgumentParser:
     defaults = {"suite": "standard"} | dict.fromkeys(("also", "out", "seconds", "limit", "device", "readme"))
     parser.set_defaults(**defaults)
     return parser
+
+
+def _study_flags(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--train_file", help="sentences, as simcse.train takes them (default: those in the package)")
+    made.add_argument("--sts_data", help="graded pairs, as simcse.evaluate takes them (default: the package's)")
+    made.add_argument("--model", default="minilm", help="encoder, as simcse.train takes it (default: %(default)s)")
+    for flag, kind, default, text in (
+        ("--sentences", int, 65536, "that every training sees"),
+        ("--batch", int, [64, 256, 1024, 4096], "sentences a batch"),
+        ("--seeds", int, [1, 2, 3], "that each training is repeated with"),
+        ("--learning_rate", float, [3e-5], "of AdamW at its peak"),
+        ("--mini_batch", int, 512, "sentences that are embedded at a time"),
+        ("--evaluations", int, 10, "during a training, of which the best is kept"),
+    ):
+        several = "+" if isinstance(default, list) else None
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        made.add_argument(flag, type=kind, nargs=several, default=default, help=f"{text} (default: {shown})")
 
 
 def _load(parser: argparse.ArgumentParser, also: str | None) -> dict[str, Candidate]:
@@ -143,17 +166,20 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(
             "--device cuda: torch sees no CUDA device here; leave it out, or install a CUDA build of torch"
         )
-    for name in ("seconds", "limit", "steps"):
+    for name in ("seconds", "limit", "steps", "sentences", "mini_batch", "evaluations"):
         value = getattr(args, name, None)
         if value is not None and not value > 0:
             parser.error(f"--{name} {value}: a positive number is wanted")
-    for name in ("n", "d", "batch"):
+    for name in ("n", "d", "batch", "learning_rate"):
         values = getattr(args, name, None)
-        if values and min(values) < 1:
+        if values and not min(values) > 0:
             parser.error(f"--{name} {min(values)}: a positive number is wanted")
-    file = getattr(args, "train_file", None)
-    if file and not Path(file).is_file():
-        parser.error(f"--train_file {file}: there is no such file; give one of sentences, one a line")
+    for name, text in (("train_file", "sentences, one a line"), ("sts_data", "graded pairs")):
+        file = getattr(args, name, None)
+        if file and not Path(file).is_file():
+            parser.error(f"--{name} {file}: there is no such file; give one of {text}")
+    if args.job == "study" and args.sentences < max(args.batch):
+        parser.error(f"--sentences {args.sentences}: fewer than a batch of {max(args.batch)}; raise it")
     if args.readme is not None:
         report.around_marks(args.readme)
 
@@ -306,6 +332,48 @@ def _tune(args: argparse.Namespace, folder: Path, known: dict[str, Candidate], c
             console.print(tables.Table(case.label, [one.what, "ms", "20–80 %"], lines).rich())
             console.print(f"put [bold]{one.what} = {ranked[0][0]}[/] into {one.where}\n")
     found.close()
+
+
+def _study(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    folder: Path,
+    known: dict[str, Candidate],
+    console: Console,
+) -> None:
+    device = _device(args)
+    plan = study.Plan(
+        train_file=args.train_file,
+        sts_data=args.sts_data,
+        model=args.model,
+        sentences=args.sentences,
+        batches=sorted(args.batch),
+        seeds=args.seeds,
+        learning_rates=args.learning_rate,
+        mini_batch=args.mini_batch,
+        evaluations=args.evaluations,
+        bf16="bf16" in suites.dtypes_for(device),
+    )
+    before = results.read(folder).get("study", {"rows": []})
+    if before["rows"] and before["study"] != plan.settings:
+        parser.error(f"{folder} holds a study of {before['study']}, not of {plan.settings}; choose another --out")
+    found = _results("study", args, folder, known)
+    found.document["study"] = plan.settings
+    found.rows.extend(row for row in before["rows"] if row["status"] == "ok")
+    with _progress(console) as progress:
+        task = progress.add_task("study", total=1 + plan.trainings)
+
+        def done(row: Row) -> None:
+            scores = " ".join(
+                f"{name} {row[name]:.2f}" for name in ("dev", "average") if row.get(name) is not None
+            )
+            told = scores if row["status"] == "ok" else f"{row['status']} ({row['reason']})"
+            console.print(f"{row['loss']}, batch {row['batch']}, seed {row['seed']}: {told}", highlight=False)
+            progress.advance(task)
+
+        study.run(plan, found, lambda text: progress.update(task, description=text), done)
+    found.close()
+    console.print(tables.study("the same number of sentences", found.rows).rich())
 
 
 def _report(parser: argparse.ArgumentParser, folder: Path, readme: Path | None) -> None:

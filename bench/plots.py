@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
@@ -15,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from bench.candidates import FLOOR
 from bench.cases import REGIMES
 from bench.results import Row
+from bench.study import BEFORE, LOSSES, cells
 from bench.tables import by_case, median, names_in
 
 # Ours in warm colours and thick, the usual ways dark, the others thin; the same in every picture.
@@ -53,6 +57,7 @@ def draw(documents: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
         "share.png": ("loss", share_over_d),
         "memory.png": ("memory", memory_over_n),
         "error.png": ("accuracy", error_over_regime),
+        "study.png": ("study", score_over_batch),
     }
     made = []
     for file, (job, picture) in jobs.items():
@@ -190,6 +195,48 @@ def error_over_regime(rows: list[Row]) -> Figure | None:
     all_axes[0].set_ylabel("‖error of dq‖ / ‖dq‖ against float64   (better ↓)")
     _legend(figure, names, None, lines=False)
     return figure
+
+
+def score_over_batch(rows: list[Row]) -> Figure | None:
+    """Mean over seeds, bars of one standard deviation, for each loss; a panel for each score."""
+    names = {"dev": "dev split", "average": "mean of test splits"}
+    found = dict(cells(rows))
+    measured = [name for name in names if any(row.get(name) is not None for row in rows)]
+    batches = sorted({batch for _, batch, _ in found if batch})
+    if not measured or not batches:
+        return None
+    rates = sorted({rate for _, batch, rate in found if batch})
+    figure = Figure(figsize=(_width(len(measured)), 5.2), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(measured), squeeze=False)[0], measured, strict=True):
+        for (loss, rate), colour in zip(product(LOSSES, rates), _colours(len(rates)), strict=True):
+            place = LOSSES.index(loss) - (len(LOSSES) - 1) / 2
+            points = []
+            for batch in batches:
+                values = [row[name] for row in found.get((loss, batch, rate), []) if row.get(name) is not None]
+                if values:
+                    x = batch * 1.05**place  # beside each other, not on top
+                    points.append((x, mean(values), stdev(values) if len(values) > 1 else 0.0))
+            if points:
+                label = loss if len(rates) == 1 else f"{loss}, {rate:g}"
+                x, y, bars = zip(*points, strict=True)
+                axes.errorbar(x, y, bars, label=label, color=colour, marker="o", capsize=3, linewidth=1.6)
+        start = [row[name] for row in rows if row["loss"] == BEFORE and row.get(name) is not None]
+        if start:
+            axes.axhline(start[0], color="black", linestyle="--", linewidth=1.4, label=BEFORE)
+        axes.set_xscale("log")
+        _axis(axes, "sentences a batch", batches)
+        axes.set_title(names[name])
+    figure.axes[0].set_ylabel("Spearman × 100   (better ↑)")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def _colours(shades: int) -> list[tuple[float, float, float]]:
+    """One for each loss, and lighter ones of it."""
+    bases = [to_rgb(x) for x in ("#1f3b73", "#17becf", "#ff7f0e", "#d62728")]
+    lighter = [0.6 * i / shades for i in range(shades)]
+    return [(r + (1 - r) * w, g + (1 - g) * w, b + (1 - b) * w) for r, g, b in bases for w in lighter]
 
 
 def _width(panels: int) -> float:

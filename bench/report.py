@@ -21,6 +21,7 @@ PICTURES = {
     "share.png": "Share of the floor over D for every candidate",
     "memory.png": "Peak memory over N for every candidate",
     "error.png": "Error of the gradient at four stages of training for every candidate",
+    "study.png": "Scores over the batch for every loss, with the spread over seeds",
 }
 
 
@@ -94,6 +95,11 @@ def _sections(documents: dict[str, dict[str, Any]], everything: bool) -> Iterato
         "memory": ("Memory beyond the inputs, MiB", "memory.png", tables.memory),
         "accuracy": ("Relative error of the anchors' gradient against float64", "error.png", tables.accuracy),
         "train": ("Training steps", None, tables.train),
+        "study": (
+            "Trainings on equally many sentences; mean ± standard deviation over seeds",
+            "study.png",
+            tables.study,
+        ),
     }
     for job, (title, picture, build) in builders.items():
         if job in rows:
@@ -141,7 +147,7 @@ def _reasons(documents: dict[str, dict[str, Any]]) -> str:
     for job, document in documents.items():
         for row in document["rows"]:
             if row.get("status", "ok") != "ok":
-                name = row.get("candidate") or row["way"]
+                name = row.get("candidate") or row.get("way") or row["loss"]
                 key = (job, name, row["status"], row.get("reason", ""))
                 found[key] = found.get(key, 0) + 1
     lines = [[*key, str(count)] for key, count in found.items()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import mean, stdev
 from typing import Any
 
 from rich import box
@@ -12,6 +13,7 @@ from rich.table import Table as RichTable
 from bench.candidates import COPY, FLOOR
 from bench.cases import Case
 from bench.results import Row
+from bench.study import cells
 
 OURS = ("ours-triton", "ours-torch")  # the first that there is, is ours
 SHORT = {"out of memory": "memory", "too slow": "slow", "skipped": "–"}
@@ -230,6 +232,26 @@ def train(title: str, rows: list[Row]) -> Table:
         lines.append([row["way"], row["dtype"], str(row["batch"]), mini, *cells])
     header = ["trainer", "precision", "batch", "mini batch", "sentences a second", "MiB beyond the model"]
     return Table(title, header, lines)
+
+
+def study(title: str, rows: list[Row]) -> Table:
+    """A loss and batch a line: mean and standard deviation over seeds."""
+    lines = []
+    for (loss, batch, rate), some in cells(rows):
+        start = ["–", "–"] if not batch else [str(batch), f"{rate:g}"]
+        share = _over_seeds([row.get("noise_share") for row in some], ".2g", spread=False)
+        scores = [_over_seeds([row.get(name) for row in some], ".2f") for name in ("dev", "average")]
+        shape = [_over_seeds([row.get(name) for row in some], ".4f") for name in ("alignment", "uniformity")]
+        lines.append([loss, *start, str(len(some)), share, *scores, *shape])
+    scored = ["dev, Spearman × 100", "mean of test splits", "alignment", "uniformity"]
+    return Table(title, ["loss", "batch", "learning rate", "seeds", "share of noise", *scored], lines)
+
+
+def _over_seeds(values: list[float | None], form: str, spread: bool = True) -> str:
+    known = [x for x in values if x is not None]
+    if not known:
+        return "–"
+    return f"{mean(known):{form}}" + (f" ± {stdev(known):{form}}" if spread and len(known) > 1 else "")
 
 
 def _status(row: Row | None) -> str:
