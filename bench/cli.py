@@ -52,7 +52,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(argv)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    # The file is named, or progress would follow the standard output that a study takes from its trainings.
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160)
     try:
         if args.job == "report":
             _report(parser, Path(args.folder), args.readme)
@@ -178,6 +179,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         file = getattr(args, name, None)
         if file and not Path(file).is_file():
             parser.error(f"--{name} {file}: there is no such file; give one of {text}")
+    if args.job == "study" and args.device == "cpu" and torch.cuda.is_available():
+        parser.error("--device cpu: trainings take the GPU that torch sees; hide it with CUDA_VISIBLE_DEVICES=")
     if args.job == "study" and args.sentences < max(args.batch):
         parser.error(f"--sentences {args.sentences}: fewer than a batch of {max(args.batch)}; raise it")
     if args.readme is not None:
