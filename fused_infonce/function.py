@@ -17,7 +17,7 @@ from .torch_ops import TorchOps
 
 # Multiply-adds up to which products run in fp32, whatever the inputs' dtype or autocast: few errors cancel in so
 # few terms, and the time is that of the calls around them.
-SMALL_PRODUCT = 1 << 24
+SMALL_PRODUCT = 1 << 25
 
 
 def fused_loss(call: Call) -> Tensor:
@@ -40,7 +40,7 @@ def _ops(call: Call) -> TorchOps:
     rows, columns = options.total("positives"), options.total("columns")
     if rows * columns * anchors.shape[1] <= SMALL_PRODUCT:
         dtype = dtype if dtype == torch.float64 else torch.float32
-    precision, workspace_bytes = Precision.of(dtype), options.workspace_bytes
+    precision, workspace_bytes = Precision.of(dtype, anchors.device), options.workspace_bytes
     if call.backend == "triton":
         from .triton_ops import TritonOps  # here, for Triton need not be installed
 

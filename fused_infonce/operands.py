@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .kernels.settings import fp32_products
+
 _NOTHING = torch.empty(0)
 
 
@@ -15,19 +17,16 @@ class Precision:
     sums: torch.dtype  # sums, exponentials, positives and gradients' accumulators
     product: torch.dtype  # operands of the similarity product
     gradient: torch.dtype  # operands of the gradient products, and the stored exponentials
+    rounds: bool  # whether the gradient products round their operands further than the sums do
 
     @staticmethod
-    def of(dtype: torch.dtype) -> Precision:
+    def of(dtype: torch.dtype, device: torch.device) -> Precision:
         """For products in ``dtype``; fp16 has not the range for exponentials, so its gradients use bf16."""
-        sums = torch.float64 if dtype == torch.float64 else torch.float32
-        return Precision(sums, dtype, torch.bfloat16 if dtype == torch.float16 else dtype)
-
-    @property
-    def rounds(self) -> bool:
-        """Whether the gradient products round their operands further than the sums do."""
-        if self.gradient != torch.float32:
-            return self.gradient != self.sums
-        return torch.get_float32_matmul_precision() != "highest"
+        if dtype == torch.float64:
+            return Precision(dtype, dtype, dtype, False)
+        gradient = torch.bfloat16 if dtype == torch.float16 else dtype
+        rounds = dtype != torch.float32 or fp32_products(device) != "ieee"
+        return Precision(torch.float32, dtype, gradient, rounds)
 
 
 @dataclass(slots=True, eq=False)
@@ -107,14 +106,14 @@ class Operands:
     queries: Tensor  # (N, D) q̂_i in the product dtype, times bits where the backend's products do not
     keys: Tensor  # (T, D) the keys centred, product dtype
     grad_keys: Tensor  # (T, D) the same in the gradient dtype
-    shift: Tensor | None  # (N, 1) bits q̂_i·k̃_i, from unrounded rows; None: made where it is asked for
+    own_products: Tensor  # (N, 1) bits q̂_i·k̃_i, from unrounded rows
 
 
 @dataclass(slots=True, eq=False)
 class RowTerms:
     """What a row's sum of exponentials is measured against, (N, 1) each: E_ij = 2^(z_ij − shift_i), in bits."""
 
-    shift: Tensor | None  # None: q_i·k_i, on the diagonal of the tiles
+    shift: Tensor
     offset: Tensor | None  # o_i, nats, part of the shift; None: 0
     constant: Tensor | None  # t_i, expected noise's share of the sum; None: 0
     own: Tensor | float  # e^(−o_i) + t_i; t_i where the positive is not in the denominator

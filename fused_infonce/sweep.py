@@ -127,8 +127,11 @@ class Sweep:
         self.T = self.operands.keys.shape[0]
         self.margin = self._positive() if options.angular_margin else None
         self.turned: Tensor | None = None  # κ p_i − (κ + hardness) s_ii in bits, (N, 1); None: 0
+        own = self.operands.own_products
         if options.angular_margin or options.hardness:
             self.turned = self.kappa * LOG2_E * self.positive - self.bits * self.cosines
+        self.shift = own if self.turned is None else own + self.turned  # z_ij = q_i·k_j − shift_i in bits, (N, 1)
+        self.ids = None if options.ids is None else self._ids(options.ids)
         self.keys = self._keys()
 
     @functools.cached_property
@@ -140,17 +143,6 @@ class Sweep:
     def positive(self) -> Tensor:
         """p_i, cos(θ_ii + m) or s_ii, (N, 1)"""
         return self.cosines if self.margin is None else self.margin.value
-
-    @functools.cached_property
-    def own_products(self) -> Tensor:
-        """bits q̂_i·k̃_i, (N, 1)"""
-        made = self.operands.shift
-        return self.ops.own_products(self.units, self.bits) if made is None else made
-
-    @functools.cached_property
-    def shift(self) -> Tensor:
-        """z_ij = q_i·k_j − shift_i in bits, (N, 1)"""
-        return self.own_products if self.turned is None else self.own_products + self.turned
 
     def _positive(self) -> Positive:
         s, m = self.cosines, self.options.angular_margin
@@ -174,26 +166,22 @@ class Sweep:
 
     def _limits_of(self, owner: int) -> Limits | None:
         """The limits as tiles take them, between this rank's rows and the owner's columns."""
-        if self.limits is None:
+        if self.options.similar is None or self.limits is None:
             return None
         limit, guide = self.limits
         if guide is not None:
             return Limits(limit, limit[:, 0], guide)
         columns = self._limits_of_columns[owner] if self.options.symmetric else None
-        return Limits(self.bits * (limit - self.cosines) + self.own_products, columns)
+        return Limits(self.bits * (limit - self.cosines) + self.operands.own_products, columns)
 
     @functools.cached_property
     def _limits_of_columns(self) -> list[Tensor]:
         assert self.limits is not None
         return self._of_positives((self.bits * self.limits[0])[:, 0])
 
-    @functools.cached_property
-    def ids(self) -> list[Tensor] | None:
+    def _ids(self, ids: Tensor) -> list[Tensor]:
         """Of each rank's first columns: its positives', and its negatives' where those have any."""
         options, exchange = self.options, self.exchange
-        if options.ids is None:
-            return None
-        ids = options.ids
         if options.negative_ids is not None:
             ids = torch.cat([ids, options.negative_ids])
         if exchange is None:
@@ -384,12 +372,7 @@ class Sweep:
             if not decoupled:
                 own = (-offset.clamp_(min=0)).exp_()
         whole = self.margin is None
-        shift: Tensor | None = None
-        on_diagonal = self.operands.shift is None and self.turned is None and not options.has_noise_columns
-        if offset is not None:
-            shift = self.shift + offset * LOG2_E
-        elif not on_diagonal:
-            shift = self.shift
+        shift = self.shift if offset is None else self.shift + offset * LOG2_E
         if constant is None:
             return RowTerms(shift, offset, None, own, decoupled, whole), None
         t = (constant[0] if offset is None else constant[0] - offset).exp()
@@ -557,7 +540,7 @@ class Sweep:
     def _column_direction(self, loss: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """The columns' z_ij − loss_j = q_i·k_j + row_bias_i − column_shift_j, bits; (N, 1) and, by rank, (N,)."""
         shift = self.bits * self.cosines
-        row_bias = shift - self.own_products
+        row_bias = shift - self.operands.own_products
         if self.turned is not None:
             shift = shift + self.turned
         return row_bias, self._of_positives((shift if loss is None else shift + loss * LOG2_E)[:, 0])

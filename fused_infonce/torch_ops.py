@@ -18,6 +18,8 @@ from . import noise
 from .operands import Accumulator, Columns, Operands, Precision, Rows, RowSums, RowTerms, Scale, Side, Units
 
 TILE = 1 << 19  # elements that one pass of elementwise operations works on: 2 MiB of fp32
+ROW_MATRICES = 2  # of them fit where a tile does: in passes over rows several are read and written
+ROUNDED_ROWS = 384  # of a product E @ k̃ in bf16: oneDNN leaves a core idle at many larger numbers
 CENTER_ROWS = 1024  # rows that a centre is the mean of; any constant is exact, a mean is the most useful one
 FEW_CENTER_ROWS = 64  # the same where products do not round: little is gained by more
 ALIASED = 2048  # bytes: rows of a multiple of it meet in few sets of a CPU's cache, a fifth of a product's time
@@ -45,7 +47,6 @@ class Part:
     rows: slice  # of the tile
     tile: Tensor  # (n, T)
     diagonal: Tensor | None  # (n, 1) its entries of rows' own columns, masked; a view; None: there are none
-    pairs: Tensor | None  # (n, 1) what stood there
     scores: Tensor | None  # (n, T) a guide's
 
 
@@ -73,11 +74,14 @@ class TorchOps:
 
     def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Uninitialised memory, the same for the same name."""
+        held = self._buffers.get(name)
+        if held is not None and held.shape == shape:
+            return held
         size = math.prod(shape)
-        flat = self._buffers.get(name)
-        if flat is None or flat.numel() < size:
-            flat = self._buffers[name] = torch.empty(size, dtype=dtype, device=self.device)
-        return flat[:size].view(shape)
+        if held is None or held.numel() < size:
+            held = self._buffers[name] = self.empty(*shape, dtype=dtype)
+            return held
+        return held.view(-1)[:size].view(shape)
 
     def workspace(self, rows: int, columns: int) -> Tensor:
         """A tile's memory, overwritten by the next one's; on a CPU its rows may lie apart. → (rows, columns)"""
@@ -103,44 +107,27 @@ class TorchOps:
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.precision.sums, device=self.device)
 
-    def empty(self, *shape: int) -> Tensor:
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Uninitialised memory, in the sums' dtype if none is given."""
         if self._like is not None:
-            return self._like.new_empty(shape)
-        return torch.empty(shape, dtype=self.precision.sums, device=self.device)
+            return self._like.new_empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype or self.precision.sums, device=self.device)
 
     def accumulator(self, columns: int, D: int) -> Accumulator:
         """Memory for the columns' gradients, to be overwritten."""
         return Accumulator(self.empty(columns, D), self.zeros(columns) if self.rounds else None)
 
-    def _pieces(self, rows: int, columns: int) -> Iterator[slice]:
-        step = max(1, self.tile_elements // columns)
-        for start in range(0, rows, step):
-            yield slice(start, min(rows, start + step))
+    def _pieces(self, rows: int, columns: int) -> list[slice]:
+        """Pieces of a tile that one pass of elementwise operations works on."""
+        return _steps(rows, self.tile_elements // columns)
 
-    def _by_pieces(
-        self,
-        shape: torch.Size,
-        make: Callable[[slice], tuple[Tensor, ...]],
-        dtypes: tuple[torch.dtype, ...],
-        out: Tensor | None = None,
-    ) -> list[Tensor]:
-        """What ``make`` gives for rows (n, D), a cache-sized piece at a time, in the dtypes.
+    def _row_pieces(self, rows: int, D: int) -> list[slice]:
+        """The same of rows (rows, D): their passes read and write more than one matrix."""
+        return _steps(rows, self.tile_elements // ROW_MATRICES // D)
 
-        out: memory for the first of them.
-        """
-        n, D = shape
-        if n * D <= self.tile_elements and out is None:
-            parts = make(slice(0, n))
-            return [x if x.dtype == t else x.to(t) for x, t in zip(parts, dtypes, strict=True)]
-        wholes: list[Tensor] = []
-        for piece in self._pieces(n, D):
-            parts = make(piece)
-            if not wholes:
-                wholes = [x.new_empty(n, x.shape[1], dtype=t) for x, t in zip(parts, dtypes, strict=True)]
-                wholes[0] = wholes[0] if out is None else out
-            for whole, part in zip(wholes, parts, strict=True):
-                whole[piece].copy_(part)
-        return wholes
+    def _scratch(self, rows: slice, D: int) -> Tensor:
+        """Memory for a piece of rows in the sums' dtype. → (n, D)"""
+        return self.buffer("rows", (rows.stop - rows.start, D), self.precision.sums)
 
     # ------------------------------------------------------------------ rows
 
@@ -153,70 +140,79 @@ class TorchOps:
     ) -> tuple[Units, Operands]:
         """Norms and centres, and the operands of the similarity product; bits: κ log2(e)."""
         product, gradient = self.precision.product, self.precision.gradient
-        self.factor = bits if isinstance(bits, float) and product == self.precision.sums else 1.0
+        self.factor = bits if isinstance(bits, float) else 1.0
         q, keys = self._rows(anchors), [self._rows(x) for x in columns]
         self._like = q.r
         center_q = (self._mean(q) if centers is None else centers[0]) if self.rounds else None
         units = Units(q, keys, center_q, self._mean(keys[0]) if centers is None else centers[1])
-        rows = None
-        if len(keys) > 1:
-            rows = torch.empty(sum(map(len, keys)), anchors.shape[1], dtype=product, device=self.device)
-            self._fill_centered(rows[len(q) :], keys[1:], units.center_k)
-        if q.unit is not None and not self.rounds and self.factor != 1 and rows is None:
-            # Products are exact: those of the pairs are made where they are asked for, or read off the diagonal.
-            rows = self._unit(keys[0], slice(0, len(q))) - units.center_k
-            return units, Operands(q.unit, rows, rows, None)
-        queries, shift, first = self._queries(q, keys[0], units.center_k, bits, rows)
-        grad_rows = rows = first if rows is None else rows
+        rows = self.empty(sum(map(len, keys)), anchors.shape[1], dtype=product)
+        queries, shift = self._queries(q, keys[0], units.center_k, bits, cut(rows, slice(0, len(q))))
+        self._fill_centered(rows, keys, units.center_k, first=1)
+        grad_rows = rows
         if gradient != product:
             grad_rows = torch.empty_like(rows, dtype=gradient)
             self._fill_centered(grad_rows, keys, units.center_k)
         return units, Operands(queries, rows, grad_rows, shift)
-
-    def own_products(self, units: Units, bits: float | Tensor) -> Tensor:
-        """bits q̂_i·k̃_i, from unrounded rows. → (N, 1)"""
-        return self._queries(units.anchors, units.keys[0], units.center_k, bits)[1]
 
     def queries(self, q: Rows, k: Rows, center: Tensor | None, bits: float | Tensor) -> tuple[Tensor, Tensor]:
         """Operands of the similarity product for q̂, and bits · q̂_i·(k̂_i − center) from unrounded rows.
 
         (N, D), (N, D), (D,), 0-dim → (N, D), (N, 1)
         """
-        return self._queries(q, k, center, bits)[:2]
+        return self._queries(q, k, center, bits)
 
     def _queries(
         self, q: Rows, k: Rows, center: Tensor | None, bits: float | Tensor, keys: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same, and k̂ − center in the product dtype, in the first N rows of ``keys``."""
-
-        def make(piece: slice) -> tuple[Tensor, Tensor, Tensor]:
-            unit, centered = self._unit(q, piece), self._unit(k, piece)
+    ) -> tuple[Tensor, Tensor]:
+        """The same; and k̂ − center to ``keys``, in its dtype."""
+        (N, D), sums, product = q.x.shape, self.precision.sums, self.precision.product
+        scaled = self.factor == 1  # by bits, or else the product is
+        kept = q.unit if product == sums and not scaled else None
+        queries = self.empty(N, D, dtype=product) if kept is None else kept
+        dots = []
+        for piece in self._row_pieces(N, D):
+            unit, centered, scratch = self._unit(q, piece), self._unit(k, piece), self._scratch(piece, D)
+            out = None if keys is None else cut(keys, piece)
             if center is not None:
-                centered = centered - center
-            return centered, unit if self.factor != 1 else unit * bits, (unit * centered).sum(1, keepdim=True)
-
-        dtypes = (self.precision.product, self.precision.product, self.precision.sums)
-        rows, queries, dots = self._by_pieces(q.x.shape, make, dtypes, None if keys is None else keys[: len(k)])
-        return queries, dots * bits, rows
+                exact = out is not None and out.dtype == sums
+                centered = torch.sub(centered, center, out=out if exact else scratch)
+            if out is not None and out is not centered:
+                out.copy_(centered)
+            dots.append(torch.mul(unit, centered, out=scratch).sum(1, keepdim=True))
+            if kept is None:
+                cut(queries, piece).copy_(torch.mul(unit, bits, out=scratch) if scaled else unit)
+        return queries, _whole(dots).mul_(bits)
 
     def cosines(self, units: Units) -> Tensor:
         """s_ii, from unrounded rows. → (N, 1)"""
         q, k = units.anchors, units.keys[0]
-
-        def make(piece: slice) -> tuple[Tensor]:
-            return ((self._unit(q, piece) * self._unit(k, piece)).sum(1, keepdim=True),)
-
-        return self._by_pieces(q.x.shape, make, (self.precision.sums,))[0]
+        return self._row_sums(q, lambda i, out: torch.mul(self._unit(q, i), self._unit(k, i), out=out))
 
     def half_squared_chords(self, units: Units) -> Tensor:
         """½‖q̂_i − k̂_i‖², from unrounded rows: 1 − s_ii to its last digits. → (N, 1)"""
         q, k = units.anchors, units.keys[0]
 
-        def make(piece: slice) -> tuple[Tensor]:
-            chords = self._unit(q, piece) - self._unit(k, piece)
-            return (chords.square_().sum(1, keepdim=True) / 2,)
+        def squares(i: slice, out: Tensor) -> Tensor:
+            return torch.sub(self._unit(q, i), self._unit(k, i), out=out).square_()
 
-        return self._by_pieces(q.x.shape, make, (self.precision.sums,))[0]
+        return self._row_sums(q, squares) / 2
+
+    def unit_dots(self, acc: Tensor, rows: Rows, weights: Tensor, center: Tensor | None) -> Tensor:
+        """⟨x̂_i, acc_i + weight_i center⟩. → (N, 1)"""
+
+        def products(i: slice, out: Tensor) -> Tensor:
+            v = cut(acc, i)
+            if center is not None:
+                v = torch.addcmul(v, cut(weights, i), center, out=out)
+            return torch.mul(v, self._unit(rows, i), out=out)
+
+        return self._row_sums(rows, products)
+
+    def _row_sums(self, rows: Rows, make: Callable[[slice, Tensor], Tensor]) -> Tensor:
+        """Sums of the rows that ``make`` writes, a piece at a time, to the memory it is given. → (n, 1)"""
+        n, D = rows.x.shape
+        made = (make(piece, self._scratch(piece, D)) for piece in self._row_pieces(n, D))
+        return _whole([x.sum(1, keepdim=True) for x in made])
 
     def unit_rows(self, x: Tensor) -> Tensor:
         """x̂ in the product dtype. → (n, D)"""
@@ -234,20 +230,30 @@ class TorchOps:
     def given_noise(self, x: Tensor, center: Tensor | None) -> tuple[Tensor, Tensor]:
         """x̂ − center in the product dtype and in the gradient dtype. (n, D), (D,) → (n, D), (n, D)"""
         rows, precision = self._rows(x.to(self.precision.sums)), self.precision
-        dtypes = dict.fromkeys((precision.product, precision.gradient))
-        copies = [self._centered(rows, center, dtype) for dtype in dtypes]
+        copies = []
+        for dtype in dict.fromkeys((precision.product, precision.gradient)):
+            copies.append(torch.empty_like(rows.x, dtype=dtype))
+            self._fill_centered(copies[-1], [rows], center)
         return copies[0], copies[-1]
 
-    def centered_anchors(self, units: Units, rows: slice) -> Tensor:
-        """q̃_i in the gradient dtype, of some rows. → (n, D)"""
-        q, center = units.anchors, units.center_q
-
-        def make(piece: slice) -> tuple[Tensor]:
-            unit = self._unit(q, moved(piece, rows.start))
-            return (unit if center is None else unit - center,)
-
-        shape = torch.Size((rows.stop - rows.start, q.x.shape[1]))
-        return self._by_pieces(shape, make, (self.precision.gradient,))[0]
+    def centered_anchors(self, units: Units, rows: slice, weights: Tensor | None = None) -> Tensor:
+        """w_i q̃_i in the gradient dtype, of some rows, overwritten by the next ones; weights: (N, 1). → (n, D)"""
+        q, center, D = units.anchors, units.center_q, units.anchors.x.shape[1]
+        out = self.buffer("anchors", (rows.stop - rows.start, D), self.precision.gradient)
+        for piece in self._row_pieces(*out.shape):
+            i, part = moved(piece, rows.start), cut(out, piece)
+            unit = self._unit(q, i)
+            work = part if part.dtype == self.precision.sums else self._scratch(piece, D)
+            if weights is not None:
+                w = cut(weights, i)
+                unit = torch.mul(unit, w, out=work)
+                if center is not None:
+                    unit.addcmul_(w, center, value=-1)
+            elif center is not None:
+                unit = torch.sub(unit, center, out=work)
+            if unit is not part:
+                part.copy_(unit)
+        return out
 
     def _rows(self, x: Tensor) -> Rows:
         r: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=self.precision.sums)
@@ -262,22 +268,17 @@ class TorchOps:
             return cut(rows.unit, piece)
         return cut(rows.x, piece) * cut(rows.r, piece)
 
-    def _centered(
-        self, rows: Rows, center: Tensor | None, dtype: torch.dtype, out: Tensor | None = None
-    ) -> Tensor:
-        """x̂_i − center. → (n, D)"""
-
-        def make(piece: slice) -> tuple[Tensor]:
-            unit = self._unit(rows, piece)
-            return (unit if center is None else unit - center,)
-
-        return self._by_pieces(rows.x.shape, make, (dtype,), out)[0]
-
-    def _fill_centered(self, out: Tensor, parts: list[Rows], center: Tensor | None) -> None:
-        """The parts' centred rows, one below the other, in ``out``."""
-        start = 0
-        for rows in parts:
-            self._centered(rows, center, out.dtype, out[start : start + len(rows)])
+    def _fill_centered(self, out: Tensor, parts: list[Rows], center: Tensor | None, first: int = 0) -> None:
+        """x̂_i − center of the parts, one below the other, to ``out``, from the ``first`` part on."""
+        start, D = sum(map(len, parts[:first])), out.shape[1]
+        for rows in parts[first:]:
+            for piece in self._row_pieces(len(rows), D):
+                unit, part = self._unit(rows, piece), out[moved(piece, start)]
+                if center is not None:
+                    work = part if part.dtype == self.precision.sums else self._scratch(piece, D)
+                    unit = torch.sub(unit, center, out=work)
+                if unit is not part:
+                    part.copy_(unit)
             start += len(rows)
 
     def _mean(self, rows: Rows) -> Tensor:
@@ -304,13 +305,10 @@ class TorchOps:
         """
         terms, shape = state.terms, state.units.anchors.r.shape
         out = self.workspace(rows.stop - rows.start, len(columns))
-        for part in self.similarity(cut(queries, rows), columns, rows.start, 0, terms.shift is None):
-            i, tile, shift = moved(part.rows, rows.start), part.tile, part.pairs
+        for part in self.similarity(cut(queries, rows), columns, rows.start, 0):
+            i, tile = moved(part.rows, rows.start), part.tile
             as_rows_(part, columns, i, 0)
-            if terms.shift is not None:
-                shift = cut(terms.shift, i)
-            assert shift is not None
-            tile.sub_(shift).exp2_()
+            tile.sub_(cut(terms.shift, i)).exp2_()
             sums = tile.sum(1, keepdim=True)
             if state.sums is None and sums.shape == shape:
                 state.sums = sums
@@ -338,19 +336,7 @@ class TorchOps:
 
     def closed_anchors(self, state: RowState, rows: slice) -> Tensor:
         """α_i q̃_i in the gradient dtype, of closed rows. → (n, D)"""
-        q, center, alphas = state.units.anchors, state.units.center_q, state.alpha
-        assert alphas is not None
-        if q.unit is not None and center is None:
-            return cut(q.unit, rows) * cut(alphas, rows)
-
-        def make(piece: slice) -> tuple[Tensor]:
-            i = moved(piece, rows.start)
-            alpha = cut(alphas, i)
-            scaled = cut(q.x, i) * (cut(q.r, i) * alpha) if q.unit is None else cut(q.unit, i) * alpha
-            return (scaled if center is None else scaled.addcmul_(alpha, center, value=-1),)
-
-        shape = torch.Size((rows.stop - rows.start, q.x.shape[1]))
-        return self._by_pieces(shape, make, (self.precision.gradient,))[0]
+        return self.centered_anchors(state.units, rows, state.alpha)
 
     def row_sums(self, state: RowState) -> RowSums:
         """What is known of the rows when all are closed."""
@@ -434,12 +420,9 @@ class TorchOps:
             self._store(tile, out, piece)
         return out
 
-    def similarity(
-        self, queries: Tensor, columns: Columns, i0: int, j0: int, with_pairs: bool = False
-    ) -> Iterator[Part]:
+    def similarity(self, queries: Tensor, columns: Columns, i0: int, j0: int) -> Iterator[Part]:
         """Row pieces of q_i·k_j in the sums' dtype, what is no negative in either direction masked.
 
-        with_pairs: keep what the mask of the rows' own columns hides.
         The product itself fills the workspace. ``as_rows_`` and ``as_columns_`` do what one direction asks for.
         """
         product = self.workspace(queries.shape[0], columns.rows.shape[0])
@@ -450,17 +433,14 @@ class TorchOps:
             tile = cut(product, piece)
             if tile.dtype != self.precision.sums:
                 tile = self.buffer("scratch", tile.shape, self.precision.sums).copy_(tile)
-            i, diagonal, pairs, scores = moved(piece, i0), None, None, None
+            i, diagonal, scores = moved(piece, i0), None, None
             if columns.num_positives:
-                diagonal = _diagonal(tile, i.start, j0)
-                if with_pairs:
-                    pairs = diagonal.clone()
-                diagonal.fill_(-math.inf)
+                diagonal = _diagonal(tile, i.start, j0).fill_(-math.inf)
             _mask_(tile, columns, i.start, j0)
             if columns.limits is not None and columns.limits.guide is not None:
                 rows, others = columns.limits.guide
                 scores = rows[i] @ others[j0 : j0 + tile.shape[1]].T
-            yield Part(piece, tile, diagonal, pairs, scores)
+            yield Part(piece, tile, diagonal, scores)
 
     def _store(self, tile: Tensor, out: Tensor, piece: slice) -> None:
         if tile.dtype != out.dtype:  # else the tile is a part of it
@@ -481,17 +461,18 @@ class TorchOps:
     ) -> None:
         """acc_rows = tile @ keys, acc.grad = tile[:, columns]ᵀ @ anchors; or added to what they hold."""
         if acc_rows is not None:
-            self._product(tile, keys, acc_rows, add_rows)
+            self._product(tile, keys, acc_rows, add_rows, ROUNDED_ROWS)
         if acc is not None and anchors is not None:
-            self._product(cut_columns(tile, columns).T, anchors, acc.grad, add_columns)
+            step = 4 * self.tile_elements // anchors.shape[1]
+            self._product(cut_columns(tile, columns).T, anchors, acc.grad, add_columns, step)
 
-    def _product(self, a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    def _product(self, a: Tensor, b: Tensor, out: Tensor, add: bool, step: int) -> None:
+        """out = a @ b, or added to it; ``step`` rows at a time where the product is rounded before that."""
         if a.dtype == out.dtype:
             torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
             return
-        step = max(1, 2 * self.tile_elements // b.shape[1])
-        for start in range(0, a.shape[0], step):
-            some, part = a[start : start + step], out[start : start + step]
+        for piece in _steps(a.shape[0], step):
+            some, part = a[piece], out[piece]
             product = torch.mm(some, b, out=self.buffer("product", (some.shape[0], b.shape[1]), a.dtype))
             part.add_(product) if add else part.copy_(product)
 
@@ -513,36 +494,46 @@ class TorchOps:
         """The same of rows that have no pair: hard negatives, a queue."""
         return self._finish(rows, None, side, scale.value)[0]
 
-    def _finish(self, rows: Rows, pair: Rows | None, side: Side, scale: float | Tensor) -> list[Tensor]:
+    def _finish(self, rows: Rows, pair: Rows | None, side: Side, scale: float | Tensor) -> tuple[Tensor, Tensor]:
         factors = rows.r * scale if side.factor is None else rows.r * side.factor * scale
-        dtype = side.dtype or rows.x.dtype
-
-        def make(piece: slice) -> tuple[Tensor, Tensor]:
-            v, unit = cut(side.acc, piece), self._unit(rows, piece)
+        (n, D), dtype = rows.x.shape, side.dtype or rows.x.dtype
+        in_place = side.disposable and side.acc.dtype == dtype
+        out, dots = side.acc if in_place else self.empty(n, D, dtype=dtype), []
+        for piece in self._row_pieces(n, D):
+            v, unit, scratch, dx = (
+                cut(side.acc, piece),
+                self._unit(rows, piece),
+                self._scratch(piece, D),
+                cut(out, piece),
+            )
+            work = dx if dx.dtype == v.dtype else self.buffer("gradient", dx.shape, v.dtype)
             if pair is not None and side.share is not None:
                 share = cut(side.share, piece)
                 if pair.unit is not None:
-                    v = torch.addcmul(v, cut(pair.unit, piece), share, value=-1)
+                    v = torch.addcmul(v, cut(pair.unit, piece), share, value=-1, out=work)
                 else:
-                    v = torch.addcmul(v, cut(pair.x, piece).to(v.dtype), share * cut(pair.r, piece), value=-1)
+                    of_pair = cut(pair.x, piece).to(v.dtype)
+                    v = torch.addcmul(v, of_pair, share * cut(pair.r, piece), value=-1, out=work)
             if side.center is not None and side.sums is not None:
-                v = torch.addcmul(v, cut(side.sums, piece), side.center)
-            dots = (unit * v).sum(1, keepdim=True)
-            return torch.addcmul(v, unit, dots, value=-1).mul_(cut(factors, piece)), dots
+                v = torch.addcmul(v, cut(side.sums, piece), side.center, out=work)
+            dot = torch.mul(unit, v, out=scratch).sum(1, keepdim=True)
+            dots.append(dot)
+            torch.addcmul(v, unit, dot, value=-1, out=work).mul_(cut(factors, piece))
+            if work is not dx:
+                dx.copy_(work)
+        return out, _whole(dots)
 
-        out = side.acc if side.disposable and side.acc.dtype == dtype else None
-        return self._by_pieces(rows.x.shape, make, (dtype, factors.dtype), out)
 
-    def unit_dots(self, acc: Tensor, rows: Rows, weights: Tensor, center: Tensor | None) -> Tensor:
-        """⟨x̂_i, acc_i + weight_i center⟩. → (N, 1)"""
+def _steps(n: int, step: int) -> list[slice]:
+    """[0, n) in pieces of ``step``, of 1 at least."""
+    if n <= step:
+        return [slice(0, n)]
+    step = max(1, step)
+    return [slice(start, min(n, start + step)) for start in range(0, n, step)]
 
-        def make(piece: slice) -> tuple[Tensor]:
-            v = cut(acc, piece)
-            if center is not None:
-                v = torch.addcmul(v, cut(weights, piece), center)
-            return ((v * self._unit(rows, piece)).sum(1, keepdim=True),)
 
-        return self._by_pieces(rows.x.shape, make, (self.precision.sums,))[0]
+def _whole(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def cut(x: Tensor, rows: slice) -> Tensor:

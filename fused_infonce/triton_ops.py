@@ -47,7 +47,9 @@ class TritonOps:
         self.device = device
         self.rounds = precision.rounds
         dtype = precision.product
-        self.settings = settings or default_settings(target_of(device), dtype, precision_of(dtype), rows, columns)
+        self.settings = settings or default_settings(
+            target_of(device), dtype, precision_of(dtype, device), rows, columns
+        )
         stored = precision.gradient.itemsize
         budget = workspace_bytes or max(DEFAULT_WORKSPACE, min(rows, MIN_ROWS) * columns * stored)
         # Partials, weighted anchors and vectors take the rest.
@@ -191,7 +193,6 @@ class TritonOps:
         closing: no more columns come, α_i is known.
         """
         n, terms = rows.stop - rows.start, state.terms
-        assert terms.shift is not None
         out = self.workspace(n, len(columns))
         special = _special(columns, 0)
         tile = self._tile_for(special, self.settings.similarity)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .settings import Tile
+from .settings import Tile, fp32_products
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +160,6 @@ def row_warps(block_d: int) -> int:
     return 4 if block_d <= 2048 else 8 if block_d <= 4096 else 16
 
 
-def precision_of(dtype: torch.dtype) -> str:
+def precision_of(dtype: torch.dtype, device: torch.device) -> str:
     """How the kernels multiply operands of this dtype."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
-        return "ieee"
-    return "tf32"
+    return fp32_products(device) if dtype == torch.float32 else "tf32"

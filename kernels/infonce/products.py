@@ -165,7 +165,8 @@ def grad_products(
         ADD_ROWS=add_rows, ADD_COLUMNS=add_columns,
         HAS_ROWS=acc_rows is not None, HAS_COLUMNS=acc_columns is not None, HAS_SUMS=sums is not None,
         BLOCK_M=settings.block_m, BLOCK_D=settings.block_n, BLOCK_K=settings.block_k, GROUP=settings.group,
-        PRECISION=precision_of(tile.dtype), num_warps=settings.num_warps, num_stages=settings.num_stages,
+        PRECISION=precision_of(tile.dtype, tile.device),
+        num_warps=settings.num_warps, num_stages=settings.num_stages,
     )  # fmt: skip
 
 

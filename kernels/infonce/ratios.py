@@ -160,7 +160,7 @@ def _launch(
         BLOCK_N=settings.block_m, BLOCK_T=settings.block_n, BLOCK_D=settings.block_k, GROUP=settings.group,
         STORE=G is not None, HAS_COLUMNS=more["column_shift"] is not None,
         HAS_ROW_WEIGHTS=more["row_weights"] is not None, HAS_COLUMN_WEIGHTS=more["column_weights"] is not None,
-        USE_TMA=use_tma, EVEN_D=D % settings.block_k == 0, PRECISION=precision_of(queries.dtype),
+        USE_TMA=use_tma, EVEN_D=D % settings.block_k == 0, PRECISION=precision_of(queries.dtype, queries.device),
         num_warps=settings.num_warps, num_stages=settings.num_stages,
     )  # fmt: skip
 

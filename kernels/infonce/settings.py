@@ -83,6 +83,16 @@ def default_settings(target: str, dtype: torch.dtype, precision: str, rows: int,
     return found
 
 
+def fp32_products(device: torch.device) -> str:
+    """How torch was told to multiply fp32 there: "ieee", or "tf32" for anything that rounds."""
+    try:
+        told = torch.get_float32_matmul_precision()
+    except RuntimeError:  # told for one backend, torch's newer way, which the older does not agree with
+        backend = torch.backends.mkldnn if device.type == "cpu" else torch.backends.cuda
+        told = backend.matmul.fp32_precision
+    return "ieee" if told in ("highest", "ieee", "none") else "tf32"
+
+
 def cdiv(a: int, b: int) -> int:
     """How many blocks of b hold a."""
     return -(-a // b)

@@ -122,7 +122,7 @@ def exp_similarity(
         stride_qn=queries.stride(0), stride_kt=keys.stride(0), stride_en=out.stride(0),
         **special,
         BLOCK_N=settings.block_m, BLOCK_T=settings.block_n, BLOCK_D=settings.block_k, GROUP=settings.group,
-        USE_TMA=use_tma, EVEN_D=D % settings.block_k == 0, PRECISION=precision_of(queries.dtype),
+        USE_TMA=use_tma, EVEN_D=D % settings.block_k == 0, PRECISION=precision_of(queries.dtype, queries.device),
         WARP_SPECIALIZE=settings.warp_specialize and use_tma,
         num_warps=settings.num_warps, num_stages=settings.num_stages,
     )  # fmt: skip
