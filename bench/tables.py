@@ -228,9 +228,13 @@ def train(title: str, rows: list[Row]) -> Table:
             continue
         ok = row["status"] == "ok"
         mini = str(row["mini_batch"]) if row["way"].endswith(("mini batches", "cached-mnrl")) else "–"
-        cells = [number(row["sentences_per_second"]), number(row["mib"])] if ok else [row["status"], "–"]
+        cells = [row["status"], "–", "–"]
+        if ok:
+            share = f"{100 * row['loss_share']:.2g} %" if "loss_share" in row else "–"
+            cells = [number(row["sentences_per_second"]), number(row["mib"]), share]
         lines.append([row["way"], row["dtype"], str(row["batch"]), mini, *cells])
-    header = ["trainer", "precision", "batch", "mini batch", "sentences a second", "MiB beyond the model"]
+    sizes = ["sentences a second", "MiB beyond the model", "the loss alone, of a step"]
+    header = ["trainer", "precision", "batch", "mini batch", *sizes]
     return Table(title, header, lines)
 
 

@@ -7,6 +7,7 @@ own positive. Each run is a process of its own: ``python -m bench.train '{...}'`
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from typing import Any
 from bench.worker import ROOT, environment
 
 WARM_UP = 1  # steps that are not timed
+LOSS_CALLS = 5  # of the loss alone
 LENGTH = 32  # tokens a sentence is cut to
 LEARNING_RATE = 3e-5
 # way → whether it splits the encoder's pass into mini batches
@@ -71,7 +73,24 @@ def child(spec: dict[str, Any]) -> dict[str, Any]:
         "ms": ms,
         "sentences_per_second": 1e3 * spec["batch"] / ms["median"],
         "mib": (peak - before) / MIB,
+        "loss_share": _loss_alone(spec, trainer.model) / ms["median"],
     }
+
+
+def _loss_alone(spec: dict[str, Any], model: Any) -> float:
+    """Milliseconds of the loss for vectors of a batch, forward and backward: the median of some calls."""
+    from bench.candidates import load
+    from bench.cases import Case, make_batch, run_step
+    from bench.tune import clock_for
+
+    ours = spec["way"].startswith("simcse.train")
+    D = model.encoder.config.hidden_size if ours else model.get_embedding_dimension()
+    case, known = Case(spec["batch"], D, dtype=spec["dtype"]), load()
+    name = ("ours-triton" if spec["device"] == "cuda" else "ours-torch") if ours else spec["way"]
+    loss = known[name].loss_for(case)
+    batch, clock = make_batch(case, spec["device"]), clock_for(spec["device"])
+    run_step(loss, batch, case, spec["device"])
+    return statistics.median(clock(lambda: run_step(loss, batch, case, spec["device"])) for _ in range(LOSS_CALLS))
 
 
 def _sentences(spec: dict[str, Any]) -> list[str]:

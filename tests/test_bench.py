@@ -224,6 +224,7 @@ def test_training_steps(way):
     assert row["status"] == "ok", row
     assert row["sentences_per_second"] == pytest.approx(4e3 / row["ms"]["median"])
     assert row["mib"] > 0
+    assert 0 < row["loss_share"] < 1
 
 
 def test_tuning_finds_the_fastest_and_leaves_out_what_fails():
