@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import runpy
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -181,13 +182,16 @@ def _naive(case: Case) -> Loss:
         return lambda batch: naive(batch.q, batch.k)
 
     def with_more_columns(batch: Batch) -> Tensor:
-        columns = [batch.k] if batch.negatives is None else [batch.k, batch.negatives]
-        if isinstance(batch.noise, Tensor):
-            columns.append(batch.noise)
-        elif batch.noise:
-            columns.append(torch.randn(batch.noise, batch.q.shape[1], device=batch.q.device))
-        logits = F.normalize(batch.q, dim=1) @ F.normalize(torch.cat(columns), dim=1).T / TEMPERATURE
-        return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+        q, k = F.normalize(batch.q, dim=1), batch.k
+        if batch.negatives is not None:
+            k = torch.cat([k, batch.negatives])
+        cosines = q @ F.normalize(k, dim=1).T
+        noise = batch.noise
+        if isinstance(noise, int) and noise:
+            noise = torch.randn(noise, q.shape[1], device=q.device)
+        if isinstance(noise, Tensor):  # a product of its own, for noise has no gradient
+            cosines = torch.cat([cosines, q @ F.normalize(noise, dim=1).T], 1)
+        return F.cross_entropy(cosines / TEMPERATURE, torch.arange(len(q), device=q.device))
 
     return with_more_columns
 
@@ -212,26 +216,60 @@ def _broadcast(case: Case) -> Loss:
 # ------------------------------------------------------------------ the floor
 
 FLOOR, COPY = "floor", "copy"
-FLOOR_TILE = 2**28  # bytes of the matrix that are held at a time
+FLOOR_TILES = {"cpu": (2**26, 2**28), "cuda": (2**28, 2**31, 2**33)}  # bytes of the matrix held at a time
+GAP = 64  # bytes between a tile's rows: rows a power of two long meet in few sets of a CPU's cache
 
 
 def floor(case: Case, batch: Batch) -> Callable[[], object]:
     """The matrix products alone, same shapes and dtype, in memory that is there: three one-way, four symmetric,
-    one forward; where the whole matrix is large, by chunks of rows.
+    one forward; in chunks of rows, of the size that is the fastest here.
     """
+    matrix = case.N * (case.N + case.negatives + case.noise) * case.product_dtype.itemsize
+    small, *larger = FLOOR_TILES[batch.q.device.type]
+    best = _products(case, batch, small)
+    if matrix <= small:
+        return best
+    shortest = _seconds(best, batch.q.device)
+    for bytes_held in larger:
+        try:
+            products = _products(case, batch, bytes_held)
+            seconds = _seconds(products, batch.q.device)
+        except (MemoryError, RuntimeError):  # not enough memory for a larger tile
+            break
+        if seconds < shortest:
+            best, shortest = products, seconds
+        if matrix <= bytes_held:
+            break
+    return best
+
+
+def _seconds(step: Callable[[], object], device: torch.device) -> float:
+    """The time of one call, the second."""
+    begun = 0.0
+    for _ in range(2):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        begun = time.perf_counter()
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def _products(case: Case, batch: Batch, bytes_held: int) -> Callable[[], object]:
     dtype, device = case.product_dtype, batch.q.device
     own = [batch.k] if batch.negatives is None else [batch.k, batch.negatives]
     q, k = batch.q.detach().to(dtype), torch.cat([x.detach().to(dtype) for x in own])
     noise = torch.randn(case.noise, case.D, device=device).to(dtype)
     T = len(k) + len(noise)
-    rows = min(len(q), max(1024, FLOOR_TILE // (T * dtype.itemsize)))
-    tile = torch.empty(rows * T, dtype=dtype, device=device)
+    rows = min(len(q), max(min(1024, len(q)), bytes_held // (T * dtype.itemsize)))
+    tile = torch.empty(rows, T + GAP // dtype.itemsize, dtype=dtype, device=device)
     dq, dk = torch.empty_like(q), torch.empty_like(k)
 
     def products() -> None:
         for start in range(0, len(q), rows):
             some = q[start : start + rows]
-            e = tile[: len(some) * len(k)].view(len(some), len(k))
+            e = tile[: len(some), : len(k)]
             torch.mm(some, k.T, out=e)
             if case.way == "symmetric":
                 torch.mm(some, k.T, out=e)
@@ -239,7 +277,7 @@ def floor(case: Case, batch: Batch) -> Callable[[], object]:
                 torch.mm(e, k, out=dq[start : start + rows])
                 torch.mm(e.T, some, out=dk) if start == 0 else torch.addmm(dk, e.T, some, out=dk)
             if len(noise):
-                other = tile[len(some) * len(k) :][: len(some) * len(noise)].view(len(some), len(noise))
+                other = tile[: len(some), len(k) : T]
                 torch.mm(some, noise.T, out=other)
                 if case.gradients:
                     dq[start : start + rows].addmm_(other, noise)

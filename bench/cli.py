@@ -52,14 +52,15 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(argv)
+    args.command_line = sys.argv[1:] if argv is None else argv
     # The file is named, or progress would follow the standard output that a study takes from its trainings.
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160)
+    folder = Path(getattr(args, "out", None) or Path("runs/bench") / datetime.now().strftime("%Y%m%d-%H%M%S"))
     try:
         if args.job == "report":
             _report(parser, Path(args.folder), args.readme)
             return
         _check(parser, args)
-        folder = Path(args.out or Path("runs/bench") / datetime.now().strftime("%Y%m%d-%H%M%S"))
         known = _load(parser, args.also)
         for job in [args.job] if args.job else MEASURED:
             console.rule(f"{job}: {JOBS[job]}")
@@ -73,7 +74,8 @@ def main(argv: list[str] | None = None) -> None:
                 _measure(parser, job, args, folder, known, console)
         _report(parser, folder, args.readme)
     except KeyboardInterrupt:
-        print(f"\n{parser.prog}: interrupted; what was measured is kept", file=sys.stderr)
+        kept = f"what was measured is kept: python -m bench report {folder} makes its tables"
+        print(f"\n{parser.prog}: interrupted; {kept}", file=sys.stderr)
         raise SystemExit(130) from None
     except report.NoMarks as error:
         parser.error(str(error))
@@ -197,9 +199,9 @@ def _results(
     device = _device(args)
     limit = args.limit or (LIMITS[args.suite] if device == "cpu" else LIMITS["paper"])  # kernels compile, and tune
     settings = {"seconds": args.seconds or suites.SECONDS[args.suite], "limit": limit}
-    return Results(
-        job, folder, suite=args.suite, device=device, settings=settings | more, **describe(device, known)
-    )
+    command = "python -m bench " + " ".join(args.command_line)
+    facts = {"suite": args.suite, "device": device, "settings": settings | more}
+    return Results(job, folder, command=command, **facts, **describe(device, known))
 
 
 def _measure(

@@ -15,6 +15,7 @@ from bench.cases import TEMPERATURE, Batch, Case, Loss, errors, make_batch, resu
 # 1/τ = 20 that is rounded to bf16 is off by up to 0.06, its ratio by 6 %, which the usual ways do under autocast;
 # 5e-3 lets tf32 pass in fp32. The error is printed beside each time.
 TOLERANCE = {"fp32": 5e-3, "bf16": 0.1, "fp16": 2e-2}
+NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # as the system and CUDA's libraries say it
 # Multiply-adds of the float64 answer's matrix product; larger cases are checked at fewer rows.
 BUDGET = {"cpu": 4096**2 * 768, "cuda": 32768**2 * 768}
 
@@ -70,5 +71,5 @@ def outcome(error: Exception) -> dict[str, Any]:
     if isinstance(error, Wrong):
         return {"status": "wrong", "reason": str(error), "errors": error.found}
     text = str(error)
-    memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text
+    memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(x in text for x in NO_MEMORY)
     return {"status": "out of memory" if memory else "failed", "reason": first_line(error)}

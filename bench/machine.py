@@ -30,9 +30,10 @@ def describe(device: str, candidates: dict[str, Candidate]) -> dict[str, Any]:
 
 
 def _cpu() -> dict[str, Any]:
+    amx = ", AMX" if torch.cpu.get_capabilities().get("amx_bf16") else ""
     return {
         "cpu": _field("/proc/cpuinfo", "model name") or platform.processor(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
+        "capability": torch.backends.cpu.get_cpu_capability() + amx,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory": _field("/proc/meminfo", "MemTotal"),

@@ -36,9 +36,9 @@ def peak(
         except Exception as error:
             yield "result", {"candidate": candidate.name, **outcome(error)}
             continue
-        # Alive at once at the least: in fp32 two accumulators beside the normalised rows, or two gradients.
+        # Alive at once at the least: gradients and their accumulators, both in fp32; or normalised rows.
         rows = 2 * case.N + case.negatives
-        unavoidable = (2 if case.gradients else 1) * rows * case.D * 4
+        unavoidable = rows * case.D * (8 if case.gradients else case.product_dtype.itemsize)
         found = {"all": used / MIB, "beyond": (used - unavoidable) / MIB, "inputs": rows * case.D * 4 / MIB}
         yield "result", {"candidate": candidate.name, "status": "ok", "mib": found}
 

@@ -102,9 +102,9 @@ def _info_nce_pytorch(case: Case) -> Loss:
 
 @candidate("liger", package="liger-kernel")
 def _liger(case: Case) -> Loss:
-    _needs_cuda()
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
+    _needs_cuda()
     loss = LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.float32)
 
     def run(batch: Batch) -> Tensor:
@@ -118,6 +118,8 @@ def _cut_cross_entropy(case: Case, **options: object) -> Loss:
     from cut_cross_entropy import linear_cross_entropy
 
     _needs_cuda()
+    if case.dtype == "fp32" and case.gradients:
+        raise Unsupported("gradients in bf16 and fp16 only")
 
     def run(batch: Batch) -> Tensor:
         return linear_cross_entropy(*_unit(batch, case), **options)
@@ -136,11 +138,11 @@ def _cce_exact(case: Case) -> Loss:
     return _cut_cross_entropy(case, filter_eps=None)
 
 
-@candidate("quack", package="quack-kernels")
+@candidate("quack", ways=("one-way",), package="quack-kernels")  # its forward forms the gradients, always
 def _quack(case: Case) -> Loss:
-    _needs_cuda()
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
+    _needs_cuda()
     if case.dtype == "fp32":
         raise Unsupported("bf16 and fp16 only")
     if case.N % 8 or case.D % 8:
@@ -150,9 +152,9 @@ def _quack(case: Case) -> Loss:
 
 @candidate("inf-cl", package="inf-cl")
 def _inf_cl(case: Case) -> Loss:
-    _needs_cuda()
     from inf_cl import cal_inf_loss
 
+    _needs_cuda()
     head = min(256, case.D & -case.D)  # the largest power of 2 that divides D, as its kernels want
     if head < 16:
         raise Unsupported("D must be a multiple of 16")
@@ -167,9 +169,9 @@ def _inf_cl(case: Case) -> Loss:
 
 @candidate("memeff", ways=("symmetric",), package="memeff")
 def _memeff(case: Case) -> Loss:
-    _needs_cuda()
     from memeff import MemoryEfficientCLIPLoss
 
+    _needs_cuda()
     # stable=True, its default, scales the gradients by another factor.
     loss = MemoryEfficientCLIPLoss(temperature=TEMPERATURE, stable=False)
     return lambda batch: loss(batch.q.to(case.product_dtype), batch.k.to(case.product_dtype))
@@ -177,9 +179,9 @@ def _memeff(case: Case) -> Loss:
 
 @candidate("siglip-kernel", ways=("symmetric",), package="siglip-kernel", loss="sigmoid")
 def _siglip(case: Case) -> Loss:
-    _needs_cuda()
     from siglip_kernel import fused_siglip_loss
 
+    _needs_cuda()
     scale = torch.tensor(10.0, device="cuda").log()
     bias = torch.tensor(-10.0, device="cuda")
 

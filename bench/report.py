@@ -41,7 +41,7 @@ def section(documents: dict[str, dict[str, Any]], folder: Path, file: Path) -> s
     for title, picture, text in _sections(documents, everything=False):
         parts += [f"**{title}**\n", text, _image(picture, folder, file.resolve().parent)]
     link = relpath((folder / "report.md").resolve(), file.resolve().parent)
-    parts.append(f"Every case and candidate, and why one is missing: [{link}]({link}).\n")
+    parts.append(f"Everything measured, and why something is missing: [{link}]({link}).\n")
     return "\n".join(part for part in parts if part)
 
 
@@ -67,12 +67,14 @@ def _head(documents: dict[str, dict[str, Any]]) -> Iterator[str]:
     origins: dict[str, list[str]] = {}
     for job, document in documents.items():
         machine, versions = document["machine"], document["versions"]
-        place = machine.get("gpu") or f"{machine['cpu']} ({machine['capability']})"
+        place = f"{machine['cpu']} ({machine['capability']})"
+        if "gpu" in machine:
+            place = f"{machine['gpu']} (driver, clock, power: {machine['driver, clock, power']})"
         origin = (
             f"{place}, {machine['threads']} threads, torch {versions['torch']}, Python {versions['python']}, "
             f"commit {document['commit']}, {document['started'][:10]}"
         )
-        note = f"`{job}` ({document['suite']}{'' if document['complete'] else ', interrupted'})"
+        note = f"`{document.get('command', job)}`{'' if document['complete'] else ' (interrupted)'}"
         origins.setdefault(origin, []).append(note)
     for origin, jobs in origins.items():
         yield f"Measured on {origin}: {', '.join(jobs)}.\n"

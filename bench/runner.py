@@ -74,8 +74,6 @@ class Runner:
             if at <= case.N:
                 event = {"status": status, "reason": f"{status} at N = {at} already"}
                 keep(name, event)
-                if name == FLOOR:  # then there is nothing to compare with
-                    keep_rest(event)
         while todo := [name for name in names if name not in rows]:
             # On a CPU the peak of memory is the process's: one candidate for each.
             alone = self.job == "memory" and self.device == "cpu"
@@ -95,6 +93,10 @@ class Runner:
                     keep_rest(event)
             if alone:
                 self.worker.stop()
+        bare = rows.get(FLOOR, {}).get("ms", {}).get("median")
+        for name, row in rows.items():
+            if bare and "ms" in row and name != FLOOR:
+                row["of_floor"] = row["ms"]["median"] / bare
         return [rows[name] for name in (*names, FLOOR, COPY) if name in rows]
 
     @staticmethod

@@ -66,11 +66,14 @@ def loss(suite: str, device: str) -> Iterator[Entry]:
         yield Entry(grid([64, 1024], [768], dtypes, negatives=1), without=slow)
         yield Entry(grid([2048, 4096, 8192, 16384], [256], dtypes), candidates=OURS_AND_NAIVE)
     elif suite == "standard":
-        yield Entry(grid([256, 1024, 4096, 16384, 32768, 65536], [768], dtypes))
-        yield Entry(grid([16384], [128, 384, 1024, 4096], ["bf16"]))
-        yield Entry(grid([4096, 32768], [768], ["bf16"], ["symmetric", "forward"]))
-        yield Entry(grid([4096, 32768], [768], ["bf16"], noise=3))
-        yield Entry(grid([4096, 32768], [768], ["bf16"], negatives=1))
+        yield Entry(grid([64, 256, 1024, 4096, 32768, 65536], [768], ["bf16"]))
+        yield Entry(grid([32768], [64, 128, 256, 384, 1024], ["bf16"]))
+        yield Entry(grid([32768], [768], ["bf16"], ["symmetric", "forward"]))
+        yield Entry(grid([4096], [768], ["fp32", "fp16"]))
+        yield Entry(grid([4096], [768], ["bf16"], noise=3))
+        yield Entry(grid([4096], [768], ["bf16"], negatives=1))
+        yield Entry(grid([2048, 8192, 16384], [768], ["bf16"]), candidates=OURS_AND_NAIVE)
+        yield Entry(grid([1048576], [768], ["bf16"]), candidates=("ours-triton",))
     else:
         Ns = [4**n for n in range(3, 11)]  # 64 … 1,048,576
         for D in (128, 384, 768, 1024, 4096):
@@ -88,15 +91,16 @@ def memory(suite: str, device: str) -> Iterator[Entry]:
         yield Entry(grid([1024, 4096, 16384, 65536], [256], dtypes), without=slow)
         yield Entry(grid([16384, 65536], [256], dtypes, ["symmetric", "forward"]), candidates=OURS_AND_NAIVE)
     elif suite == "standard":
-        yield Entry(grid([1024, 4096, 16384, 65536, 262144], [768], ["bf16"]))
-        yield Entry(grid([16384, 65536], [768], ["bf16"], ["symmetric", "forward"]))
+        yield Entry(grid([1024, 4096, 16384, 65536, 131072], [768], ["bf16"]))
+        yield Entry(grid([65536, 131072], [768], ["bf16"], ["symmetric", "forward"]), candidates=OURS_AND_NAIVE)
+        yield Entry(grid([1048576], [768], ["bf16"]), candidates=("ours-triton",))
     else:
         yield Entry(grid([4**n for n in range(5, 11)], [128, 768, 4096], dtypes, WAYS))
 
 
 def accuracy(suite: str, device: str) -> Iterator[Entry]:
     """In bf16 on any machine: what is emulated gives the same digits."""
-    N = 256 if suite == "quick" else 1024
+    N = 256 if suite == "quick" else 512  # what stores N·N·D or N·N·N takes part
     ways: tuple[Way, ...] = ("one-way",) if suite == "quick" else ("one-way", "symmetric")
     dtypes = dict.fromkeys([*dtypes_for(device), "bf16"])
     cases = tuple(Case(N, 768, way, dtype, regime=regime) for way, dtype, regime in product(ways, dtypes, REGIMES))

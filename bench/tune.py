@@ -111,7 +111,8 @@ def workspace(case: Case, device: str) -> Search:
 
         return lambda: run_step(loss, batch, case, device)
 
-    place = "DEFAULT_WORKSPACE in fused_infonce/torch_ops.py, or workspace_bytes= of a call"
+    file = "triton_ops.py" if device == "cuda" and importlib.util.find_spec("triton") else "torch_ops.py"
+    place = f"DEFAULT_WORKSPACE in fused_infonce/{file}, or workspace_bytes= of a call"
     return Search("workspace_bytes", place, sizes[: enough + 1], step)
 
 

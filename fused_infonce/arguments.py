@@ -199,7 +199,9 @@ def resolve_among(
     everyone = agree(group, facts)
     counts = [other.counts for other in everyone]
     columns = sum(other.columns for other in counts)
-    chosen = choose_strategy(strategy, columns, call.inputs[0].shape[1], call.product_dtype.itemsize)
+    chosen: Literal["gather", "ring"] = "gather"  # a ring of one would send to itself
+    if len(everyone) > 1:
+        chosen = choose_strategy(strategy, columns, call.inputs[0].shape[1], call.product_dtype.itemsize)
     wants = {name for other in everyone for name in _COLUMNS if other.same[f"whether {name} need a gradient"]}
     masks_negatives = any(other.same["whether negative_ids are given"] for other in everyone)
     call.options = replace(

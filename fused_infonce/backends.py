@@ -54,6 +54,11 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 def _missing_for_triton(device: torch.device, dtype: torch.dtype, D: int) -> str | None:
     if not _has_triton():
         return "Triton is not installed (pip install 'fused-infonce[triton]')"
@@ -62,7 +67,7 @@ def _missing_for_triton(device: torch.device, dtype: torch.dtype, D: int) -> str
     if device.type not in ("cuda", "cpu"):
         return f"the Triton kernels run on CUDA and ROCm GPUs, these tensors are on {device}"
     if device.type == "cuda" and not torch.version.hip:
-        capability = torch.cuda.get_device_capability(device)
+        capability = _capability(device)
         if capability < _MIN_CAPABILITY:
             return f"the Triton kernels need compute capability 8.0 or newer, {device} has {capability}"
     if dtype == torch.float64:

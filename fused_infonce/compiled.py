@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .arguments import Call, Traced, autocast_dtype, resolve
 from .backends import Backend
-from .function import gradients_of, one_sweep_of, reduced, sweep_of
+from .function import as_a_kernel, gradients_of, one_sweep_of, reduced, sweep_of
 from .options import Reduction
 from .smoothing import smoothing_term
 from .sweep import Needs
@@ -176,14 +176,12 @@ def _is_whole(x: Tensor) -> bool:
 
 def _forward(*args: Any) -> Results:
     call, needs = _call(*args)
-    with torch.no_grad(), torch.autocast(call.inputs[0].device.type, enabled=False):
+    with as_a_kernel(call.inputs[0].device):
         if call.takes_one_sweep and any(args[-1]):
             losses, grads = one_sweep_of(call, needs)
             return _padded([reduced(losses, None, call.options), *grads], call.inputs[0])
         row_loss, column_loss = sweep_of(call).losses()
         loss = reduced(row_loss, column_loss, call.options)
-        if call.options.reduction == "none":
-            loss = loss.clone()  # a view of the row's losses
         return _padded([loss, row_loss, column_loss], call.inputs[0])
 
 
@@ -202,7 +200,7 @@ def _forward_fake(*args: Any) -> Results:
 
 def _backward_op(upstream: Tensor, row_loss: Tensor, column_loss: Tensor, *args: Any) -> Results:
     call, needs = _call(*args)
-    with torch.no_grad(), torch.autocast(upstream.device.type, enabled=False):
+    with as_a_kernel(upstream.device):
         column = column_loss if call.options.symmetric else None
         return _padded(gradients_of(call, needs, row_loss, column, upstream), upstream)
 

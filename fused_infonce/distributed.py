@@ -24,8 +24,8 @@ GATHER_BYTES = 4 << 30  # "auto" gathers as long as that takes no more on each r
 CENTER_ROWS = 1024
 _KEYS, _SUMS = 0, 1  # tags
 # Their names from torch 2.13 on, and before.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 
 
 class Counts(NamedTuple):

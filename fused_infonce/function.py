@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -15,9 +16,10 @@ from .options import Options
 from .sweep import Gradients, Needs, Sweep, finish
 from .torch_ops import TorchOps
 
-# Multiply-adds up to which products run in fp32, whatever the inputs' dtype or autocast: few errors cancel in so
-# few terms, and the time is that of the calls around them.
+# Multiply-adds up to which products run in fp32, also for bf16 and fp16 inputs and under autocast: few errors
+# cancel in so few terms, and the time is that of the calls around them.
 SMALL_PRODUCT = 1 << 25
+NOTHING_ASKED = Needs(False, False, False, False, False)
 
 
 def fused_loss(call: Call) -> Tensor:
@@ -25,8 +27,16 @@ def fused_loss(call: Call) -> Tensor:
     wanted = (*call.inputs, call.temperature)
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in wanted):
         return _FusedInfoNCE.apply(*wanted, call)  # type: ignore[no-any-return, no-untyped-call]
-    with _as_a_kernel(call.inputs[0].device.type):
-        return reduced(*sweep_of(call).losses(), call.options)
+    with as_a_kernel(call.inputs[0].device):
+        return loss_of(call)
+
+
+def loss_of(call: Call) -> Tensor:
+    """The loss without gradients: one product."""
+    sweep = sweep_of(call)
+    if call.takes_one_sweep:  # no maxima to look for
+        return reduced(sweep.one_sweep(NOTHING_ASKED, call.kappa_bound or math.nan)[0], None, call.options)
+    return reduced(*sweep.losses(), call.options)
 
 
 def sweep_of(call: Call, ops: TorchOps | None = None) -> Sweep:
@@ -56,7 +66,7 @@ class _FusedInfoNCE(torch.autograd.Function):
         ctx.ops, ctx.options = _ops(call), call.options
         ctx.temperature = temperature
         tau = temperature if isinstance(temperature, Tensor) else None
-        with _as_a_kernel(anchors.device.type):
+        with as_a_kernel(anchors.device):
             sweep = sweep_of(call, ctx.ops)
             # Large tensors go through save_for_backward: freed with the graph, and watched for changes in place.
             if call.takes_one_sweep:
@@ -78,7 +88,7 @@ class _FusedInfoNCE(torch.autograd.Function):
         inputs, tau, kept = saved[:4], saved[4], saved[5:]
         ops, options = ctx.ops, ctx.options
         temperature = ctx.temperature if tau is None else tau
-        with _as_a_kernel(upstream.device.type):
+        with as_a_kernel(upstream.device):
             kappa = _kappa(temperature, ops.precision.sums)
             if ctx.tape is not None:
                 acc_rows, grad, sums = kept
@@ -178,21 +188,30 @@ def reduced(row_loss: Tensor, column_loss: Tensor | None, options: Options) -> T
             column_loss = column_loss.nan_to_num(nan=math.nan, posinf=math.inf, neginf=0.0)
     losses = row_loss if column_loss is None else (row_loss + column_loss) / 2  # (N, 1)
     if options.reduction == "none":
-        return losses[:, 0]
+        return losses[:, 0].clone()  # the caller's own: what the backward needs is not changed through it
     if options.exchange is None:
         return losses.mean() if options.reduction == "mean" else losses.sum()
     total = options.exchange.sum(losses.sum())
     return total / options.total("positives") if options.reduction == "mean" else total
 
 
-def _as_a_kernel(device_type: str) -> contextlib.AbstractContextManager[object]:
-    """As a kernel of torch's own runs: below autograd, which would look at each of its operations for a graph that
-    there never is (6 % of a small loss), and with the dtypes of products chosen here, not by autocast.
+@contextlib.contextmanager
+def as_a_kernel(device: torch.device) -> Iterator[None]:
+    """As a kernel of torch's own runs: on the tensors' device; below autograd, which would look at each operation
+    for a graph that there never is (6 % of a small loss); with products' dtypes chosen here, not by autocast.
     """
-    below = torch._C._AutoDispatchBelowAutograd()
-    if not torch.is_autocast_enabled(device_type):
-        return below
-    both = contextlib.ExitStack()
-    both.enter_context(below)
-    both.enter_context(torch.autocast(device_type, enabled=False))
-    return both
+    casts = torch.is_autocast_enabled(device.type)
+    if casts:  # torch.autocast(enabled=False) does the same in thirty times the time
+        torch.set_autocast_enabled(device.type, False)
+    try:
+        there = contextlib.nullcontext() if _is_current(device) else torch.cuda.device(device)
+        with there, torch._C._AutoDispatchBelowAutograd():
+            yield
+    finally:
+        if casts:
+            torch.set_autocast_enabled(device.type, True)
+
+
+def _is_current(device: torch.device) -> bool:
+    """Whether a kernel that is launched now runs there."""
+    return device.type != "cuda" or device.index == torch.cuda.current_device()

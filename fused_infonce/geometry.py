@@ -12,9 +12,9 @@ _LEAST_SINE = 1e-6  # of equal rows, whose gradient has no direction
 
 
 def unit_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x̂, differentiable; a zero row stays zero and has gradient 0. → (n, D)"""
+    """x̂, differentiable; a row whose norm is 0 in ``dtype`` becomes zero and has gradient 0. → (n, D)"""
     x = x.to(dtype)
-    zero = (x == 0).all(1, keepdim=True)
+    zero = torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True) == 0
     return F.normalize(torch.where(zero, torch.ones_like(x), x), dim=1, eps=0).masked_fill(zero, 0)
 
 

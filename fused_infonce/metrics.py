@@ -70,7 +70,8 @@ def contrastive_stats(
     - ``loss``: the loss, mean over anchors, in nats;
     - ``noise_share``: mean share of the denominator that is noise. With the paper's numbers it is small, since
       e^(s_ii/τ) dominates: about 1e-5 for a well-aligned pair;
-    - ``accuracy``: share of anchors whose positive is at least as similar as every in-batch negative;
+    - ``accuracy``: share of anchors whose positive is at least as similar as every in-batch negative (rounding
+      decides between equals);
     - ``positive_cosine``, ``negative_cosine``: means over the positives and the in-batch negatives;
     - ``alignment``: of anchors and positives, α = 2 (Wang & Isola 2020);
     - ``uniformity``: log of the mean of e^(−2 ‖q̂_i − k̂_j‖²) over the in-batch negatives (i, j): where both sides

@@ -40,12 +40,18 @@ def draw_device_seed(generator: torch.Generator | None, device: torch.device) ->
 
 
 def sample_block(
-    seed: Tensor, block: int, num_noise: int, D: int, dtype: torch.dtype, device: torch.device
+    seed: Tensor,
+    block: int,
+    num_noise: int,
+    D: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Rows [block·NOISE_BLOCK, …) of the ``num_noise`` standard normal vectors that ``seed`` stands for."""
     rows = min(NOISE_BLOCK, num_noise - block * NOISE_BLOCK)
     generator = torch.Generator(device).manual_seed(int(seed) ^ (block * 0x9E3779B97F4A7C15 & (2**62 - 1)))
-    return torch.randn(rows, D, generator=generator, dtype=dtype, device=device)
+    return torch.randn(rows, D, generator=generator, dtype=dtype, device=device, out=out)
 
 
 def sample_all(seed: Tensor, num_noise: int, D: int, device: torch.device) -> Tensor:

@@ -111,7 +111,7 @@ class Operands:
 
 @dataclass(slots=True, eq=False)
 class RowTerms:
-    """What a row's sum of exponentials is measured against, (N, 1) each: E_ij = 2^(z_ij − shift_i), in bits."""
+    """What a row's sum of E_ij = 2^(q_i·k_j + bias_ij − shift_i) is measured against, (N, 1) each."""
 
     shift: Tensor
     offset: Tensor | None  # o_i, nats, part of the shift; None: 0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Call
-from .geometry import unit_rows
+from .geometry import cosine_with_margin, unit_rows
 from .noise import log_mean_exp_cosine, sample_all
 from .options import Options, Similar
 
@@ -61,7 +61,9 @@ def _direction(
     if options.similar is not None:
         bias = bias.masked_fill(_too_similar(options.similar, s, positive, scores), -math.inf)
     if options.angular_margin:
-        positive = (positive.arccos() + options.angular_margin).cos()
+        zero = ~(q.any(1, keepdim=True) & positives.any(1, keepdim=True))
+        half_squared_chord = (q - positives).square().sum(1, keepdim=True) / 2
+        positive, _ = cosine_with_margin(positive, half_squared_chord, zero, options.angular_margin)
     z = torch.where(bias.isinf(), bias, kappa * (s - positive) + bias + options.hardness * s.detach())
     if noise is not None:
         s = q @ noise.T

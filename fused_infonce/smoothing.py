@@ -47,8 +47,11 @@ def smoothing_term(
         terms = _row_terms(q, _everyones(columns, exchange), s, p, T)
         if symmetric:
             terms = (terms + _row_terms(k, _everyones(q.sum(0), exchange), s, p, N)) / 2
-        tau = torch.as_tensor(temperature, dtype=dtype, device=q.device).reshape(())
-        terms = terms * (label_smoothing * torch.where(tau > 0, 1 / tau, math.nan))
+        if isinstance(temperature, Tensor):
+            tau = temperature.to(q.device, dtype).reshape(())
+            terms = terms * (label_smoothing * torch.where(tau > 0, 1 / tau, math.nan))
+        else:  # no copy to a device, which would wait for it
+            terms = terms * (label_smoothing / temperature)
         if reduction == "none":
             W = 1 if exchange is None else exchange.size
             return terms + (W - 1) * (terms - terms.detach())  # gradients times W, as of the loss itself

@@ -272,9 +272,10 @@ class Sweep:
     # ------------------------------------------------------------------ chunks
 
     def _row_chunks(self, columns: int) -> Iterator[slice]:
-        """Equal chunks of rows, as many a chunk as the workspace holds."""
-        most = max(1, min(self.N, self.ops.workspace_elements // columns))
-        step = math.ceil(self.N / math.ceil(self.N / most))
+        """Equal chunks of rows, as many a chunk as the workspace holds with their weighted anchors."""
+        most = max(1, min(self.N, self.ops.workspace_elements // (columns + self.D)))
+        even = math.ceil(self.N / math.ceil(self.N / most))
+        step = min(most, math.ceil(even / self.ops.chunk_rows) * self.ops.chunk_rows)
         for start in range(0, self.N, step):
             yield slice(start, min(self.N, start + step))
 
@@ -308,6 +309,7 @@ class Sweep:
                 tile = ops.exp_similarity(queries, columns, rows, state, closing=False)
                 part = None if acc_rows is None else cut(acc_rows, rows)
                 ops.grad_products(tile, columns.grad_rows, part, block > 0)
+                del tile  # the next may take other memory
         add = self.options.has_noise_columns
         for rows in self._row_chunks(len(keys)):
             tile = ops.exp_similarity(queries, keys, rows, state, closing=True)
@@ -316,6 +318,7 @@ class Sweep:
             ops.grad_products(
                 tile, keys.grad_rows, part, add, wanted, anchors, acc_columns, add_columns=rows.start > 0
             )
+            del tile
         if self.exchange is not None and acc_columns is not None:
             acc_columns = self._home(acc_columns, places).part(wanted_columns(self.options.counts, needs.columns))
         sums = ops.row_sums(state)
@@ -445,9 +448,12 @@ class Sweep:
         column_sums = all_column_sums[self.rank]
 
         # The noise of the column direction goes to the positives' gradient, before any key does.
-        acc_keys = acc.grad[: self.N] if needs.positives else None
-        if acc_keys is None and needs.temperature and column_loss is not None and self.options.has_noise_columns:
-            acc_keys = ops.zeros(self.N, self.D)
+        acc_keys: Tensor | None = None
+        if column_loss is not None and self.options.has_noise_columns:
+            if needs.positives:
+                acc_keys = acc.grad[: self.N]
+            elif needs.temperature:
+                acc_keys = ops.zeros(self.N, self.D)
         sides = zip(
             self._noise_sides(),
             (row_loss, column_loss),
@@ -467,8 +473,9 @@ class Sweep:
                         queries[rows], columns, rows.start, 0, shift[rows], w, (sums[rows], unused)
                     )
                     ops.grad_products(tile, columns.grad_rows, acc_side[rows], True)
+                    del tile
         d_kappa = ops.zeros()
-        if needs.temperature and acc_keys is not None and column_loss is not None:
+        if needs.temperature and acc_keys is not None:
             of_noise = ops.unit_dots(
                 acc_keys, self.units.keys[0], column_sums[: self.N, None], self.units.center_q
             )

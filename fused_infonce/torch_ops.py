@@ -1,7 +1,7 @@
 """The tile operations of the sweep in plain torch: any device, no N×M tensor, in place, in cache-sized pieces.
 
-Exponents are in base 2 throughout: the queries carry the factor κ·log2(e), shifts and biases are in bits. What
-belongs to rows is (N, 1), what belongs to columns (T,): both broadcast over a tile.
+Exponents are in base 2 throughout: the similarity product, or its queries, carry the factor κ·log2(e), shifts and
+biases are in bits. What belongs to rows is (N, 1), what belongs to columns (T,): both broadcast over a tile.
 On a CPU a product of bf16 rows is stored in bf16 (torch offers nothing wider there); all that follows it is fp32.
 """
 
@@ -53,6 +53,7 @@ class Part:
 class TorchOps:
     """One call's operations: its precision, its workspace and the scratch memory they share."""
 
+    chunk_rows = 1  # of which a chunk of rows is a multiple, where the workspace holds as many
     column_block = 8192  # columns of a tile of the two sweeps
     noise_block = noise.NOISE_BLOCK  # rows that are drawn at a time
 
@@ -90,6 +91,7 @@ class TorchOps:
             stride += GAP // dtype.itemsize
         size = rows * stride
         if self._tile is None or self._tile.numel() < size:
+            self._tile = None  # before there is another
             if dtype == self.precision.sums:
                 self._tile = self.empty(rows, stride)
             else:
@@ -114,7 +116,7 @@ class TorchOps:
         return torch.empty(shape, dtype=dtype or self.precision.sums, device=self.device)
 
     def accumulator(self, columns: int, D: int) -> Accumulator:
-        """Memory for the columns' gradients, to be overwritten."""
+        """Memory for the columns' gradients, to be overwritten, and for their sums, 0."""
         return Accumulator(self.empty(columns, D), self.zeros(columns) if self.rounds else None)
 
     def _pieces(self, rows: int, columns: int) -> list[slice]:
@@ -138,7 +140,7 @@ class TorchOps:
         bits: float | Tensor,
         centers: tuple[Tensor, Tensor] | None = None,  # of anchors and columns, (D,) each; None: this call's means
     ) -> tuple[Units, Operands]:
-        """Norms and centres, and the operands of the similarity product; bits: κ log2(e)."""
+        """Norms and centres, and the operands of the similarity product; bits: the factor of s_ij in exponents."""
         product, gradient = self.precision.product, self.precision.gradient
         self.factor = bits if isinstance(bits, float) else 1.0
         q, keys = self._rows(anchors), [self._rows(x) for x in columns]
@@ -146,7 +148,7 @@ class TorchOps:
         center_q = (self._mean(q) if centers is None else centers[0]) if self.rounds else None
         units = Units(q, keys, center_q, self._mean(keys[0]) if centers is None else centers[1])
         rows = self.empty(sum(map(len, keys)), anchors.shape[1], dtype=product)
-        queries, shift = self._queries(q, keys[0], units.center_k, bits, cut(rows, slice(0, len(q))))
+        queries, shift = self.queries(q, keys[0], units.center_k, bits, cut(rows, slice(0, len(q))))
         self._fill_centered(rows, keys, units.center_k, first=1)
         grad_rows = rows
         if gradient != product:
@@ -154,17 +156,13 @@ class TorchOps:
             self._fill_centered(grad_rows, keys, units.center_k)
         return units, Operands(queries, rows, grad_rows, shift)
 
-    def queries(self, q: Rows, k: Rows, center: Tensor | None, bits: float | Tensor) -> tuple[Tensor, Tensor]:
-        """Operands of the similarity product for q̂, and bits · q̂_i·(k̂_i − center) from unrounded rows.
-
-        (N, D), (N, D), (D,), 0-dim → (N, D), (N, 1)
-        """
-        return self._queries(q, k, center, bits)
-
-    def _queries(
+    def queries(
         self, q: Rows, k: Rows, center: Tensor | None, bits: float | Tensor, keys: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The same; and k̂ − center to ``keys``, in its dtype."""
+        """Operands of the similarity product for q̂, and bits · q̂_i·(k̂_i − center) from unrounded rows.
+
+        keys: memory for k̂ − center, in its dtype. (N, D), (N, D), (D,), 0-dim → (N, D), (N, 1)
+        """
         (N, D), sums, product = q.x.shape, self.precision.sums, self.precision.product
         scaled = self.factor == 1  # by bits, or else the product is
         kept = q.unit if product == sums and not scaled else None
@@ -216,25 +214,31 @@ class TorchOps:
 
     def unit_rows(self, x: Tensor) -> Tensor:
         """x̂ in the product dtype. → (n, D)"""
-        return self.given_noise(x, None)[0]
+        out = torch.empty_like(x, dtype=self.precision.product)
+        self._fill_centered(out, [self._rows(x.to(self.precision.sums))], None)
+        return out
 
     def sampled_noise(
         self, seed: Tensor, rows: slice, num_noise: int, D: int, center: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Some of the random directions that ``seed`` stands for, a whole block, centred: as ``given_noise``."""
-        block = rows.start // noise.NOISE_BLOCK
-        return self.given_noise(
-            noise.sample_block(seed, block, num_noise, D, self.precision.sums, self.device), center
-        )
+        out = self._noise_buffer((rows.stop - rows.start, D), self.precision.sums)
+        noise.sample_block(seed, rows.start // noise.NOISE_BLOCK, num_noise, D, out.dtype, self.device, out)
+        return self.given_noise(out, center)
 
     def given_noise(self, x: Tensor, center: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x̂ − center in the product dtype and in the gradient dtype. (n, D), (D,) → (n, D), (n, D)"""
-        rows, precision = self._rows(x.to(self.precision.sums)), self.precision
-        copies = []
-        for dtype in dict.fromkeys((precision.product, precision.gradient)):
-            copies.append(torch.empty_like(rows.x, dtype=dtype))
+        """x̂ − center in the product dtype and in the gradient dtype, overwritten by the next block's.
+
+        (n, D), (D,) → (n, D), (n, D)
+        """
+        rows, copies = self._rows(x.to(self.precision.sums)), []
+        for dtype in dict.fromkeys((self.precision.product, self.precision.gradient)):
+            copies.append(self._noise_buffer(x.shape, dtype))
             self._fill_centered(copies[-1], [rows], center)
         return copies[0], copies[-1]
+
+    def _noise_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return self.buffer(f"noise {dtype}", shape, dtype)
 
     def centered_anchors(self, units: Units, rows: slice, weights: Tensor | None = None) -> Tensor:
         """w_i q̃_i in the gradient dtype, of some rows, overwritten by the next ones; weights: (N, 1). → (n, D)"""

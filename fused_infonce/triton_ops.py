@@ -9,11 +9,12 @@ from torch import Tensor
 
 from .kernels import noise, normalise, products, ratios, similarity
 from .kernels.common import precision_of
-from .kernels.settings import Settings, Tile, default_settings, target_of
+from .kernels.settings import Settings, Tile, cdiv, default_settings, target_of
 from .operands import Accumulator, Columns, Operands, Precision, Rows, RowSums, RowTerms, Scale, Side, Units
 
 DEFAULT_WORKSPACE = 256 << 20
 MIN_ROWS = 1024  # rows a chunk below which the traffic of the columns' accumulator would set the time
+ALIGN = 16  # elements that strides are multiples of: kernels load the wider for it, tensor maps want 16 bytes
 
 
 @dataclass(slots=True, eq=False)
@@ -31,6 +32,7 @@ class RowState:
 class TritonOps:
     """One call's operations: its precision, settings and workspace."""
 
+    chunk_rows = 128  # whole tiles of products
     column_block = 1 << 40  # tiles as wide as the matrix
     noise_block = 8192  # rows that are drawn at a time
 
@@ -64,9 +66,9 @@ class TritonOps:
 
     def workspace(self, rows: int, columns: int) -> Tensor:
         """A tile's memory, overwritten by the next one's; rows are aligned. → (rows, columns)"""
-        align = 16 // self.precision.gradient.itemsize
-        width = -(-columns // align) * align
+        width = cdiv(columns, ALIGN) * ALIGN
         if self._tile is None or self._tile.numel() < rows * width:
+            self._tile = None  # not beside the larger one
             self._tile = torch.empty(rows * width, dtype=self.precision.gradient, device=self.device)
         return self._tile[: rows * width].view(rows, width)[:, :columns]
 
@@ -85,13 +87,12 @@ class TritonOps:
             return Accumulator(self.empty(columns, D), None)
         if not self.settings.library_products:
             return Accumulator(self.empty(columns, D), self.empty(columns))
-        padded = self.empty(columns, D + similarity.PAD)
+        padded = self._rows(columns, D + similarity.PAD, torch.float32)
         return Accumulator(padded[:, :D], padded[:, D])
 
     def _rows(self, n: int, D: int, dtype: torch.dtype) -> Tensor:
-        """Memory for operands, rows at multiples of 16 bytes as tensor maps want them. → (n, D)"""
-        align = 16 // dtype.itemsize
-        return torch.empty(n, -(-D // align) * align, dtype=dtype, device=self.device)[:, :D]
+        """Memory for aligned rows. → (n, D)"""
+        return torch.empty(n, cdiv(D, ALIGN) * ALIGN, dtype=dtype, device=self.device)[:, :D]
 
     def _copies(self, n: int, D: int) -> tuple[Tensor, Tensor | None]:
         """Memory for rows in the product dtype and, where that is another, in the gradient dtype."""

@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms want it on a GPU
+
 import torch
 
 if not torch.cuda.is_available():

@@ -10,6 +10,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms want it on a GPU
+
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp

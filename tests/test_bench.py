@@ -155,7 +155,7 @@ def test_what_was_measured_is_kept_when_interrupted(tmp_path):
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert said.strip().splitlines()[-1].endswith("what was measured is kept")
+    assert f"what was measured is kept: python -m bench report {tmp_path}" in said.strip().splitlines()[-1]
     document, rows = rows_of(tmp_path)
     assert not document["complete"]
     assert rows["naive", 16]["status"] == rows["hanging", 16]["status"] == "ok"
@@ -174,7 +174,7 @@ MORE = [
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_every_candidate_that_can_be_had_here_passes_the_gate(way, more, dtype):
     case = Case(32, 384, way, dtype, **more)
-    gate, passed = Gate(case, "cpu"), []
+    gate, passed = Gate(case, "cuda" if torch.cuda.is_available() else "cpu"), []
     for name, candidate in load().items():
         if name == "naive-compile":
             continue  # naive, compiled: half a minute
@@ -345,6 +345,31 @@ def test_flops_of_the_floor():
     assert Case(10, 4, "forward").flops == unit
     assert Case(10, 4, noise=10, negatives=20).flops == 3 * 3 * unit + 2 * unit
     assert math.isclose(Case(100, 4, noise=300).at(50).noise, 150)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_paper_suite_holds_every_size_and_way(device):
+    cases = {case for entry in suites.loss("paper", device) for case in entry.cases}
+    assert {case.D for case in cases} == {128, 384, 768, 1024, 4096}
+    assert {64, 4096, 1_048_576} <= {case.N for case in cases}
+    assert {case.dtype for case in cases} == set(suites.dtypes_for(device))
+    for D in (128, 768, 4096):
+        some = [case for case in cases if case.D == D]
+        assert {case.way for case in some} == {"one-way", "symmetric", "forward"}
+        assert {(case.noise // case.N, case.negatives // case.N) for case in some} == {(0, 0), (3, 0), (0, 1)}
+
+
+@pytest.mark.parametrize("suite", suites.SUITES)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_no_suite_measures_a_case_twice_or_a_smaller_one_after_it_was_given_up(suite, device):
+    for job in ("loss", "memory", "accuracy"):
+        for entry in getattr(suites, job)(suite, device):
+            assert len(set(entry.cases)) == len(entry.cases)
+            lines = {}
+            for case in entry.cases:
+                line = (case.D, case.way, case.dtype, case.noise > 0, case.negatives > 0, case.regime)
+                assert lines.get(line, 0) < case.N
+                lines[line] = case.N
 
 
 # ------------------------------------------------------------------ the study

@@ -369,6 +369,12 @@ def test_a_group_for_gpus_only_is_agreed_in_beside_it(ranks):
 # ---------------------------------------------------------------------- the rest
 
 
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
+def test_a_group_of_one(ranks, strategy):
+    """Nothing travels, least of all to oneself."""
+    assert_same(ranks, {"num_noise": 20, "strategy": strategy}, UNEVEN[1], views=1, queue=2)
+
+
 def test_auto_gathers_what_is_small():
     assert choose_strategy("auto", 1024, 768, 2) == "gather"
     assert choose_strategy("auto", 1 << 24, 768, 2) == "ring"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ pytest.importorskip("triton")
 
 from fused_infonce.kernels import common, noise, normalise, products, ratios, settings, similarity
 
-from fused_infonce import function, gs_infonce, triton_ops
+from fused_infonce import function, gs_infonce, operands, triton_ops
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 N, D, H, Q, M = 21, 20, 42, 5, 9
@@ -118,13 +119,14 @@ def test_ragged_sizes(sizes, options):
 
 
 @pytest.mark.parametrize("options", [{}, {"symmetric": True}], ids=["oneway", "symmetric"])
-def test_any_strides_and_two_runs_give_the_same_bits(options):
+def test_any_strides_and_two_runs_that_give_the_same_bits(options):
     wide = make(N, 2 * D, seed=1)
     views = [wide[:, ::2], make(D, N, seed=2).T]
     found = [loss_and_grads(views, backend="triton", num_noise=0, **options) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     plain = loss_and_grads([x.contiguous() for x in views], backend="triton", num_noise=0, **options)
-    assert all(torch.equal(a, b) for a, b in zip(found[0], plain, strict=True))
+    for a, b in zip(found[0], plain, strict=True):  # a compiled kernel's order of sums may depend on strides
+        assert relative_error(a, b) <= 1e-6
 
 
 def test_ids_and_upstream_gradients_of_any_strides():
@@ -276,6 +278,18 @@ def test_memory_maps_load_what_pointers_load():
         found.append(out)
     assert torch.equal(*found)
     assert not common.operands(make(32, 33, seed=1)[:, :32], k, settings.Tile(16, 16, 16, 4, 1, tma=True))[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_strides_of_what_kernels_load_are_aligned(dtype):
+    """Multiples of 16 elements: Triton compiles for these alone loads of several elements."""
+    library = replace(INTERPRETED, library_products=True)
+    ops = triton_ops.TritonOps(operands.Precision.of(dtype, DEVICE), DEVICE, None, 5000, 5000, library)
+    found = [ops._rows(5, 20, dtype), ops.workspace(5, 21)]
+    if ops.rounds:
+        found.append(ops.accumulator(5, 20).grad)
+    assert all(x.stride(0) % 16 == 0 for x in found)
+    assert similarity.PAD % 16 == 0
 
 
 # ---------------------------------------------------------------------- costs

@@ -24,6 +24,12 @@ def test_64_mib_by_default(way, dtype):
     assert beyond(Case(N, 64, way, dtype)) <= 64
 
 
+@pytest.mark.parametrize("noise", [0, 4096])
+def test_wide_rows_take_their_part_of_it(noise):
+    """The weighted anchors of a chunk, and blocks of noise, are as wide as the rows."""
+    assert beyond(Case(2508, 4096, noise=noise)) <= 64
+
+
 def test_the_same_at_65536():
     """In bf16 where the CPU has it: emulated it takes minutes."""
     assert beyond(Case(65536, 16, dtype=dtypes_for("cpu")[-1])) <= 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 
@@ -11,6 +12,9 @@ from helpers import loss_and_grads, relative_error, rows
 
 from bench.cases import naive
 from fused_infonce import arguments, gs_infonce, info_nce
+from fused_infonce.operands import Precision, Scale
+from fused_infonce.sweep import Needs, Sweep
+from fused_infonce.torch_ops import TorchOps
 
 N, D, H, Q, M = 37, 24, 74, 11, 19
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5}
@@ -153,6 +157,61 @@ def test_autocast_changes_products_and_nothing_else(options):
     for a, b in zip(grads, want, strict=True):
         assert a.dtype == torch.float32
         assert 1e-6 < relative_error(a, b) < 0.8 * usual_error
+
+
+def test_fp32_products_as_one_backend_was_told():
+    """Where a backend was told something of its own, torch.get_float32_matmul_precision() raises."""
+    q, k = (rows(300, 400, seed=s, dtype=torch.float32).requires_grad_() for s in (1, 2))
+    found, was = {}, torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        for told in ("ieee", "bf16"):
+            torch.backends.mkldnn.matmul.fp32_precision = told
+            found[told] = torch.autograd.grad(info_nce(q, k, backend="torch"), (q, k))
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = was
+    want = torch.autograd.grad(info_nce(q, k, backend="reference"), (q, k))
+    for told, limit in (("ieee", 5e-6), ("bf16", 1e-2)):
+        for got, exact in zip(found[told], want, strict=True):
+            assert relative_error(got, exact) < limit, told
+
+
+DEFAULTS = {
+    name: p.default for name, p in inspect.signature(gs_infonce).parameters.items() if p.kind == p.KEYWORD_ONLY
+}
+
+
+@pytest.mark.parametrize("product", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"num_noise": 50}, {"hardness": 2.0}], ids=str)
+def test_a_temperature_on_the_device_scales_the_queries(product, options):
+    """Where the host does not know the product's factor; on a CPU it always does, so the tensor is handed on."""
+    inputs = [rows(40, 30, seed=s, dtype=torch.float32) for s in (1, 2)]
+    noise = {"noise": rows(50, 30, seed=3, dtype=torch.float32)} if options.get("num_noise") else {}
+    asked = {**DEFAULTS, "num_noise": 0, **options, **noise}
+    call = arguments.resolve(
+        *inputs, None, **{name: x for name, x in asked.items() if name not in ("group", "strategy")}
+    )
+    found = []
+    for kappa in (20.0, torch.tensor(20.0)):
+        ops = TorchOps(Precision.of(product, inputs[0].device), inputs[0].device, None)
+        sweep = Sweep(ops, call.options, kappa, call.inputs, call.noise_rows)
+        losses = sweep.losses()
+        needs = Needs(True, True, False, False, True)
+        out = sweep.gradients(needs, *losses, None, Scale(None, 1.0))
+        found.append([x for x in (*losses, out.anchors, out.positives, out.kappa) if x is not None])
+    for a, b in zip(*found, strict=True):
+        assert relative_error(a, b) < (1e-6 if product == torch.float32 else 2e-2)
+
+
+def test_losses_of_rows_are_the_caller_s_own():
+    """Changed in place, they change no gradient."""
+    q, k = (rows(9, 6, seed=s).requires_grad_() for s in (1, 2))
+    weights = torch.arange(9.0, dtype=torch.float64)
+    want = torch.autograd.grad((info_nce(q, k, reduction="none") * weights).sum(), (q, k))
+    losses = info_nce(q, k, reduction="none")
+    losses *= weights
+    losses.detach().add_(1.0)
+    got = torch.autograd.grad(losses.sum(), (q, k))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_autocast_leaves_fp64_alone():
@@ -325,7 +384,7 @@ def test_auto_takes_the_kernels_where_they_run(capability, dtype, D, chosen, rea
     from fused_infonce import backends
 
     pytest.importorskip("triton")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(backends, "_capability", lambda device: capability)
     monkeypatch.setattr(backends, "_logged", set())
     with caplog.at_level("INFO", logger="fused_infonce"):
         assert backends.choose_backend("auto", torch.device("cuda"), dtype, D) == chosen

@@ -180,6 +180,22 @@ def test_close_and_equal_pairs_keep_the_margin_s_gradient():
     assert all(x.isfinite().all() for x in same)
 
 
+def test_equal_pairs_under_a_margin_in_the_reference_too():
+    q = rows(6, 5, seed=1).requires_grad_()
+    loss = info_nce(q, q.detach().clone(), angular_margin=0.2, backend="reference")
+    assert loss.isfinite()
+    assert torch.autograd.grad(loss, q)[0].isfinite().all()
+
+
+def test_rows_too_short_for_fp32_are_zero_rows_under_smoothing_too():
+    q, k = (rows(6, 5, seed=s, dtype=torch.float32) for s in (1, 2))
+    tiny, none = q.clone(), q.clone()
+    tiny[3], none[3] = 1e-25, 0
+    losses = [info_nce(x, k, label_smoothing=0.1) for x in (tiny, none)]
+    assert losses[0].isfinite()
+    assert losses[0] == losses[1]
+
+
 def test_zero_rows_and_nan():
     q, k = rows(9, 5, seed=1), rows(9, 5, seed=2)
     q[3] = 0

@@ -46,7 +46,6 @@ def product_tile(
     pid_m, pid_d = tile_of(tile, tl.cdiv(M, BLOCK_M), tl.cdiv(D, BLOCK_D), GROUP)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    rows = tl.minimum(offs_m, M - 1).to(tl.int64)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     weight = tl.zeros((BLOCK_M,), tl.float32)
     for start in tl.range(0, K, BLOCK_K):
@@ -57,13 +56,16 @@ def product_tile(
             B + k[:, None] * stride_b + offs_d[None, :], mask=inside[:, None] & (offs_d < D)[None, :], other=0.0
         )
         if TRANSPOSED:
-            e = tl.load(E + k[:, None] * stride_en + rows[None, :], mask=inside[:, None], other=0.0)
+            # A mask, for a clamped index along the contiguous axis would make each element a load of its own.
+            here = inside[:, None] & (offs_m < M)[None, :]
+            e = tl.load(E + k[:, None] * stride_en + offs_m[None, :], mask=here, other=0.0)
             acc = tl.dot(tl.trans(e), b, acc, input_precision=PRECISION)
             if HAS_SUMS:
                 if pid_d == 0:
                     w = tl.load(B + k * stride_b + D, mask=inside, other=0.0).to(tl.float32)
                     weight += tl.sum(e.to(tl.float32) * w[:, None], 0)
         else:
+            rows = tl.minimum(offs_m, M - 1).to(tl.int64)
             e = tl.load(E + rows[:, None] * stride_en + k[None, :], mask=inside[None, :], other=0.0)
             acc = tl.dot(e, b, acc, input_precision=PRECISION)
     mask = (offs_m < M)[:, None] & (offs_d < D)[None, :]

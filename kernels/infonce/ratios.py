@@ -152,7 +152,7 @@ def _launch(
     tiles = cdiv(N, settings.block_m) * cdiv(T, settings.block_n)
     q, k, use_tma = operands(queries, keys, settings)
     G = more["G"]
-    ratios_kernel[(min(tiles, num_programs(queries.device)),)](
+    ratios_kernel[(min(tiles, num_programs(queries.device) * settings.per_sm),)](
         q, k, shift,
         **more, **special,
         N=N, T=T, D=D, i0=i0, j0=j0,

@@ -22,6 +22,7 @@ class Tile:
     tma: bool = False  # tensor-map loads, where strides allow
     warp_specialize: bool = False
     group: int = 8  # tiles of rows that share the columns in the cache
+    per_sm: int = 1  # programs of it that a multiprocessor is to hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ def default_settings(target: str, dtype: torch.dtype, precision: str, rows: int,
     )  # few tiles: small ones keep more of the device at work, and one launch is less
     if dtype == torch.float32:
         if small:
-            tile = Tile(32, 32, 32, 4, 2)
+            tile = Tile(32, 32, 32, 4, 2, per_sm=4)
             return Settings(tile, tile, tile, False)
         if target in ("sm_120", "gfx942") and precision == "tf32":  # little shared memory
             tiles = (Tile(64, 128, 32, 8, 2), Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2))
@@ -78,19 +79,16 @@ def default_settings(target: str, dtype: torch.dtype, precision: str, rows: int,
             tiles = _FULL[precision]
         return Settings(*tiles, found.library_products)
     if small:
-        tile = Tile(64, 64, 64 if target != "sm_120" else 32, 4, 2)
+        tile = Tile(64, 64, 64 if target != "sm_120" else 32, 4, 2, per_sm=4)
         return Settings(tile, tile, tile, False)
     return found
 
 
 def fp32_products(device: torch.device) -> str:
     """How torch was told to multiply fp32 there: "ieee", or "tf32" for anything that rounds."""
-    try:
-        told = torch.get_float32_matmul_precision()
-    except RuntimeError:  # told for one backend, torch's newer way, which the older does not agree with
-        backend = torch.backends.mkldnn if device.type == "cpu" else torch.backends.cuda
-        told = backend.matmul.fp32_precision
-    return "ieee" if told in ("highest", "ieee", "none") else "tf32"
+    backend = torch.backends.mkldnn if device.type == "cpu" else torch.backends.cuda
+    # Whichever of torch's three ways it was told; "none": no way, which is exact.
+    return "ieee" if backend.matmul.fp32_precision in ("ieee", "none") else "tf32"
 
 
 def cdiv(a: int, b: int) -> int:
@@ -110,5 +108,5 @@ def target_of(device: torch.device) -> str:
 
 @functools.cache
 def num_programs(device: torch.device) -> int:
-    """Programs of a persistent kernel: one a multiprocessor."""
+    """Programs of a persistent kernel, where a multiprocessor holds one."""
     return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count

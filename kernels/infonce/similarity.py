@@ -9,7 +9,7 @@ all done, with own_i = e^(−o_i) + t_i:
 
     α_i = 1/(own_i + Σ_j E_ij),  total_i = Σ_j E_ij + t_i,  share_i = α_i total_i
     loss_i = log(1 + e^(o_i) total_i), decoupled log(e^(o_i) total_i) and own_i = t_i
-    anchors_i = [α_i (q̂_i − c_q) | α_i]  (C, D + 8), the operand of the columns' gradient product
+    anchors_i = [α_i (q̂_i − c_q) | α_i]  (C, D + PAD), the operand of the columns' gradient product
 
 FLOPs: 2·C·T·D. Bytes: operands once, E once. Partials: C × tiles of T fp32, written and read once.
 """
@@ -24,7 +24,7 @@ from torch import Tensor
 from .common import Cost, as_rows, masked, operands, precision_of, similarity_tile, tile_of
 from .settings import Tile, cdiv, num_programs
 
-PAD = 8  # columns beyond D of the anchors: α_i, then zeros, so that rows stay multiples of 16 bytes
+PAD = 16  # columns beyond D of the anchors: α_i, then zeros, so that strides stay multiples of 16
 
 
 @triton.jit(do_not_specialize=["i0"])
@@ -116,7 +116,7 @@ def exp_similarity(
     partials = torch.empty(C, tiles_t, dtype=torch.float32, device=out.device)
     tiles = cdiv(C, settings.block_m) * tiles_t
     q, k, use_tma = operands(queries, keys, settings)
-    exp_similarity_kernel[(min(tiles, num_programs(out.device)),)](
+    exp_similarity_kernel[(min(tiles, num_programs(out.device) * settings.per_sm),)](
         q, k, out, partials, shift,
         N=C, T=T, D=D, i0=i0,
         stride_qn=queries.stride(0), stride_kt=keys.stride(0), stride_en=out.stride(0),
