@@ -34,7 +34,7 @@ from .distributed import Counts
 from .geometry import cosine_with_margin
 from .operands import Accumulator, Columns, Limits, RowSums, RowTerms, Scale, Side, Units
 from .options import Options
-from .torch_ops import TorchOps, as_rows_, cut, merge_ratios, moved
+from .torch_ops import TorchOps, as_rows_, cut, merge_ratios, moved, steps
 
 LOG2_E = 1 / math.log(2)
 _COLUMNS = {  # the inputs that are columns, by which of them are asked for
@@ -271,13 +271,14 @@ class Sweep:
 
     # ------------------------------------------------------------------ chunks
 
-    def _row_chunks(self, columns: int) -> Iterator[slice]:
+    def _row_chunks(self, columns: int) -> list[slice]:
         """Equal chunks of rows, as many a chunk as the workspace holds with their weighted anchors."""
-        most = max(1, min(self.N, self.ops.workspace_elements // (columns + self.D)))
+        most = max(1, self.ops.workspace_elements // (columns + self.D))
+        if most >= self.N:
+            return [slice(0, self.N)]
         even = math.ceil(self.N / math.ceil(self.N / most))
         step = min(most, math.ceil(even / self.ops.chunk_rows) * self.ops.chunk_rows)
-        for start in range(0, self.N, step):
-            yield slice(start, min(self.N, start + step))
+        return steps(self.N, step)
 
     def _column_blocks(self, counts: Counts, split: bool) -> Iterator[slice]:
         """Blocks of a rank's columns; with ``split`` none straddles the end of the positives."""

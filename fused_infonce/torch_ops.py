@@ -121,11 +121,11 @@ class TorchOps:
 
     def _pieces(self, rows: int, columns: int) -> list[slice]:
         """Pieces of a tile that one pass of elementwise operations works on."""
-        return _steps(rows, self.tile_elements // columns)
+        return steps(rows, self.tile_elements // columns)
 
     def _row_pieces(self, rows: int, D: int) -> list[slice]:
         """The same of rows (rows, D): their passes read and write more than one matrix."""
-        return _steps(rows, self.tile_elements // ROW_MATRICES // D)
+        return steps(rows, self.tile_elements // ROW_MATRICES // D)
 
     def _scratch(self, rows: slice, D: int) -> Tensor:
         """Memory for a piece of rows in the sums' dtype. → (n, D)"""
@@ -475,7 +475,7 @@ class TorchOps:
         if a.dtype == out.dtype:
             torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
             return
-        for piece in _steps(a.shape[0], step):
+        for piece in steps(a.shape[0], step):
             some, part = a[piece], out[piece]
             product = torch.mm(some, b, out=self.buffer("product", (some.shape[0], b.shape[1]), a.dtype))
             part.add_(product) if add else part.copy_(product)
@@ -528,7 +528,7 @@ class TorchOps:
         return out, _whole(dots)
 
 
-def _steps(n: int, step: int) -> list[slice]:
+def steps(n: int, step: int) -> list[slice]:
     """[0, n) in pieces of ``step``, of 1 at least."""
     if n <= step:
         return [slice(0, n)]
