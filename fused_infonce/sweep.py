@@ -25,6 +25,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -305,13 +306,10 @@ class Sweep:
         acc_rows = ops.empty(self.N, self.D) if needs.rows else None
         acc_columns = ops.accumulator(wanted.stop - wanted.start, self.D) if wanted.stop else None
         state = ops.start(terms, self.units, wanted, acc_columns)
-        for block, columns in enumerate(self._noise(self.units.center_k)):
-            for rows in self._row_chunks(len(columns)):
-                tile = ops.exp_similarity(queries, columns, rows, state, closing=False)
-                part = None if acc_rows is None else cut(acc_rows, rows)
-                ops.grad_products(tile, columns.grad_rows, part, block > 0)
-                del tile  # the next may take other memory
         add = self.options.has_noise_columns
+        if add:
+            self._sweep_noise(state, acc_rows)
+            ops.release()  # a block of wide noise is as large as a tile
         for rows in self._row_chunks(len(keys)):
             tile = ops.exp_similarity(queries, keys, rows, state, closing=True)
             part = None if acc_rows is None else cut(acc_rows, rows)
@@ -324,6 +322,16 @@ class Sweep:
             acc_columns = self._home(acc_columns, places).part(wanted_columns(self.options.counts, needs.columns))
         sums = ops.row_sums(state)
         return sums.losses, Tape(self.units, sums, constant, self.margin), acc_rows, acc_columns
+
+    def _sweep_noise(self, state: Any, acc_rows: Tensor | None) -> None:
+        """The noise's part of one sweep."""
+        ops = self.ops
+        for block, columns in enumerate(self._noise(self.units.center_k)):
+            for rows in self._row_chunks(len(columns)):
+                tile = ops.exp_similarity(self.operands.queries, columns, rows, state, closing=False)
+                part = None if acc_rows is None else cut(acc_rows, rows)
+                ops.grad_products(tile, columns.grad_rows, part, block > 0)
+                del tile  # the next may take other memory
 
     def _everyones(self) -> tuple[Columns, slice, list[list[slice]]]:
         """All ranks' columns in one matrix; those whose gradients are asked for; and where each rank's lie.

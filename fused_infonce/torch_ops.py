@@ -64,9 +64,9 @@ class TorchOps:
         self.factor = 1.0  # of the similarity product, where it is no part of the queries
         budget = workspace_bytes or DEFAULT_WORKSPACE.get(device.type, DEFAULT_DEVICE_WORKSPACE)
         # The rest is for the scratch of elementwise passes and what the libraries keep. glibc's allocator reuses a
-        # tile of 24 MiB; from 32 MiB on each call would fault its pages in anew.
+        # tile of 21 MiB; from 32 MiB on each call would fault its pages in anew.
         self.tile_elements = min(TILE, max(1024, budget // 128))
-        self.workspace_elements = budget * 3 // 8 // precision.gradient.itemsize
+        self.workspace_elements = budget // 3 // precision.gradient.itemsize
         self._like: Tensor | None = None  # a tensor of the sums' dtype: new_empty takes a third of empty's time
         self._buffers: dict[str, Tensor] = {}
         self._tile: Tensor | None = None
