@@ -132,34 +132,7 @@ def gs_infonce(
         ValueError, TypeError: an argument is out of range or of the wrong kind; the message names it. With a group
             every rank raises, also where ranks disagree about features, dtype, options or wanted gradients.
     """
-    traceable = generator is None and group is None and guide is None and backend != "reference"
-    if traceable and torch.compiler.is_compiling():
-        return compiled_loss(
-            anchors,
-            positives,
-            negatives,
-            queue=queue,
-            temperature=temperature,
-            min_temperature=min_temperature,
-            num_noise=num_noise,
-            noise_weight=noise_weight,
-            noise=noise,
-            hard_negative_weight=hard_negative_weight,
-            ids=ids,
-            negative_ids=negative_ids,
-            symmetric=symmetric,
-            reduction=reduction,
-            backend=backend,
-            workspace_bytes=workspace_bytes,
-            decoupled=decoupled,
-            angular_margin=angular_margin,
-            hardness=hardness,
-            label_smoothing=label_smoothing,
-            filter_margin=filter_margin,
-            filter_threshold=filter_threshold,
-        )
-    loss = _outside_compiler if torch.compiler.is_compiling() else _eager_loss
-    return loss(
+    return _loss(
         anchors,
         positives,
         negatives,
@@ -218,7 +191,7 @@ def info_nce(
 
     Arguments, result and errors are those of :func:`gs_infonce`.
     """
-    return gs_infonce(
+    return _loss(
         anchors,
         positives,
         negatives,
@@ -226,6 +199,9 @@ def info_nce(
         temperature=temperature,
         min_temperature=min_temperature,
         num_noise=0,
+        noise_weight=1.0,
+        noise="sampled",
+        generator=None,
         hard_negative_weight=hard_negative_weight,
         ids=ids,
         negative_ids=negative_ids,
@@ -245,9 +221,32 @@ def info_nce(
     )
 
 
-def _eager_loss(*inputs: Tensor | None, group: ProcessGroup | None, strategy: Strategy, **options: Any) -> Tensor:
+def _loss(
+    *inputs: Tensor | None,
+    generator: torch.Generator | None,
+    group: ProcessGroup | None,
+    strategy: Strategy,
+    guide: Sequence[Tensor] | None,
+    **options: Any,
+) -> Tensor:
+    eager = _eager_loss
+    if torch.compiler.is_compiling():
+        if generator is None and group is None and guide is None and options["backend"] != "reference":
+            return compiled_loss(*inputs, **options)  # type: ignore[arg-type]
+        eager = _outside_compiler
+    return eager(inputs, generator, group, strategy, guide, options)
+
+
+def _eager_loss(
+    inputs: tuple[Tensor | None, ...],
+    generator: torch.Generator | None,
+    group: ProcessGroup | None,
+    strategy: Strategy,
+    guide: Sequence[Tensor] | None,
+    options: dict[str, Any],
+) -> Tensor:
     resolved = resolve if group is None else functools.partial(resolve_among, group, strategy)
-    call = resolved(*inputs, **options)  # type: ignore[arg-type]
+    call = resolved(*inputs, generator=generator, guide=guide, **options)  # type: ignore[arg-type]
     loss = reference_loss(call) if call.backend == "reference" else fused_loss(call)
     asked = call.options
     if not asked.label_smoothing:

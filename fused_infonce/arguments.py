@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -89,27 +90,38 @@ def resolve(
     tensors = _check_inputs(anchors, positives, negatives, queue)
     N = anchors.shape[0]
     H = 0 if negatives is None else negatives.shape[0]
-    kind, M, noise_rows = _check_noise(noise, num_noise, noise_weight, anchors)
+    noise_rows = _check_given(noise, anchors) if isinstance(noise, Tensor) else None
     _check_temperature(temperature, min_temperature, anchors.device)
-    check_choice("reduction", reduction, ("mean", "sum", "none"))
-    if not isinstance(symmetric, bool):
-        raise TypeError(f"symmetric must be True or False, not {symmetric!r}")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator or None, not {type(generator).__name__}")
-    if workspace_bytes is not None and (not isinstance(workspace_bytes, int) or workspace_bytes <= 0):
-        raise ValueError(f"workspace_bytes must be a positive number of bytes or None, not {workspace_bytes!r}")
-    own = _finite("hard_negative_weight", hard_negative_weight)
-    if own and H % N:
-        raise ValueError(
-            f"negatives: {H} rows came, but with hard_negative_weight they must be a multiple of the {N} anchors, "
-            "row hN + i belonging to anchor i"
-        )
+    values = (
+        Counts(N, H, 0 if queue is None else queue.shape[0]),
+        None if noise_rows is not None else noise,
+        num_noise if noise_rows is None else noise_rows.shape[0],
+        noise_weight,
+        hard_negative_weight,
+        symmetric,
+        reduction,
+        backend,
+        workspace_bytes,
+        decoupled,
+        angular_margin,
+        hardness,
+        label_smoothing,
+        filter_margin,
+        filter_threshold,
+    )
+    try:
+        options = _options(*values)
+    except TypeError:  # also where there is no hash of a value
+        options = _options.__wrapped__(*values)
     _check_ids("ids", ids, N, anchors.device)
     _check_ids("negative_ids", negative_ids, H, anchors.device)
     if negative_ids is not None and (ids is None or negatives is None):
         raise ValueError("negative_ids needs both ids and negatives: it is compared with the anchors' ids")
-    similar = _check_filter(filter_margin, filter_threshold, guide, tensors)
-    _check_variants(decoupled, angular_margin, hardness, label_smoothing)
+    similar = options.similar
+    if guide is not None:
+        similar = replace(similar or Similar(0.0, None, None), guide=_check_guide(guide, tensors))
     if label_smoothing and (ids is not None or similar is not None):
         raise ValueError(
             "label_smoothing cannot be combined with ids or a filter: it spreads the label over every column, "
@@ -119,33 +131,24 @@ def resolve(
     dtype = tensors[0].dtype
     for x in tensors[1:]:
         dtype = dtype if x.dtype == dtype else torch.promote_types(dtype, x.dtype)
-    check_choice("backend", backend, ("auto", "triton", "torch", "reference"))
     chosen = choose_backend(backend, anchors.device, dtype, anchors.shape[1])
     seed = None
-    if kind == "sampled" and traced is not None:
+    if options.noise == "sampled" and traced is not None:
         seed = traced.seed
-    elif kind == "sampled" and chosen == "triton" and not host_seed:
+    elif options.noise == "sampled" and chosen == "triton" and not host_seed:
         seed = noise_source.draw_device_seed(generator, anchors.device)
-    elif kind == "sampled":
+    elif options.noise == "sampled":
         seed = noise_source.draw_seed(generator)
-    options = Options(
-        counts=Counts(N, H, 0 if queue is None else queue.shape[0]),
-        noise=kind,
-        num_noise=M,
-        log_noise_weight=math.log(noise_weight) if kind != "none" else 0.0,
-        own_log_weight=own if H else 0.0,
-        ids=None if ids is None else ids.contiguous(),
-        negative_ids=None if negative_ids is None else negative_ids.contiguous(),
-        symmetric=symmetric,
-        reduction=reduction,
-        seed=seed,
-        workspace_bytes=workspace_bytes,
-        decoupled=decoupled,
-        angular_margin=angular_margin,
-        hardness=hardness,
-        label_smoothing=label_smoothing,
-        similar=similar,
-    )
+    if seed is not None or ids is not None or similar is not None:
+        options = replace(
+            options,
+            seed=seed,
+            ids=None if ids is None else ids.contiguous(),
+            negative_ids=None if negative_ids is None else negative_ids.contiguous(),
+            similar=similar,
+        )
+    if options.noise != "given":
+        noise_rows = None
     product_dtype = dtype
     autocast = autocast_dtype(anchors.device.type) if traced is None else traced.autocast_dtype
     if dtype != torch.float64 and autocast is not None:
@@ -153,6 +156,82 @@ def resolve(
     bound = _kappa_bound(temperature, min_temperature, ask=traced is None)
     inputs = (anchors, positives, negatives, queue)
     return Call(inputs, noise_rows, temperature, bound, options, dtype, product_dtype, chosen)
+
+
+@functools.lru_cache(maxsize=64, typed=True)  # they seldom change, and small batches feel the checks
+def _options(
+    counts: Counts,
+    noise: Any,  # None: given vectors
+    num_noise: Any,
+    noise_weight: Any,
+    hard_negative_weight: Any,
+    symmetric: Any,
+    reduction: Any,
+    backend: Any,
+    workspace_bytes: Any,
+    decoupled: Any,
+    angular_margin: Any,
+    hardness: Any,
+    label_smoothing: Any,
+    filter_margin: Any,
+    filter_threshold: Any,
+) -> Options:
+    """All that is neither a tensor nor drawn, checked."""
+    if _finite("noise_weight", noise_weight) < 0:
+        raise ValueError(f"noise_weight must be >= 0, not {noise_weight}")
+    kind: NoiseKind = "given"
+    if noise is not None:
+        check_choice("noise", noise, ("sampled", "expected"), "or a tensor (M, D)")
+        kind = noise
+        if isinstance(num_noise, bool) or not isinstance(num_noise, int):
+            raise TypeError(f"num_noise must be an integer, not {num_noise!r}")
+        if num_noise < 0:
+            raise ValueError(f"num_noise must be >= 0, not {num_noise}")
+    if num_noise == 0 or noise_weight == 0:
+        kind, num_noise = "none", 0
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    check_choice("backend", backend, ("auto", "triton", "torch", "reference"))
+    if not isinstance(symmetric, bool):
+        raise TypeError(f"symmetric must be True or False, not {symmetric!r}")
+    if workspace_bytes is not None and (not isinstance(workspace_bytes, int) or workspace_bytes <= 0):
+        raise ValueError(f"workspace_bytes must be a positive number of bytes or None, not {workspace_bytes!r}")
+    N, H, _ = counts
+    own = _finite("hard_negative_weight", hard_negative_weight)
+    if own and H % N:
+        raise ValueError(
+            f"negatives: {H} rows came, but with hard_negative_weight they must be a multiple of the {N} anchors, "
+            "row hN + i belonging to anchor i"
+        )
+    if not isinstance(decoupled, bool):
+        raise TypeError(f"decoupled must be True or False, not {decoupled!r}")
+    if not 0 <= _finite("angular_margin", angular_margin) < math.pi:
+        raise ValueError(f"angular_margin must be an angle in radians, 0 <= m < pi, not {angular_margin}")
+    if _finite("hardness", hardness) < 0:
+        raise ValueError(f"hardness must be >= 0, not {hardness}")
+    if not 0 <= _finite("label_smoothing", label_smoothing) < 1:
+        raise ValueError(f"label_smoothing must be a share, 0 <= e < 1, not {label_smoothing}")
+    for name, value in (("filter_margin", filter_margin), ("filter_threshold", filter_threshold)):
+        if value is not None:
+            _finite(name, value)
+    filters = filter_margin is not None or filter_threshold is not None
+    return Options(
+        counts=counts,
+        noise=kind,
+        num_noise=num_noise,
+        log_noise_weight=math.log(noise_weight) if kind != "none" else 0.0,
+        own_log_weight=own if H else 0.0,
+        ids=None,
+        negative_ids=None,
+        symmetric=symmetric,
+        reduction=reduction,
+        seed=None,
+        workspace_bytes=workspace_bytes,
+        decoupled=decoupled,
+        angular_margin=angular_margin,
+        hardness=hardness,
+        label_smoothing=label_smoothing,
+        similar=Similar(filter_margin, filter_threshold, None) if filters else None,
+    )
 
 
 def resolve_among(
@@ -277,30 +356,13 @@ def _check_inputs(*inputs: Tensor | None) -> list[Tensor]:
     return [x for _, x in present if x is not None]
 
 
-def _check_noise(
-    noise: Any, num_noise: Any, noise_weight: Any, anchors: Tensor
-) -> tuple[NoiseKind, int, Tensor | None]:
-    if _finite("noise_weight", noise_weight) < 0:
-        raise ValueError(f"noise_weight must be >= 0, not {noise_weight}")
-    if isinstance(noise, Tensor):
-        if noise.ndim != 2 or noise.shape[1] != anchors.shape[1]:
-            raise ValueError(
-                f"noise must be a matrix (M, {anchors.shape[1]}) like the anchors, not {_shape(noise)}"
-            )
-        if not noise.is_floating_point():
-            raise TypeError(f"noise must hold floating-point vectors, not {noise.dtype}")
-        _check_device("noise", noise, anchors.device)
-        if noise.shape[0] == 0 or noise_weight == 0:
-            return "none", 0, None
-        return "given", noise.shape[0], noise.detach()
-    check_choice("noise", noise, ("sampled", "expected"), "or a tensor (M, D)")
-    if isinstance(num_noise, bool) or not isinstance(num_noise, int):
-        raise TypeError(f"num_noise must be an integer, not {num_noise!r}")
-    if num_noise < 0:
-        raise ValueError(f"num_noise must be >= 0, not {num_noise}")
-    if num_noise == 0 or noise_weight == 0:
-        return "none", 0, None
-    return noise, num_noise, None
+def _check_given(noise: Tensor, anchors: Tensor) -> Tensor:
+    if noise.ndim != 2 or noise.shape[1] != anchors.shape[1]:
+        raise ValueError(f"noise must be a matrix (M, {anchors.shape[1]}) like the anchors, not {_shape(noise)}")
+    if not noise.is_floating_point():
+        raise TypeError(f"noise must hold floating-point vectors, not {noise.dtype}")
+    _check_device("noise", noise, anchors.device)
+    return noise.detach()
 
 
 def _check_temperature(temperature: Any, min_temperature: Any, device: torch.device) -> None:
@@ -330,23 +392,7 @@ def _check_ids(name: str, ids: Any, count: int, device: torch.device) -> None:
     _check_device(name, ids, device)
 
 
-def _check_variants(decoupled: Any, angular_margin: Any, hardness: Any, label_smoothing: Any) -> None:
-    if not isinstance(decoupled, bool):
-        raise TypeError(f"decoupled must be True or False, not {decoupled!r}")
-    if not 0 <= _finite("angular_margin", angular_margin) < math.pi:
-        raise ValueError(f"angular_margin must be an angle in radians, 0 <= m < pi, not {angular_margin}")
-    if _finite("hardness", hardness) < 0:
-        raise ValueError(f"hardness must be >= 0, not {hardness}")
-    if not 0 <= _finite("label_smoothing", label_smoothing) < 1:
-        raise ValueError(f"label_smoothing must be a share, 0 <= e < 1, not {label_smoothing}")
-
-
-def _check_filter(margin: Any, threshold: Any, guide: Any, tensors: list[Tensor]) -> Similar | None:
-    for name, value in (("filter_margin", margin), ("filter_threshold", threshold)):
-        if value is not None:
-            _finite(name, value)
-    if guide is None:
-        return None if margin is None and threshold is None else Similar(margin, threshold, None)
+def _check_guide(guide: Any, tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
     wanted = f"guide must be one matrix for each of the {len(tensors)} inputs, in their order"
     if isinstance(guide, Tensor) or not isinstance(guide, Sequence):
         raise TypeError(f"{wanted}, not {type(guide).__name__}")
@@ -363,8 +409,7 @@ def _check_filter(margin: Any, threshold: Any, guide: Any, tensors: list[Tensor]
             )
         _check_device(f"guide[{i}]", x, tensors[0].device)
     rows, *columns = (x.detach() for x in guide)
-    margin = 0.0 if margin is None and threshold is None else margin
-    return Similar(margin, threshold, (rows, torch.cat(columns)))
+    return rows, torch.cat(columns)
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...], others: str = "") -> None:

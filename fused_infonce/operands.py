@@ -37,8 +37,10 @@ class Rows:
     r: Tensor  # (n, 1)
     unit: Tensor | None = None  # x̂_i = x_i r_i, (n, D), where a backend keeps them
 
-    def __len__(self) -> int:
-        return self.r.shape[0]
+    def part(self, rows: slice) -> Rows:
+        if rows.stop - rows.start == self.r.shape[0]:
+            return self
+        return Rows(self.x[rows], self.r[rows], None if self.unit is None else self.unit[rows])
 
 
 @dataclass(slots=True, eq=False)

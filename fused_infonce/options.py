@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -27,7 +28,7 @@ class Similar:
     guide: tuple[Tensor, Tensor] | None  # rows (N, G) and columns (T, G) whose cosines are the scores; None: s_ij
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Options:
     counts: Counts  # N, H and Q of this rank
     noise: NoiseKind
@@ -52,7 +53,7 @@ class Options:
         own: int = getattr(self.counts, name)
         return own if self.exchange is None else self.exchange.total(name)
 
-    @property
+    @functools.cached_property
     def gradient_factor(self) -> float:
         """A factor of the gradients of Σ_i loss_i: 1/N of a mean; and W, which DDP's averaging takes off again."""
         W = 1 if self.exchange is None else self.exchange.size
@@ -62,13 +63,13 @@ class Options:
     def has_noise_columns(self) -> bool:
         return self.noise in ("sampled", "given")
 
-    @property
+    @functools.cached_property
     def log_columns(self) -> float:
         """log of the number of terms in a row's denominator besides the positive's."""
         M = 0 if self.noise == "none" else self.num_noise
         return math.log(max(1, self.total("columns") - 1 + M))
 
-    @property
+    @functools.cached_property
     def _biases(self) -> tuple[float, float]:
         noise = 0.0 if self.noise == "none" else self.log_noise_weight
         own = self.own_log_weight
@@ -79,7 +80,7 @@ class Options:
         low, high = self._biases
         return 2 * (kappa + self.hardness) + self.log_columns + high - low <= _EXPONENT_SPAN
 
-    @property
+    @functools.cached_property
     def offset_margin(self) -> float:
         """o_i = max(0, κ + β − κ p_i + offset_margin) is the row offset of one sweep, p_i of the positive."""
         return self._biases[1] + self.log_columns - _EXPONENT_TOP

@@ -274,7 +274,7 @@ class Sweep:
 
     def _row_chunks(self, columns: int) -> list[slice]:
         """Equal chunks of rows, as many a chunk as the workspace holds with their weighted anchors."""
-        most = max(1, self.ops.workspace_elements // (columns + self.D))
+        most = min(self.ops.most_rows, max(1, self.ops.workspace_elements // (columns + self.D)))
         if most >= self.N:
             return [slice(0, self.N)]
         even = math.ceil(self.N / math.ceil(self.N / most))
@@ -303,14 +303,17 @@ class Sweep:
         places: list[list[slice]] = []
         if self.exchange is not None:
             keys, wanted, places = self._everyones()
-        acc_rows = ops.empty(self.N, self.D) if needs.rows else None
-        acc_columns = ops.accumulator(wanted.stop - wanted.start, self.D) if wanted.stop else None
+        add, chunks = self.options.has_noise_columns, self._row_chunks(keys.rows.shape[0])
+        once = len(chunks) == 1
+        acc_rows = ops.products(self.N, self.D, once and not add) if needs.rows else None
+        acc_columns = None
+        if wanted.stop:
+            acc_columns = ops.accumulator(wanted.stop - wanted.start, self.D, once and self.exchange is None)
         state = ops.start(terms, self.units, wanted, acc_columns)
-        add = self.options.has_noise_columns
         if add:
             self._sweep_noise(state, acc_rows)
             ops.release()  # a block of wide noise is as large as a tile
-        for rows in self._row_chunks(len(keys)):
+        for rows in chunks:
             tile = ops.exp_similarity(queries, keys, rows, state, closing=True)
             part = None if acc_rows is None else cut(acc_rows, rows)
             anchors = None if acc_columns is None else ops.closed_anchors(state, rows)

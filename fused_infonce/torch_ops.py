@@ -7,9 +7,12 @@ On a CPU a product of bf16 rows is stored in bf16 (torch offers nothing wider th
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +23,8 @@ from .operands import Accumulator, Columns, Operands, Precision, Rows, RowSums, 
 TILE = 1 << 19  # elements that one pass of elementwise operations works on: 2 MiB of fp32
 ROW_MATRICES = 2  # of them fit where a tile does: in passes over rows several are read and written
 ROUNDED_ROWS = 384  # of a product E @ k̃ in bf16: oneDNN leaves a core idle at many larger numbers
-CENTER_ROWS = 1024  # rows that a centre is the mean of; any constant is exact, a mean is the most useful one
-FEW_CENTER_ROWS = 64  # the same where products do not round: little is gained by more
+UNROUNDED_ROWS = 1024  # of a chunk in fp32: more gain nothing, and with few columns cost 4 % at N = 2048
+CENTER_ROWS = 64  # rows that a centre is the mean of; any constant is exact, a mean is the most useful one
 ALIASED = 2048  # bytes: rows of a multiple of it meet in few sets of a CPU's cache, a fifth of a product's time
 GAP = 64  # bytes, a cache line, that keep such rows apart
 DEFAULT_WORKSPACE = {"cpu": 64 << 20}
@@ -46,7 +49,7 @@ class Part:
 
     rows: slice  # of the tile
     tile: Tensor  # (n, T)
-    diagonal: Tensor | None  # (n, 1) its entries of rows' own columns, masked; a view; None: there are none
+    diagonal: Tensor | None  # (n,) its entries of rows' own columns, masked; a view; None: there are none
     scores: Tensor | None  # (n, T) a guide's
 
 
@@ -63,11 +66,13 @@ class TorchOps:
         self.rounds = precision.rounds
         self.factor = 1.0  # of the similarity product, where it is no part of the queries
         budget = workspace_bytes or DEFAULT_WORKSPACE.get(device.type, DEFAULT_DEVICE_WORKSPACE)
-        # The rest is for the scratch of elementwise passes and what the libraries keep. glibc's allocator reuses a
-        # tile of 21 MiB; from 32 MiB on each call would fault its pages in anew.
         self.tile_elements = min(TILE, max(1024, budget // 128))
+        # The rest is for the scratch of elementwise passes and what libraries keep. A tile of 21 MiB is memory
+        # that glibc's allocator reuses; from 32 on each call would fault its pages in anew.
         self.workspace_elements = budget // 3 // precision.gradient.itemsize
-        self._like: Tensor | None = None  # a tensor of the sums' dtype: new_empty takes a third of empty's time
+        self.most_rows = UNROUNDED_ROWS if not self.rounds else 1 << 40
+        # (*shape) → uninitialised memory, in the sums' dtype if no other is given
+        self.empty: Callable[..., Tensor] = functools.partial(torch.empty, dtype=precision.sums, device=device)
         self._buffers: dict[str, Tensor] = {}
         self._tile: Tensor | None = None
 
@@ -92,10 +97,7 @@ class TorchOps:
         size = rows * stride
         if self._tile is None or self._tile.numel() < size:
             self._tile = None  # before there is another
-            if dtype == self.precision.sums:
-                self._tile = self.empty(rows, stride)
-            else:
-                self._tile = torch.empty(rows, stride, dtype=dtype, device=self.device)
+            self._tile = self.empty(rows, stride, dtype=dtype)
         tile = self._tile
         if tile.shape != (rows, stride):  # what one tile holds pays for no view
             tile = tile.view(-1)[:size].view(rows, stride)
@@ -104,32 +106,30 @@ class TorchOps:
     def release(self) -> None:
         """Gives the memory of tiles and scratch back."""
         self._buffers.clear()
-        self._tile = self._like = None
+        self._tile = None
 
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.precision.sums, device=self.device)
 
-    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Uninitialised memory, in the sums' dtype if none is given."""
-        if self._like is not None:
-            return self._like.new_empty(shape, dtype=dtype)
-        return torch.empty(shape, dtype=dtype or self.precision.sums, device=self.device)
+    def products(self, n: int, D: int, once: bool) -> Tensor:
+        """Memory for gradient products, to be overwritten; once: nothing is added to it, and it is as narrow."""
+        return self.empty(n, D, dtype=self.precision.gradient) if once and self.rounds else self.empty(n, D)
 
-    def accumulator(self, columns: int, D: int) -> Accumulator:
-        """Memory for the columns' gradients, to be overwritten, and for their sums, 0."""
-        return Accumulator(self.empty(columns, D), self.zeros(columns) if self.rounds else None)
+    def accumulator(self, columns: int, D: int, once: bool) -> Accumulator:
+        """The same for the columns' gradients, and memory for their sums, 0."""
+        return Accumulator(self.products(columns, D, once), self.zeros(columns) if self.rounds else None)
 
     def _pieces(self, rows: int, columns: int) -> list[slice]:
         """Pieces of a tile that one pass of elementwise operations works on."""
         return steps(rows, self.tile_elements // columns)
 
-    def _row_pieces(self, rows: int, D: int) -> list[slice]:
-        """The same of rows (rows, D): their passes read and write more than one matrix."""
-        return steps(rows, self.tile_elements // ROW_MATRICES // D)
+    def _row_step(self, D: int) -> int:
+        """The same of rows (n, D): their passes read and write more than one matrix."""
+        return max(1, self.tile_elements // ROW_MATRICES // D)
 
-    def _scratch(self, rows: slice, D: int) -> Tensor:
-        """Memory for a piece of rows in the sums' dtype. → (n, D)"""
-        return self.buffer("rows", (rows.stop - rows.start, D), self.precision.sums)
+    def _scratch(self, like: Tensor) -> Tensor:
+        """Memory for a piece of rows in the sums' dtype. (n, D) → (n, D)"""
+        return self.buffer("rows", like.shape, self.precision.sums)
 
     # ------------------------------------------------------------------ rows
 
@@ -144,16 +144,19 @@ class TorchOps:
         product, gradient = self.precision.product, self.precision.gradient
         self.factor = bits if isinstance(bits, float) else 1.0
         q, keys = self._rows(anchors), [self._rows(x) for x in columns]
-        self._like = q.r
         center_q = (self._mean(q) if centers is None else centers[0]) if self.rounds else None
         units = Units(q, keys, center_q, self._mean(keys[0]) if centers is None else centers[1])
-        rows = self.empty(sum(map(len, keys)), anchors.shape[1], dtype=product)
-        queries, shift = self.queries(q, keys[0], units.center_k, bits, cut(rows, slice(0, len(q))))
-        self._fill_centered(rows, keys, units.center_k, first=1)
+        lengths = [x.shape[0] for x in columns]
+        rows = self.empty(sum(lengths), anchors.shape[1], dtype=product)
+        places = torch.split(rows, lengths) if len(keys) > 1 else (rows,)
+        queries, shift = self.queries(q, keys[0], units.center_k, bits, places[0])
+        for k, out in zip(keys[1:], places[1:], strict=True):
+            self._center(k, units.center_k, out)
         grad_rows = rows
         if gradient != product:
             grad_rows = torch.empty_like(rows, dtype=gradient)
-            self._fill_centered(grad_rows, keys, units.center_k)
+            for k, out in zip(keys, torch.split(grad_rows, lengths), strict=True):
+                self._center(k, units.center_k, out)
         return units, Operands(queries, rows, grad_rows, shift)
 
     def queries(
@@ -167,55 +170,48 @@ class TorchOps:
         scaled = self.factor == 1  # by bits, or else the product is
         kept = q.unit if product == sums and not scaled else None
         queries = self.empty(N, D, dtype=product) if kept is None else kept
-        dots = []
-        for piece in self._row_pieces(N, D):
-            unit, centered, scratch = self._unit(q, piece), self._unit(k, piece), self._scratch(piece, D)
-            out = None if keys is None else cut(keys, piece)
+        exact = keys is not None and keys.dtype == sums
+        step, dots = self._row_step(D), []
+        parts = zip(pieces(step, queries, keys), self._units(q, step), self._units(k, step, "pair"), strict=True)
+        for (query, key), unit, centered in parts:
+            scratch = self._scratch(unit)
             if center is not None:
-                exact = out is not None and out.dtype == sums
-                centered = torch.sub(centered, center, out=out if exact else scratch)
-            if out is not None and out is not centered:
-                out.copy_(centered)
+                centered = torch.sub(centered, center, out=key if exact else scratch)
+            if key is not None and key is not centered:
+                key.copy_(centered)
             dots.append(torch.mul(unit, centered, out=scratch).sum(1, keepdim=True))
             if kept is None:
-                cut(queries, piece).copy_(torch.mul(unit, bits, out=scratch) if scaled else unit)
+                query.copy_(torch.mul(unit, bits, out=scratch) if scaled else unit)
         return queries, _whole(dots).mul_(bits)
 
     def cosines(self, units: Units) -> Tensor:
         """s_ii, from unrounded rows. → (N, 1)"""
-        q, k = units.anchors, units.keys[0]
-        return self._row_sums(q, lambda i, out: torch.mul(self._unit(q, i), self._unit(k, i), out=out))
+        return self._pair_sums(units, torch.mul)
 
     def half_squared_chords(self, units: Units) -> Tensor:
         """½‖q̂_i − k̂_i‖², from unrounded rows: 1 − s_ii to its last digits. → (N, 1)"""
-        q, k = units.anchors, units.keys[0]
+        return self._pair_sums(units, lambda q, k, out: torch.sub(q, k, out=out).square_()).div_(2)
 
-        def squares(i: slice, out: Tensor) -> Tensor:
-            return torch.sub(self._unit(q, i), self._unit(k, i), out=out).square_()
-
-        return self._row_sums(q, squares) / 2
+    def _pair_sums(self, units: Units, make: Callable[..., Tensor]) -> Tensor:
+        """Sums of the rows that ``make`` writes of q̂ and k̂ to the memory it is given. → (N, 1)"""
+        step = self._row_step(units.anchors.x.shape[1])
+        pairs = zip(self._units(units.anchors, step), self._units(units.keys[0], step, "pair"), strict=True)
+        return _whole([make(q, k, out=self._scratch(q)).sum(1, keepdim=True) for q, k in pairs])
 
     def unit_dots(self, acc: Tensor, rows: Rows, weights: Tensor, center: Tensor | None) -> Tensor:
         """⟨x̂_i, acc_i + weight_i center⟩. → (N, 1)"""
-
-        def products(i: slice, out: Tensor) -> Tensor:
-            v = cut(acc, i)
+        step, dots = self._row_step(acc.shape[1]), []
+        for (v, w), unit in zip(pieces(step, acc, weights), self._units(rows, step), strict=True):
+            scratch = self._scratch(unit)
             if center is not None:
-                v = torch.addcmul(v, cut(weights, i), center, out=out)
-            return torch.mul(v, self._unit(rows, i), out=out)
-
-        return self._row_sums(rows, products)
-
-    def _row_sums(self, rows: Rows, make: Callable[[slice, Tensor], Tensor]) -> Tensor:
-        """Sums of the rows that ``make`` writes, a piece at a time, to the memory it is given. → (n, 1)"""
-        n, D = rows.x.shape
-        made = (make(piece, self._scratch(piece, D)) for piece in self._row_pieces(n, D))
-        return _whole([x.sum(1, keepdim=True) for x in made])
+                v = torch.addcmul(v, w, center, out=scratch)
+            dots.append(torch.mul(v, unit, out=scratch).sum(1, keepdim=True))
+        return _whole(dots)
 
     def unit_rows(self, x: Tensor) -> Tensor:
         """x̂ in the product dtype. → (n, D)"""
         out = torch.empty_like(x, dtype=self.precision.product)
-        self._fill_centered(out, [self._rows(x.to(self.precision.sums))], None)
+        self._center(self._rows(x.to(self.precision.sums)), None, out)
         return out
 
     def sampled_noise(
@@ -234,29 +230,17 @@ class TorchOps:
         rows, copies = self._rows(x.to(self.precision.sums)), []
         for dtype in dict.fromkeys((self.precision.product, self.precision.gradient)):
             copies.append(self._noise_buffer(x.shape, dtype))
-            self._fill_centered(copies[-1], [rows], center)
+            self._center(rows, center, copies[-1])
         return copies[0], copies[-1]
 
     def _noise_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return self.buffer(f"noise {dtype}", shape, dtype)
 
     def centered_anchors(self, units: Units, rows: slice, weights: Tensor | None = None) -> Tensor:
-        """w_i q̃_i in the gradient dtype, of some rows, overwritten by the next ones; weights: (N, 1). → (n, D)"""
-        q, center, D = units.anchors, units.center_q, units.anchors.x.shape[1]
+        """w_i q̃_i in the gradient dtype, of some rows, overwritten by the next ones; weights: (n, 1). → (n, D)"""
+        q, D = units.anchors.part(rows), units.anchors.x.shape[1]
         out = self.buffer("anchors", (rows.stop - rows.start, D), self.precision.gradient)
-        for piece in self._row_pieces(*out.shape):
-            i, part = moved(piece, rows.start), cut(out, piece)
-            unit = self._unit(q, i)
-            work = part if part.dtype == self.precision.sums else self._scratch(piece, D)
-            if weights is not None:
-                w = cut(weights, i)
-                unit = torch.mul(unit, w, out=work)
-                if center is not None:
-                    unit.addcmul_(w, center, value=-1)
-            elif center is not None:
-                unit = torch.sub(unit, center, out=work)
-            if unit is not part:
-                part.copy_(unit)
+        self._center(q, units.center_q, out, weights)
         return out
 
     def _rows(self, x: Tensor) -> Rows:
@@ -266,32 +250,36 @@ class TorchOps:
             rows.unit = x * rows.r
         return rows
 
-    def _unit(self, rows: Rows, piece: slice) -> Tensor:
-        """x̂_i = x_i r_i, not to be written to. → (n, D)"""
-        if rows.unit is not None:
-            return cut(rows.unit, piece)
-        return cut(rows.x, piece) * cut(rows.r, piece)
+    def _units(self, rows: Rows, step: int, memory: str = "unit") -> Iterable[Tensor]:
+        """x̂_i = x_i r_i, ``step`` at a time, not to be written to, overwritten by the next. → (n, D) each
 
-    def _fill_centered(self, out: Tensor, parts: list[Rows], center: Tensor | None, first: int = 0) -> None:
-        """x̂_i − center of the parts, one below the other, to ``out``, from the ``first`` part on."""
-        start, D = sum(map(len, parts[:first])), out.shape[1]
-        for rows in parts[first:]:
-            for piece in self._row_pieces(len(rows), D):
-                unit, part = self._unit(rows, piece), out[moved(piece, start)]
+        memory: another name for rows that are needed beside others. (New memory for each piece would leave holes
+        in the allocator's heap: 30 MiB more at the peak.)
+        """
+        if rows.unit is not None:
+            return (rows.unit,) if rows.unit.shape[0] <= step else torch.split(rows.unit, step)
+        return (
+            torch.mul(x, r, out=self.buffer(memory, x.shape, r.dtype)) for x, r in pieces(step, rows.x, rows.r)
+        )
+
+    def _center(self, rows: Rows, center: Tensor | None, out: Tensor, weights: Tensor | None = None) -> None:
+        """w_i (x̂_i − center) to ``out``; weights: (n, 1)."""
+        step, exact = self._row_step(out.shape[1]), out.dtype == self.precision.sums
+        for (part, w), unit in zip(pieces(step, out, weights), self._units(rows, step), strict=True):
+            work = part if exact else self._scratch(unit)
+            if w is not None:
+                unit = torch.mul(unit, w, out=work)
                 if center is not None:
-                    work = part if part.dtype == self.precision.sums else self._scratch(piece, D)
-                    unit = torch.sub(unit, center, out=work)
-                if unit is not part:
-                    part.copy_(unit)
-            start += len(rows)
+                    unit.addcmul_(w, center, value=-1)
+            elif center is not None:
+                unit = torch.sub(unit, center, out=work)
+            if unit is not part:
+                part.copy_(unit)
 
     def _mean(self, rows: Rows) -> Tensor:
-        """Mean of evenly spaced unit rows. → (D,)"""
-        step = -(-len(rows) // (CENTER_ROWS if self.rounds else FEW_CENTER_ROWS))
-        if rows.unit is not None:
-            return (rows.unit if step == 1 else rows.unit[::step]).mean(0)
-        some = rows.x[::step].to(self.precision.sums)
-        return torch.mv(some.T, rows.r[::step, 0]).div_(some.shape[0])
+        """Mean of the first unit rows. → (D,)"""
+        first = rows.part(slice(0, min(CENTER_ROWS, rows.r.shape[0])))
+        return next(iter(self._units(first, CENTER_ROWS))).mean(0)
 
     # ------------------------------------------------------------------ one sweep
 
@@ -308,8 +296,8 @@ class TorchOps:
         are exact the closed rows' diagonal is −Σ_j E_ij − t_i, what the positives lose, if that is all they do.
         """
         terms, shape = state.terms, state.units.anchors.r.shape
-        out = self.workspace(rows.stop - rows.start, len(columns))
-        for part in self.similarity(cut(queries, rows), columns, rows.start, 0):
+        out = self.workspace(rows.stop - rows.start, columns.rows.shape[0])
+        for part in self.similarity(cut(queries, rows), columns, rows.start, 0, out):
             i, tile = moved(part.rows, rows.start), part.tile
             as_rows_(part, columns, i, 0)
             tile.sub_(cut(terms.shift, i)).exp2_()
@@ -334,13 +322,15 @@ class TorchOps:
                     state.column_sums.addmv_(cut_columns(tile, state.columns).T, alpha[:, 0])
                 if not self.rounds and terms.whole and part.diagonal is not None:
                     lost = sums if terms.constant is None else sums + cut(terms.constant, i)
-                    part.diagonal.sub_(lost)  # from 0
-            self._store(tile, out, part.rows)
+                    part.diagonal.sub_(lost.squeeze(1))  # from 0
+            if tile.dtype != out.dtype:  # else the tile is a part of it
+                out[part.rows].copy_(tile)
         return out
 
     def closed_anchors(self, state: RowState, rows: slice) -> Tensor:
         """α_i q̃_i in the gradient dtype, of closed rows. → (n, D)"""
-        return self.centered_anchors(state.units, rows, state.alpha)
+        assert state.alpha is not None
+        return self.centered_anchors(state.units, rows, cut(state.alpha, rows))
 
     def row_sums(self, state: RowState) -> RowSums:
         """What is known of the rows when all are closed."""
@@ -403,7 +393,7 @@ class TorchOps:
     ) -> Tensor:
         """The tile G_ij = w_i 2^z_ij of the rows' z, plus w_j 2^z_ij of the columns'. → (C, B)"""
         out = self.workspace(queries.shape[0], columns.rows.shape[0])
-        for part in self.similarity(queries, columns, i0, j0):
+        for part in self.similarity(queries, columns, i0, j0, out):
             piece, tile, other = part.rows, part.tile, None
             if cols is not None:
                 row_bias, column_shift, column_weights = cols
@@ -421,15 +411,19 @@ class TorchOps:
                 tile.add_(other)
             cut(sums[0], piece).add_(tile.sum(1, keepdim=True))
             sums[1].add_(tile.sum(0))
-            self._store(tile, out, piece)
+            if tile.dtype != out.dtype:
+                out[piece].copy_(tile)
         return out
 
-    def similarity(self, queries: Tensor, columns: Columns, i0: int, j0: int) -> Iterator[Part]:
+    def similarity(
+        self, queries: Tensor, columns: Columns, i0: int, j0: int, out: Tensor | None = None
+    ) -> Iterator[Part]:
         """Row pieces of q_i·k_j in the sums' dtype, what is no negative in either direction masked.
 
-        The product itself fills the workspace. ``as_rows_`` and ``as_columns_`` do what one direction asks for.
+        The product itself fills ``out``, the workspace if none is given. ``as_rows_`` and ``as_columns_`` do what
+        one direction asks for.
         """
-        product = self.workspace(queries.shape[0], columns.rows.shape[0])
+        product = self.workspace(queries.shape[0], columns.rows.shape[0]) if out is None else out
         if product.dtype != self.precision.product:
             product = product.view(self.precision.product)
         torch.addmm(product, queries, columns.rows.T, beta=0, alpha=self.factor, out=product)
@@ -439,16 +433,13 @@ class TorchOps:
                 tile = self.buffer("scratch", tile.shape, self.precision.sums).copy_(tile)
             i, diagonal, scores = moved(piece, i0), None, None
             if columns.num_positives:
-                diagonal = _diagonal(tile, i.start, j0).fill_(-math.inf)
-            _mask_(tile, columns, i.start, j0)
+                diagonal = tile.diagonal(i.start - j0).fill_(-math.inf)
+            if columns.bias or columns.column_ids is not None:
+                _mask_(tile, columns, i.start, j0)
             if columns.limits is not None and columns.limits.guide is not None:
                 rows, others = columns.limits.guide
                 scores = rows[i] @ others[j0 : j0 + tile.shape[1]].T
             yield Part(piece, tile, diagonal, scores)
-
-    def _store(self, tile: Tensor, out: Tensor, piece: slice) -> None:
-        if tile.dtype != out.dtype:  # else the tile is a part of it
-            out[piece].copy_(tile)
 
     # ------------------------------------------------------------------ gradients
 
@@ -471,12 +462,15 @@ class TorchOps:
             self._product(cut_columns(tile, columns).T, anchors, acc.grad, add_columns, step)
 
     def _product(self, a: Tensor, b: Tensor, out: Tensor, add: bool, step: int) -> None:
-        """out = a @ b, or added to it; ``step`` rows at a time where the product is rounded before that."""
-        if a.dtype == out.dtype:
+        """out = a @ b, or added to it; ``step`` rows at a time where products are rounded."""
+        if a.dtype == self.precision.sums:
             torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
             return
         for piece in steps(a.shape[0], step):
-            some, part = a[piece], out[piece]
+            some, part = cut(a, piece), cut(out, piece)
+            if part.dtype == a.dtype:
+                torch.mm(some, b, out=part)
+                continue
             product = torch.mm(some, b, out=self.buffer("product", (some.shape[0], b.shape[1]), a.dtype))
             part.add_(product) if add else part.copy_(product)
 
@@ -501,31 +495,35 @@ class TorchOps:
     def _finish(self, rows: Rows, pair: Rows | None, side: Side, scale: float | Tensor) -> tuple[Tensor, Tensor]:
         factors = rows.r * scale if side.factor is None else rows.r * side.factor * scale
         (n, D), dtype = rows.x.shape, side.dtype or rows.x.dtype
-        in_place = side.disposable and side.acc.dtype == dtype
-        out, dots = side.acc if in_place else self.empty(n, D, dtype=dtype), []
-        for piece in self._row_pieces(n, D):
-            v, unit, scratch, dx = (
-                cut(side.acc, piece),
-                self._unit(rows, piece),
-                self._scratch(piece, D),
-                cut(out, piece),
-            )
-            work = dx if dx.dtype == v.dtype else self.buffer("gradient", dx.shape, v.dtype)
-            if pair is not None and side.share is not None:
-                share = cut(side.share, piece)
-                if pair.unit is not None:
-                    v = torch.addcmul(v, cut(pair.unit, piece), share, value=-1, out=work)
-                else:
-                    of_pair = cut(pair.x, piece).to(v.dtype)
-                    v = torch.addcmul(v, of_pair, share * cut(pair.r, piece), value=-1, out=work)
-            if side.center is not None and side.sums is not None:
-                v = torch.addcmul(v, cut(side.sums, piece), side.center, out=work)
-            dot = torch.mul(unit, v, out=scratch).sum(1, keepdim=True)
+        sums, in_place = self.precision.sums, side.disposable and side.acc.dtype == dtype
+        out = side.acc if in_place else self.empty(n, D, dtype=dtype)
+        others, lost = None, side.share  # what a row loses is the pair's: lost_i others_i
+        if pair is not None and lost is not None:
+            others, lost = (pair.x, lost * pair.r) if pair.unit is None else (pair.unit, lost)
+        step, dots = self._row_step(D), []
+        parts = pieces(step, side.acc, out, factors, others, lost, side.sums)
+        for (v, dx, by, other, share, weight), unit in zip(parts, self._units(rows, step), strict=True):
+            work = dx if dx.dtype == sums else self.buffer("gradient", dx.shape, sums)
+            if v.dtype != sums:
+                v = work.copy_(v)
+            if other is not None:
+                v = torch.addcmul(v, other.to(sums), share, value=-1, out=work)
+            if side.center is not None and weight is not None:
+                v = torch.addcmul(v, weight, side.center, out=work)
+            dot = torch.mul(unit, v, out=self._scratch(unit)).sum(1, keepdim=True)
             dots.append(dot)
-            torch.addcmul(v, unit, dot, value=-1, out=work).mul_(cut(factors, piece))
+            torch.addcmul(v, unit, dot, value=-1, out=work).mul_(by)
             if work is not dx:
                 dx.copy_(work)
         return out, _whole(dots)
+
+
+def pieces(step: int, *tensors: Tensor | None) -> Iterable[tuple[Any, ...]]:
+    """Their rows, ``step`` at a time; they themselves where that is all of them, for a view has its price."""
+    assert tensors[0] is not None
+    if tensors[0].shape[0] <= step:
+        return (tensors,)
+    return zip(*(itertools.repeat(None) if x is None else torch.split(x, step) for x in tensors), strict=False)
 
 
 def steps(n: int, step: int) -> list[slice]:
@@ -573,7 +571,7 @@ def as_rows_(part: Part, columns: Columns, i: slice, j0: int) -> None:
     N, H = columns.num_positives, columns.num_negatives
     if columns.own_bias:
         for start in range(N, N + H, N):
-            _diagonal(tile, i.start, j0 - start).add_(columns.own_bias)
+            tile.diagonal(i.start - (j0 - start)).add_(columns.own_bias)
 
 
 def as_columns_(tile: Tensor, scores: Tensor | None, columns: Columns, j0: int) -> None:
@@ -581,15 +579,6 @@ def as_columns_(tile: Tensor, scores: Tensor | None, columns: Columns, j0: int) 
     if columns.limits is not None and columns.limits.columns is not None:
         limit = columns.limits.columns[j0 : j0 + tile.shape[1]]
         tile.masked_fill_((tile if scores is None else scores) > limit, -math.inf)
-
-
-def _diagonal(tile: Tensor, i0: int, j0: int) -> Tensor:
-    """The entries of the tile, whose corner is (i0, j0), on the diagonal i == j: a view. → (n, 1)"""
-    i, j = max(0, j0 - i0), max(0, i0 - j0)  # where it enters the tile
-    length = max(0, min(tile.shape[0] - i, tile.shape[1] - j))
-    down, right = tile.stride()
-    start = tile.storage_offset() + i * down + j * right if length else 0
-    return tile.as_strided((length, 1), (down + right, 1), start)
 
 
 def merge_ratios(z: Tensor, shift: Tensor, dim: int, maximum: Tensor, total: Tensor) -> None:

@@ -33,6 +33,7 @@ class TritonOps:
     """One call's operations: its precision, settings and workspace."""
 
     chunk_rows = 128  # whole tiles of products
+    most_rows = 1 << 40  # of a chunk
     column_block = 1 << 40  # tiles as wide as the matrix
     noise_block = 8192  # rows that are drawn at a time
 
@@ -81,8 +82,12 @@ class TritonOps:
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
-    def accumulator(self, columns: int, D: int) -> Accumulator:
-        """Memory for the columns' gradients, to be overwritten."""
+    def products(self, n: int, D: int, once: bool) -> Tensor:
+        """Memory for gradient products, to be overwritten."""
+        return self.empty(n, D)
+
+    def accumulator(self, columns: int, D: int, once: bool) -> Accumulator:
+        """The same for the columns' gradients, and for their sums."""
         if not self.rounds:
             return Accumulator(self.empty(columns, D), None)
         if not self.settings.library_products:

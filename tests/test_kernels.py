@@ -287,7 +287,7 @@ def test_strides_of_what_kernels_load_are_aligned(dtype):
     ops = triton_ops.TritonOps(operands.Precision.of(dtype, DEVICE), DEVICE, None, 5000, 5000, library)
     found = [ops._rows(5, 20, dtype), ops.workspace(5, 21)]
     if ops.rounds:
-        found.append(ops.accumulator(5, 20).grad)
+        found.append(ops.accumulator(5, 20, once=True).grad)
     assert all(x.stride(0) % 16 == 0 for x in found)
     assert similarity.PAD % 16 == 0
 

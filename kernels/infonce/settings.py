@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+_CPU_PRODUCTS = torch.backends.mkldnn.matmul  # found once: each look goes through modules that fake attributes
+_CUDA_PRODUCTS = torch.backends.cuda.matmul
 MAX_D = 8192  # features that a program of the row kernels holds in registers
 
 
@@ -86,9 +88,9 @@ def default_settings(target: str, dtype: torch.dtype, precision: str, rows: int,
 
 def fp32_products(device: torch.device) -> str:
     """How torch was told to multiply fp32 there: "ieee", or "tf32" for anything that rounds."""
-    backend = torch.backends.mkldnn if device.type == "cpu" else torch.backends.cuda
     # Whichever of torch's three ways it was told; "none": no way, which is exact.
-    return "ieee" if backend.matmul.fp32_precision in ("ieee", "none") else "tf32"
+    told = (_CPU_PRODUCTS if device.type == "cpu" else _CUDA_PRODUCTS).fp32_precision
+    return "ieee" if told in ("ieee", "none") else "tf32"
 
 
 def cdiv(a: int, b: int) -> int:
