@@ -24,7 +24,9 @@ TILE = 1 << 19  # elements that one pass of elementwise operations works on: 2 M
 ROW_MATRICES = 2  # of them fit where a tile does: in passes over rows several are read and written
 ROUNDED_ROWS = 384  # of a product E @ k̃ in bf16: oneDNN leaves a core idle at many larger numbers
 UNROUNDED_ROWS = 1024  # of a chunk in fp32: more gain nothing, and with few columns cost 4 % at N = 2048
-CENTER_ROWS = 64  # rows that a centre is the mean of; any constant is exact, a mean is the most useful one
+CENTER_ROWS = 64  # rows that a centre is the mean of; any constant is exact
+MORE_CENTER_ROWS = 1024  # the same where sums of centred rows are rounded, but for a
+SMALL_BATCH = 256  # rows: a mean over more would take 4 % of its time
 ALIASED = 2048  # bytes: rows of a multiple of it meet in few sets of a CPU's cache, a fifth of a product's time
 GAP = 64  # bytes, a cache line, that keep such rows apart
 DEFAULT_WORKSPACE = {"cpu": 64 << 20}
@@ -278,8 +280,11 @@ class TorchOps:
 
     def _mean(self, rows: Rows) -> Tensor:
         """Mean of the first unit rows. → (D,)"""
-        first = rows.part(slice(0, min(CENTER_ROWS, rows.r.shape[0])))
-        return next(iter(self._units(first, CENTER_ROWS))).mean(0)
+        n = rows.r.shape[0]
+        first = rows.part(slice(0, min(n, MORE_CENTER_ROWS if self.rounds and n > SMALL_BATCH else CENTER_ROWS)))
+        if first.unit is not None:
+            return first.unit.mean(0)
+        return torch.mv(first.x.to(first.r.dtype).T, first.r[:, 0]).div_(first.r.shape[0])
 
     # ------------------------------------------------------------------ one sweep
 
