@@ -281,10 +281,11 @@ class TorchOps:
     def _mean(self, rows: Rows) -> Tensor:
         """Mean of the first unit rows. → (D,)"""
         n = rows.r.shape[0]
-        first = rows.part(slice(0, min(n, MORE_CENTER_ROWS if self.rounds and n > SMALL_BATCH else CENTER_ROWS)))
-        if first.unit is not None:
-            return first.unit.mean(0)
-        return torch.mv(first.x.to(first.r.dtype).T, first.r[:, 0]).div_(first.r.shape[0])
+        first = slice(0, MORE_CENTER_ROWS if self.rounds and n > SMALL_BATCH else CENTER_ROWS)
+        if rows.unit is not None:
+            return rows.unit[first].mean(0)
+        x, r = rows.x[first], rows.r[first, 0]
+        return torch.mv(x.to(r.dtype).T, r).div_(r.shape[0])
 
     # ------------------------------------------------------------------ one sweep
 
