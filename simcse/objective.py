@@ -172,12 +172,15 @@ def embed_in_parts(
     Gradient caching (Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup",
     2021): each part is embedded without keeping its graph, the loss gives the vectors' gradients at once, and the
     backward embeds each part again, with the same random state, to pass them on. That is what activation
-    checkpointing does when a whole part is its unit.
+    checkpointing does when a whole part is its unit. A part holds rows of like length and no more padding than
+    they need.
     """
-    rows = len(inputs["input_ids"])
-    if not size or size >= rows:
+    if not size or size >= len(inputs["input_ids"]):
         return model(**inputs)
     names = list(inputs)
+    lengths = _used_columns(inputs["attention_mask"])
+    lengths, order = lengths.sort(descending=True, stable=True)
+    longest = lengths[::size].clamp(min=1).tolist()
 
     calls = itertools.count(1)  # a few parts reuse each other's memory well enough
 
@@ -188,8 +191,14 @@ def embed_in_parts(
 
     parts = [
         # Tensors by position: checkpoint finds their device's random state there.
-        checkpoint(embed, *(inputs[name][start : start + size] for name in names), use_reentrant=False)
-        for start in range(0, rows, size)
+        checkpoint(embed, *(inputs[name][rows, :width] for name in names), use_reentrant=False)
+        for rows, width in zip(order.split(size), longest, strict=True)
     ]
     vectors, extra = zip(*parts, strict=True)
-    return torch.cat(vectors), torch.stack(extra).sum()
+    return torch.cat(vectors)[order.argsort()], torch.stack(extra).sum()
+
+
+def _used_columns(mask: Tensor) -> Tensor:
+    """Columns up to the last token of each row; where padding is on the left, all. (R, L) → (R,)"""
+    places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    return (mask.bool() * places).amax(1)

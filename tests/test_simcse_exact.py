@@ -10,6 +10,7 @@ from test_simcse_options import folder, prepared  # noqa: F401 (a fixture)
 from test_simcse_train import flags
 
 from simcse import train
+from simcse.objective import embed_in_parts
 from simcse.trainer import SimCSETrainer
 
 
@@ -115,6 +116,23 @@ def test_checkpoint_that_was_broken_off_is_not_there(folder, tmp_path, capsys, m
     train.main(flags(folder, tmp_path / "run", **steps, resume_from_checkpoint=True))
     assert not (tmp_path / "run" / ".unfinished").exists()
     assert (tmp_path / "run" / "checkpoint-6").is_dir()
+
+
+@pytest.mark.parametrize(("left", "widths"), [(False, [6, 3, 2]), (True, [6, 6, 6])])
+def test_mini_batches_hold_no_more_padding_than_they_need(left, widths):
+    lengths = torch.tensor([2, 6, 1, 3, 4, 2])
+    mask = torch.arange(6) < lengths[:, None]
+    mask = (mask.flip(1) if left else mask).long()
+    seen = []
+
+    def embed(input_ids, attention_mask):
+        seen.append(input_ids.shape[1])
+        return (input_ids * attention_mask).sum(1, keepdim=True).double(), torch.zeros(())
+
+    ids = torch.arange(36).view(6, 6)
+    vectors, _ = embed_in_parts(embed, {"input_ids": ids, "attention_mask": mask}, 2)
+    assert seen == widths
+    assert torch.equal(vectors, embed(ids, mask)[0])  # in the rows' own order
 
 
 PARTS = """
