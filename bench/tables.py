@@ -190,8 +190,10 @@ def growth(title: str, rows: list[Row], first: int = 2048) -> Table | None:
         if not ms or not base or first > case.N or largest == first:
             continue
         relative = (ms / case.N**2) / (base / first**2)
-        lines.append([case.label, number(ms), number(1e6 * ms / case.N**2), f"{relative:.2f}"])
-    header = ["case", "ours, ms", "ns for an entry of the matrix", f"relative to N={first}"]
+        share = found[name].get("of_floor")
+        of_floor = f"{share:.2f}×" if share else "–"
+        lines.append([case.label, number(ms), number(1e6 * ms / case.N**2), f"{relative:.2f}", of_floor])
+    header = ["case", "ours, ms", "ns for an entry of the matrix", f"relative to N={first}", "× floor"]
     return Table(title, header, lines) if lines else None
 
 

@@ -275,8 +275,9 @@ def fake(N, ms, candidate="ours-torch", **more):
 
 
 def test_growth_is_time_over_the_size_of_the_matrix():
-    table = tables.growth("", [fake(2048, 10.0), fake(4096, 44.0), fake(8192, 160.0)])
-    assert [row[-1] for row in table.rows] == ["1.00", "1.10", "1.00"]
+    table = tables.growth("", [fake(2048, 10.0), fake(4096, 44.0, of_floor=1.25), fake(8192, 160.0)])
+    assert [row[-2] for row in table.rows] == ["1.00", "1.10", "1.00"]
+    assert [row[-1] for row in table.rows] == ["–", "1.25×", "–"]
 
 
 def test_ratios_are_of_one_case():
