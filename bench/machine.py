@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[1]
 
 def describe(device: str, candidates: dict[str, Candidate]) -> dict[str, Any]:
     """Machine, driver, versions and commit, for the head of a result."""
-    packages = {"torch", "triton", "numpy", "transformers"}
+    packages = {"triton", "numpy", "transformers"}
     packages |= {c.package for c in candidates.values() if c.package}
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "torch": torch.__version__}  # its own number has the build
     for package in sorted(packages):
         try:
             versions[package] = version(package)

@@ -39,7 +39,8 @@ class SimCSE:
         if "simcse" in name and not Path(name).is_dir():
             usual = "cls_before_pooler" if "unsup" in name else "cls"
         self.encoder, self.tokenizer = load_encoder(name, pooler, default_pooler=usual)
-        self.device = torch.device(device or torch.accelerator.current_accelerator() or "cpu")
+        there = torch.accelerator.current_accelerator(check_available=True)  # a CUDA build may find no driver
+        self.device = torch.device(device or there or "cpu")
         self.encoder.to(self.device).eval()
         self.index: Index | None = None
 

@@ -41,6 +41,7 @@ MATRIX_INSTRUCTION = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
 D = 768
+PARKED = 8  # bytes: one register stored and loaded once, as triton 3.6's ptxas does with 40 of 128 in use
 
 
 @dataclass
@@ -186,7 +187,7 @@ def measure(target: str, dtype: str) -> list[Resources]:
             matrix = re.search(MATRIX_INSTRUCTION[target], text) is not None
             shared = kernel.metadata.shared
             problems = []
-            if spills:
+            if spills > PARKED:
                 problems.append(f"{spills} bytes spilled")
             if shared > SHARED_LIMIT[target]:
                 problems.append(f"{shared} bytes of shared memory, {SHARED_LIMIT[target]} are there")

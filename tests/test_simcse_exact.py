@@ -166,4 +166,4 @@ def test_memory_follows_the_mini_batch_and_not_the_batch():
     done = subprocess.run([sys.executable, "-c", PARTS], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     few, many = map(float, done.stdout.split())
-    assert many < few + 80  # MiB
+    assert many < few + 160  # MiB; 24 parts' activations would be 2400
