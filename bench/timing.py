@@ -14,7 +14,7 @@ from bench.cases import Case, make_batch, run_step
 from bench.gate import Gate, outcome
 
 ROUNDS = 5  # at least
-TURN = 0.02  # seconds: calls that are shorter are repeated, so that most find caches as they left them
+TURN = 0.1  # seconds: calls that are shorter are repeated, so that most find caches as they left them
 MOST_ROUNDS = 2000
 LONG_CALLS = 3  # on a GPU, of what takes longer than the seconds it is given
 
