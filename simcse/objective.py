@@ -178,8 +178,7 @@ def embed_in_parts(
     if not size or size >= len(inputs["input_ids"]):
         return model(**inputs)
     names = list(inputs)
-    lengths = _used_columns(inputs["attention_mask"])
-    lengths, order = lengths.sort(descending=True, stable=True)
+    lengths, order = _used_columns(inputs["attention_mask"]).sort(descending=True, stable=True)
     longest = lengths[::size].clamp(min=1).tolist()
 
     calls = itertools.count(1)  # a few parts reuse each other's memory well enough
