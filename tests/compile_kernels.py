@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 import triton
-from fused_infonce.kernels import common, noise, normalise, products, ratios, settings, similarity
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fused_infonce.kernels import common, noise, normalise, products, ratios, settings, similarity
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -15,9 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from fused_infonce.kernels import common, noise, normalise, products, ratios, settings, similarity
-
 from fused_infonce import function, gs_infonce, operands, triton_ops
+from fused_infonce.kernels import common, noise, normalise, products, ratios, settings, similarity
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 N, D, H, Q, M = 21, 20, 42, 5, 9
