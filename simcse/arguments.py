@@ -1,6 +1,7 @@
 """The flags of ``python -m simcse.train``: ours, and every one of ``transformers.TrainingArguments``."""
 
 import difflib
+import sys
 import warnings
 from argparse import SUPPRESS, Action, HelpFormatter
 from dataclasses import dataclass, field
@@ -150,7 +151,16 @@ class SimCSETrainingArguments(TrainingArguments):
         None, f"Published hyper-parameters, which any other flag overrides: {', '.join(RECIPES)}."
     )
 
-    output_dir: str = flag("runs/simcse", "Folder for the best model, the checkpoints, the log and the plot.")
+    output_dir: str = flag(
+        "runs/simcse",
+        "Folder for the best model, the checkpoints, the log and the plot. A folder that holds files is refused, "
+        "unless the run in it is resumed.",
+    )
+    overwrite_output_dir: bool = flag(
+        False,
+        "Use an --output_dir that holds files: what an earlier run wrote there is deleted; other files stay, "
+        "unless the run writes a file of the same name.",
+    )
     per_device_train_batch_size: int = flag(64, "Sentences a batch on each device; the others are its negatives.")
     per_device_eval_batch_size: int = flag(64, "Sentences a batch at evaluation.")
     learning_rate: float = flag(3e-5, "AdamW's peak learning rate.")
@@ -160,7 +170,9 @@ class SimCSETrainingArguments(TrainingArguments):
     eval_steps: float | None = flag(0.1, "Evaluate every so many steps; below 1: a share of all steps.")
     eval_on_start: bool = flag(True, "Evaluate before the first step.")
     save_strategy: str = flag(
-        "best", "When to write a checkpoint: 'best' (when the score improves), 'steps', 'epoch', 'no'."
+        "best",
+        "When to write a checkpoint: 'best' (when the score improves), 'steps' (every --save_steps) or 'epoch' "
+        "(with --load_best_model_at_end also when the score improves), 'no'.",
     )
     save_total_limit: int | None = flag(2, "Checkpoints to keep; the best is always among them.")
     load_best_model_at_end: bool = flag(True, "End with the best checkpoint, not the last.")
@@ -185,7 +197,13 @@ class SimCSETrainingArguments(TrainingArguments):
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         if "no" in (self.eval_strategy, self.save_strategy):
             self.load_best_model_at_end = False  # there is no best checkpoint to load
+        if self.disable_tqdm is None and not sys.stderr.isatty():
+            self.disable_tqdm = True  # a bar that is drawn again and again fills a log file
+        # transformers demands that checkpoints and evaluations fall together, so that the best is among the
+        # checkpoints. Here an evaluation that is the best so far writes one, whatever the strategies are.
+        load_best, self.load_best_model_at_end = self.load_best_model_at_end, False
         super().__post_init__()
+        self.load_best_model_at_end = load_best
         checks = {
             "learning_rate": (self.learning_rate >= 0, "0 or more; 3e-5 is usual"),
             "train_sampling_strategy": (
@@ -198,6 +216,7 @@ class SimCSETrainingArguments(TrainingArguments):
             "per_device_eval_batch_size": (self.per_device_eval_batch_size > 0, "1 or more"),
             "gradient_accumulation_steps": (self.gradient_accumulation_steps > 0, "1 or more"),
             "num_train_epochs": (self.num_train_epochs > 0 or self.max_steps > 0, "a positive number"),
+            "max_steps": (self.max_steps > 0 or self.max_steps == -1, "1 or more, or -1 for --num_train_epochs"),
         }
         for name, (good, wanted) in checks.items():
             if not good:

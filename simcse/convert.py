@@ -18,6 +18,7 @@ with exit_cleanly("simcse.convert"):
     from simcse.arguments import flag, parse
     from simcse.layout import save_encoder
     from simcse.model import PoolerType, load_encoder
+    from simcse.runs import check_output_dir, saving
 
 DESCRIPTION = (
     "Read a checkpoint that the code of princeton-nlp/SimCSE (or GS-InfoNCE) wrote and write a folder that "
@@ -37,6 +38,12 @@ class ConvertArguments:
     )
     mlp_only_train: bool = flag(False, "It was trained with --mlp_only_train: the MLP is left out at inference.")
 
+    overwrite_output_dir: bool = flag(
+        False,
+        "Use an --output_dir that holds files: a model that simcse wrote there is deleted; other files stay, "
+        "unless the new model has a file of the same name.",
+    )
+
     def __post_init__(self) -> None:
         if not self.path or not self.output_dir:
             raise ValueError("--path and --output_dir are both needed")
@@ -46,7 +53,10 @@ def main(argv: list[str] | None = None) -> None:
     with exit_cleanly("simcse.convert"):
         logging.disable_progress_bar()
         (args,) = parse(ConvertArguments, "simcse.convert", DESCRIPTION, argv)
-        convert(Path(args.path).expanduser(), Path(args.output_dir), args.pooler_type, args.mlp_only_train)
+        output = Path(args.output_dir)
+        check_output_dir(output, args.overwrite_output_dir)
+        with saving(output):
+            convert(Path(args.path).expanduser(), output, args.pooler_type, args.mlp_only_train)
         print(f"model  {args.output_dir}")
 
 

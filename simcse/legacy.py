@@ -14,7 +14,6 @@ MEANING = {
 # old flag → why it is gone
 DROPPED = {
     "--random_std": "the scale of the noise has no effect under cosine similarity",
-    "--overwrite_output_dir": "files in --output_dir are always written over",
     "--overwrite_cache": "nothing is cached",
     "--preprocessing_num_workers": "sentences are tokenised batch by batch (--dataloader_num_workers)",
     "--validation_file": "training is watched on --sts_data",
