@@ -202,18 +202,16 @@ def find_checkpoint(output: Path, given: str, warn: Warn) -> Path:
         if not folder.is_dir():
             raise UserError(f"--resume_from_checkpoint {given}: there is no such folder with a {STATE_FILE}")
         if not CHECKPOINT.fullmatch(folder.resolve().name):
-            raise UserError(
-                f"--resume_from_checkpoint {given} is not a folder checkpoint-STEP, with its {STATE_FILE}"
-            )
-        return folder.parent / folder.resolve().name if folder.name in ("", ".") else folder
+            raise UserError(f"--resume_from_checkpoint {given} is not a checkpoint: give a folder checkpoint-STEP")
+        return folder if CHECKPOINT.fullmatch(folder.name) else folder.resolve()
     run = Run.read(output)
     folders = numbered(output)
     if run is None:
         owners = {owner for folder in folders if (owner := _owner(folder))}
         if len(owners) > 1:
             raise UserError(
-                f"--resume_from_checkpoint true: {output} has no {RUN_FILE} and checkpoints of {len(owners)} runs; "
-                "name the folder of one"
+                f"--resume_from_checkpoint true: {output} has no {RUN_FILE} and holds checkpoints of {len(owners)} "
+                "runs; give the folder of one checkpoint"
             )
         run = Run(owners.pop(), {}) if owners else None
     own = run.checkpoints(output) if run else []
@@ -225,8 +223,8 @@ def find_checkpoint(output: Path, given: str, warn: Warn) -> Path:
         if step_of(folder) > step_of(own[-1]):
             if _owner(folder) is None:
                 raise UserError(
-                    f"--resume_from_checkpoint true: {folder / RUN_FILE} is missing or damaged, so {folder.name} may be "
-                    f"the latest of this run; to go on from {own[-1]} name it"
+                    f"--resume_from_checkpoint true: {folder / RUN_FILE} is missing or damaged, so {folder.name} "
+                    f"may be the latest of this run; to go on from {own[-1]}, give that folder"
                 )
             warn(f"{folder} is of another run, or of steps that this one went back behind, and is not resumed")
     return own[-1]
@@ -259,7 +257,7 @@ def check_best(folder: Path, state: TrainerState, required: list[str]) -> int | 
     for name in required:
         if not os.path.lexists(best / name):
             raise UserError(
-                f"{folder} names {best.name} as the best checkpoint, but {best / name} is missing. Put it back, or "
+                f"{folder} names {best.name} as the best checkpoint, but {best / name} is missing. Restore it, or "
                 "go on without it: --load_best_model_at_end false"
             )
         with reading(best / name):
@@ -332,7 +330,7 @@ def reading(what: Path | str) -> Iterator[None]:
 
 
 @contextmanager
-def saving(what: Path | str) -> Iterator[None]:
+def saving(what: Path | str, remedy: str = "free some space, or give another folder") -> Iterator[None]:
     """A disk that is full, or refuses for another reason, as one line."""
     try:
         yield
@@ -340,10 +338,7 @@ def saving(what: Path | str) -> Iterator[None]:
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
             raise
         reason = (isinstance(error, OSError) and error.strerror) or _reason(error)
-        raise UserError(
-            f"cannot write {what}: {reason}; make room, then go on with --resume_from_checkpoint true where there "
-            "is a checkpoint"
-        ) from None
+        raise UserError(f"cannot write {what}: {reason}; {remedy}") from None
 
 
 def _reason(error: Exception) -> str:

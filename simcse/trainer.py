@@ -252,7 +252,7 @@ class SimCSETrainer(Trainer):
         return set(self.model.extra_state()) - {"queue"} | ({"queue"} if self.options.queue_size else set())
 
     def check_resumable(self, checkpoint: Path) -> None:
-        """Refuse a checkpoint that lacks a file, or holds one that is damaged: the run would restart a part of it."""
+        """Refuse a checkpoint with a missing or damaged file: a part of the run would start from the beginning."""
         one = self.args.world_size == 1
         required = [*self._model_files(), "optimizer.pt", "scheduler.pt"]
         required.append("rng_state.pth" if one else f"rng_state_{self.args.process_index}.pth")
@@ -370,7 +370,7 @@ class OwnFolder(TrainerCallback):
 
 @contextmanager
 def asking(flag: str, value: Any) -> Iterator[None]:
-    """What transformers says of a flag that cannot be met, a package that is not installed for one, in one line."""
+    """As one line that names the flag, what transformers says of a value it cannot use, or lacks a package for."""
     try:
         yield
     except torch.OutOfMemoryError:
