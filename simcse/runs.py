@@ -34,6 +34,8 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 START_AGAIN = "start a new run from its weights: --model_name_or_path {} without --resume_from_checkpoint"
 SCHEDULE = ("num_train_epochs", "max_steps")  # settings that may change at a resume
 
+TORCH_SAVE_FAILED = ("PytorchStreamWriter", "iostream error")  # in its RuntimeError, which has no errno
+
 Warn = Callable[[str], None]
 
 
@@ -61,18 +63,20 @@ class Run:
             raise UserError(f"{file} is damaged ({_reason(error)})") from None
 
     def write(self, folder: Path) -> None:
-        write_whole(folder / RUN_FILE, json.dumps({"id": self.id, "settings": self.settings}, indent=2) + "\n")
+        with replacing(folder / RUN_FILE) as file:
+            file.write_text(json.dumps({"id": self.id, "settings": self.settings}, indent=2) + "\n")
 
     def checkpoints(self, output: Path) -> list[Path]:
         """This run's checkpoints in ``output``, in the order of their steps."""
         return [folder for folder in numbered(output) if _owner(folder) == self.id]
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a file under another name and rename it: it is whole, or it is what it was."""
-    beside = file.with_name(f".{file.name}.unfinished")
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Another name to write a file under; it is renamed at the end, so ``file`` is whole, or it is what it was."""
+    beside = file.with_name(f".unfinished-{file.name}")
     try:
-        beside.write_text(text, encoding="utf-8")
+        yield beside
         beside.replace(file)
     finally:
         beside.unlink(missing_ok=True)
@@ -210,7 +214,7 @@ def find_checkpoint(output: Path, given: str, warn: Warn) -> Path:
         owners = {owner for folder in folders if (owner := _owner(folder))}
         if len(owners) > 1:
             raise UserError(
-                f"--resume_from_checkpoint true: {output} has no {RUN_FILE} and holds checkpoints of {len(owners)} "
+                f"--resume_from_checkpoint true: {output} has no {RUN_FILE}, and checkpoints of {len(owners)} "
                 "runs; give the folder of one checkpoint"
             )
         run = Run(owners.pop(), {}) if owners else None
@@ -280,7 +284,7 @@ def check_settings(folder: Path, settings: dict[str, Any], warn: Warn) -> None:
         if name in changed:
             old, new = changed.pop(name)
             warn(
-                f"--{name} is {new}, and was {old} in {folder}: from here the learning rate follows the new length"
+                f"--{name} is {new} and was {old} in {folder}: the learning rate follows the new length from here"
             )
     if changed:
         listed = "; ".join(_difference(name, old, new) for name, (old, new) in changed.items())
@@ -335,7 +339,9 @@ def saving(what: Path | str, remedy: str = "free some space, or give another fol
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+        if isinstance(error, BrokenPipeError):
+            raise
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in TORCH_SAVE_FAILED):
             raise
         reason = (isinstance(error, OSError) and error.strerror) or _reason(error)
         raise UserError(f"cannot write {what}: {reason}; {remedy}") from None

@@ -10,6 +10,8 @@ from simcse.errors import UserError, exit_cleanly, is_first
 
 with exit_cleanly("simcse.train"):  # these take seconds, and Ctrl-C has to be clean in them too
     from transformers import set_seed
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
     from transformers.trainer_utils import IntervalStrategy, SaveStrategy
     from transformers.utils import logging
 
@@ -29,6 +31,7 @@ with exit_cleanly("simcse.train"):  # these take seconds, and Ctrl-C has to be c
         digest,
         find_checkpoint,
         inside,
+        replacing,
         saving,
     )
     from simcse.sts import read_sts, watched_pairs
@@ -51,6 +54,7 @@ EVALUATION_FLAGS = (
     "greater_is_better",
     "load_best_model_at_end",
 )
+UNLISTED_TRACKERS = ("azure_ml", "flyte")  # which transformers does not list though they are installed
 # Settings of Trainer that a checkpoint's state fits, beside those of the model, the data and the loss.
 KEPT = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_drop_last"),
@@ -70,8 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer.save_model()
         trainer.save_state()
         if trainer.is_world_process_zero():
-            with saving(Path(trainer.args.output_dir, PLOT_FILE)):
-                conclude(trainer)
+            conclude(trainer)
             mark_end(trainer.args.output_dir)
         trainer.accelerator.end_training()
 
@@ -226,10 +229,13 @@ def _train_unwatched(args: SimCSETrainingArguments, given: set[str]) -> None:
         args.save_strategy = SaveStrategy.STEPS
 
 
-def _trainer(*inputs: Any) -> SimCSETrainer:
+def _trainer(encoder: Any, tokenizer: Any, args: SimCSETrainingArguments, *inputs: Any) -> SimCSETrainer:
     """transformers checks what the flags ask of this machine, then makes the folder."""
+    available = {*get_available_reporting_integrations(), *UNLISTED_TRACKERS}
+    for name in set(args.report_to) & set(INTEGRATION_TO_CALLBACK) - available:
+        raise UserError(f"--report_to {name}: its package is not installed; install it, or take --report_to none")
     try:
-        trainer = SimCSETrainer(*inputs)
+        trainer = SimCSETrainer(encoder, tokenizer, args, *inputs)
     except OSError as error:
         raise UserError(f"cannot write to --output_dir: {error.strerror or error}") from None
     except (ValueError, ImportError) as error:
@@ -238,8 +244,8 @@ def _trainer(*inputs: Any) -> SimCSETrainer:
         if "install" not in str(error):
             raise
         raise UserError(f"--report_to: {error}") from None
-    with asking("--optim", trainer.args.optim):
-        trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+    with asking("--optim", args.optim):
+        trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
     return trainer
 
 
@@ -261,7 +267,8 @@ def conclude(trainer: SimCSETrainer) -> None:
         print("\n" + closing_table(title, points[0], after) + "\n")
         points = [point for point in points if {"alignment", "uniformity"} <= set(point)]
         if points:
-            plot_path(points, title, output / PLOT_FILE, best)
+            with saving(output / PLOT_FILE), replacing(output / PLOT_FILE) as file:
+                plot_path(points, title, file, best)
             print(f"plot   {output / PLOT_FILE}")
     print(f"model  {output}" + (f" (the best, step {best})" if best else ""))
     print(f"try    python -m simcse.evaluate --model_name_or_path {output}")

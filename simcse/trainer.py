@@ -1,7 +1,5 @@
 """The trainer: ``transformers.Trainer`` with the SimCSE objective and the STS pairs for an evaluation."""
 
-import dataclasses
-import json
 import logging
 import math
 import shutil
@@ -41,10 +39,10 @@ from simcse.runs import (
     check_best,
     check_checkpoint,
     reading,
+    replacing,
     rotate,
     saving,
     take_over,
-    write_whole,
 )
 from simcse.sts import Pairs, encode, geometry, spearman
 
@@ -240,8 +238,8 @@ class SimCSETrainer(Trainer):
     def save_state(self) -> None:
         if self.args.should_save:
             file = Path(self.args.output_dir, STATE_FILE)
-            with saving(file):
-                write_whole(file, json.dumps(dataclasses.asdict(self.state), indent=2, sort_keys=True) + "\n")
+            with saving(file), replacing(file) as beside:
+                self.state.save_to_json(str(beside))
 
     def _model_files(self) -> list[str]:
         """What a checkpoint holds of the encoder, as far as it is read."""
