@@ -1,8 +1,8 @@
 """Runs and their folders: what is resumed, refused and kept, and what happens when a disk or a file fails."""
 
+import importlib.util
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +17,7 @@ from transformers.training_args import OptimizerNames
 
 from simcse import convert, train
 from simcse.dataset import shipped
+from simcse.errors import UserError
 from simcse.layout import save_encoder
 from simcse.model import load_encoder
 from simcse.runs import RUN_FILE, STATE_FILE
@@ -362,17 +363,17 @@ def test_resume_may_change_the_length_which_is_told_and_what_changes_no_bit(fold
     assert state_of(tmp_path / "out")["global_step"] == 5
 
 
-def test_resume_says_nothing_puzzling(folder, tmp_path):
-    arguments = flags(folder, tmp_path / "run", eval_steps=0.5, save_steps=1, save_strategy="steps", max_steps=3)
+def test_what_goes_to_a_file_is_plain_lines_and_at_a_resume_ours_only(folder, tmp_path):
+    steps = {"eval_steps": 0.5, "save_steps": 1, "save_strategy": "steps", "max_steps": 3}
+    arguments = flags(folder, tmp_path / "run", **steps, disable_tqdm=None)  # no bars either: it is no terminal
     command = [sys.executable, "-m", "simcse.train", *arguments]
     first = subprocess.run(command, capture_output=True, text=True, check=True)
     (tmp_path / "run").rename(tmp_path / "b")
     resume = ["--output_dir", str(tmp_path / "b"), "--resume_from_checkpoint", str(tmp_path / "b/checkpoint-2")]
     second = subprocess.run([*command, *resume], capture_output=True, text=True, check=True)
     assert (first.stderr, second.stderr) == ("", "")
-    assert first.stdout.startswith(
-        f"{folder / 'model'}, cls_before_pooler: 96 sentences, 16 per batch; GS-InfoNCE"
-    )
+    assert "\r" not in first.stdout + second.stdout
+    assert first.stdout.startswith(f"{folder / 'model'}, cls_before_pooler: 96 sentences, 16 per batch; GS-")
 
 
 def test_run_that_is_at_its_end_trains_no_further_step(folder, tmp_path, capsys):
@@ -386,27 +387,19 @@ def test_run_that_is_at_its_end_trains_no_further_step(folder, tmp_path, capsys)
 
 # Disks that are full
 
-FULL_DISK = """
-import resource, sys
-from simcse import train
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
-train.main(sys.argv[2:])
-"""
-
 
 @pytest.mark.parametrize("part", ["model.safetensors", "optimizer.pt"])
-def test_full_disk_is_one_line(folder, full, tmp_path, part):
-    limit = (full / "checkpoint-2" / part).stat().st_size - 1000  # the optimizer's state is the larger file
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(limit), *unwatched(folder, tmp_path / "run", **FULL)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("simcse.train: error: cannot write ")
-    assert "checkpoint-2" in done.stderr
+def test_full_disk_is_one_line(folder, full, tmp_path, capsys, part):
+    resource = pytest.importorskip("resource", reason="limits of processes are POSIX's")
+    size = (full / "checkpoint-2" / part).stat().st_size - 1000  # the optimizer's state is the larger file
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        error = refused(unwatched(folder, tmp_path / "run", **FULL), capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.startswith("simcse.train: error: cannot write ")
+    assert "checkpoint-2" in error
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {RUN_FILE, ".simcse-started"}
 
 
@@ -493,25 +486,23 @@ def test_evaluation_flags_without_pairs_get_a_warning(folder, tmp_path, capsys, 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "comet_ml", "mlflow", "clearml", "codecarbon", "nosuch"])
 def test_tracker_that_is_not_installed_is_one_line(folder, tmp_path, capsys, name):
     if name == "nosuch" or not _is_installed(name):
-        assert (
-            name.partition("_")[0] in refused(unwatched(folder, tmp_path / "run", report_to=name), capsys).lower()
-        )
+        assert name in refused(unwatched(folder, tmp_path / "run", report_to=name), capsys)
         assert not (tmp_path / "run").exists()
 
 
 def _is_installed(name):
-    import importlib.util
-
     return importlib.util.find_spec(name) is not None
 
 
 @pytest.mark.parametrize("name", [optimizer.value for optimizer in OptimizerNames])
 def test_optimizer_is_there_or_refused_in_one_line(folder, tmp_path, capsys, name):
+    message = None
     try:
         train.prepare(unwatched(folder, tmp_path / "run", optim=name))
-    except Exception as error:
-        assert type(error).__name__ == "UserError"
-        assert f"--optim {name}" in str(error)
+    except UserError as error:
+        message = str(error)
+    if message:
+        assert f"--optim {name}" in message
         assert not (tmp_path / "run").exists()
 
 
@@ -526,16 +517,3 @@ def test_missing_bitsandbytes_is_named(folder, tmp_path, capsys):
 def test_schedule_that_cannot_be_followed_is_refused(folder, tmp_path, capsys, kind):
     assert kind in refused(unwatched(folder, tmp_path / "run", lr_scheduler_type=kind), capsys)
     train.main(unwatched(folder, tmp_path / "run", max_steps=1))  # and its folder is free
-
-
-def test_log_files_hold_no_progress_bars(folder, tmp_path):
-    arguments = flags(folder, tmp_path / "run", disable_tqdm=None, max_steps=2, eval_steps=1)
-    done = subprocess.run(
-        [sys.executable, "-m", "simcse.train", *arguments],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ},
-    )
-    assert done.stderr == ""
-    assert "\r" not in done.stdout
