@@ -30,6 +30,7 @@ RUN_FILE = "run.json"
 STATE_FILE = "trainer_state.json"
 PLOT_FILE = "alignment_uniformity.png"
 UNFINISHED = ".unfinished"  # a checkpoint while it is written
+TRIAL = ".simcse-trial-"  # files that another process of the run may be trying to write at this moment
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 START_AGAIN = "start a new run from its weights: --model_name_or_path {} without --resume_from_checkpoint"
 SCHEDULE = ("num_train_epochs", "max_steps")  # settings that may change at a resume
@@ -112,7 +113,7 @@ def check_output_dir(folder: Path, overwrite: bool, name: str = "--output_dir") 
     if overwrite or not folder.is_dir():
         return
     remains = {RUN_FILE, START_FILE, UNFINISHED, UNFINISHED_MODEL}  # of a run that came to no checkpoint
-    held = sorted(path.name for path in folder.iterdir())
+    held = sorted(path.name for path in folder.iterdir() if not path.name.startswith(TRIAL))
     if set(held) <= remains:
         return
     told = "give another folder, or --overwrite_output_dir to replace what is there"
@@ -129,7 +130,7 @@ def _try_to_write(folder: Path, name: str) -> None:
     while not os.path.lexists(place):  # makes no folder: what is refused later leaves nothing
         place = place.parent
     try:
-        with tempfile.TemporaryFile(dir=place):
+        with tempfile.TemporaryFile(dir=place, prefix=TRIAL):
             pass
     except OSError as error:
         raise UserError(f"cannot write to {name} {folder}: {error.strerror}") from None
