@@ -15,7 +15,7 @@ import torch.distributed as dist
 from helpers import loss_and_grads, relative_error, rows
 from ranks import Ranks
 
-from bench import scaling
+from experiments import scaling
 from fused_infonce import GSInfoNCELoss, gs_infonce, info_nce
 from fused_infonce.distributed import GATHER_BYTES, choose_strategy
 

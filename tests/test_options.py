@@ -10,10 +10,10 @@ import pytest
 import torch
 from helpers import loss_and_grads, relative_error, rows
 
-from bench.cases import naive
 from fused_infonce import arguments, gs_infonce, info_nce
 from fused_infonce.operands import Precision, Scale
 from fused_infonce.sweep import Needs, Sweep
+from fused_infonce.testing import naive
 from fused_infonce.torch_ops import TorchOps
 
 N, D, H, Q, M = 37, 24, 74, 11, 19

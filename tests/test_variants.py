@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from helpers import loss_and_grads, relative_error, rows
 from torch import Tensor
 
-from bench.cases import regime
 from fused_infonce import GSInfoNCELoss, gs_infonce, info_nce
+from fused_infonce.testing import REGIMES, embeddings
 
 N, D, H, Q, G = 37, 24, 74, 11, 7
 TAU = 0.2
@@ -247,10 +247,10 @@ def test_defaults_change_nothing_to_the_bit():
     assert all(torch.equal(a, b) for a, b in zip(found, loss_and_grads(inputs, num_noise=0), strict=True))
 
 
-@pytest.mark.parametrize("regime_name", ["trained", "middle", "random", "cone"])
+@pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("symmetric", [False, True], ids=["oneway", "symmetric"])
-def test_fp32_is_as_exact_as_without_them(regime_name, symmetric):
-    q, k = (x.float() for x in regime(regime_name, 200, 384))
+def test_fp32_is_as_exact_as_without_them(regime, symmetric):
+    q, k = (x.float() for x in embeddings(regime, 200, 384))
     for name in ("decoupled", "margin", "hardness", "filter", "smoothing", "all"):
         options = {"num_noise": 0, "symmetric": symmetric, "temperature": 0.05, **OPTIONS[name]}
         ours = loss_and_grads([q, k], backend="torch", **options)
