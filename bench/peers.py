@@ -2,7 +2,7 @@
 
 Cross entropy over a linear layer (torch, Liger, Cut Cross-Entropy, quack) is InfoNCE where the layer's weight is
 the normalised positives and the target is the row's index; normalisation and temperature are plain torch and part
-of the timing. What a package cannot compute, or not on this machine, is recorded as a reason, not raised as an error.
+of the timing. What a package cannot compute, or not on this machine, is recorded as a reason, not raised.
 """
 
 from __future__ import annotations

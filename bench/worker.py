@@ -1,7 +1,7 @@
 """The process that measures, and the handle on it: a crash, a hang or a kill there does not end the run.
 
-A job is one line of JSON on standard input. Its events are lines of JSON on standard output: ``start`` names the
-candidate that is about to run, ``result`` is a row of the results, ``alive`` a sign of life, and ``end`` comes last.
+A job is one line of JSON on standard input. Its events are lines of JSON on standard output: ``start`` names a
+candidate that is about to run, ``result`` is a row of the results, ``alive`` a sign of life; ``end`` comes last.
 """
 
 from __future__ import annotations
