@@ -59,8 +59,10 @@ def build(
     if case.guide:
         columns = [*inputs, *([options["queue"]] if case.queue else [])]
         options["guide"] = [made(len(x), 20 + i, G) for i, x in enumerate(columns)]
-    upstream = rows(N, seed=6, dtype=dtype).to(device) if options.get("reduction") == "none" else None
-    return inputs, options, upstream
+    if options.get("reduction") != "none":
+        return inputs, options, None
+    # Of both signs, but not with mean 0: dτ, a sum over rows, would be a small difference of large terms.
+    return inputs, options, 1 + rows(N, seed=6, dtype=dtype).to(device)
 
 
 def both(
