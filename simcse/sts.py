@@ -1,6 +1,5 @@
 """Semantic textual similarity: the file of graded pairs, and what an encoder scores on it."""
 
-import csv
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from fused_infonce import alignment, uniformity
+from simcse.delimited import records
 from simcse.errors import UserError
 from simcse.model import SentenceEncoder, max_tokens
 
@@ -58,27 +58,28 @@ def read_sts(path: str | Path) -> list[Pairs]:
         raise UserError(f"there is no file {path}; --sts_data takes TSV with the columns {', '.join(COLUMNS)}")
     tasks: dict[tuple[str, str], Pairs] = {}
     with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, delimiter="\t", strict=True)
+        lines = records(file, "\t")
         try:
-            absent = [column for column in COLUMNS if column not in (rows.fieldnames or [])]
+            _, _, header = next(lines, (1, 1, []))
+            absent = [column for column in COLUMNS if column not in header]
             if absent:
                 raise UserError(f"the first line of {path} lacks the columns {', '.join(absent)} (TSV, a header)")
-            for row in rows:
-                if None in row or None in row.values():
+            for line, _, cells in lines:
+                if isinstance(cells, str):
+                    raise UserError(f"{path}, line {line}: {cells}")
+                if not cells:
+                    continue
+                if len(cells) != len(header):
                     raise UserError(
-                        f"{path}, line {rows.line_num}: {len(rows.fieldnames)} tab-separated cells wanted"
+                        f"{path}, line {line}: {len(cells)} tab-separated cells; the header has {len(header)}"
                     )
-                task, split = row["task"], row["split"]
-                pairs = tasks.setdefault((task, split), Pairs(task, split))
+                row = dict(zip(header, cells, strict=True))
+                pairs = tasks.setdefault((row["task"], row["split"]), Pairs(row["task"], row["split"]))
                 pairs.first.append(row["sentence1"])
                 pairs.second.append(row["sentence2"])
-                pairs.scores.append(_score(row["score"], path, rows.line_num))
+                pairs.scores.append(_score(row["score"], path, line))
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not text: {error.reason} in UTF-8; save it as UTF-8") from None
-        except csv.Error as error:
-            raise UserError(
-                f"{path}, line {rows.reader.line_num}: {error}; quote it as Python's csv does"
-            ) from None
     if not tasks:
         raise UserError(f"{path} holds no pair; it has a header and nothing below")
     return list(tasks.values())

@@ -11,7 +11,7 @@ with exit_cleanly("simcse.train"):  # these take seconds, and Ctrl-C has to be c
     from transformers.trainer_utils import IntervalStrategy, SaveStrategy, get_last_checkpoint
     from transformers.utils import logging
 
-    from simcse.arguments import DataArguments, LossArguments, ModelArguments, SimCSETrainingArguments, parse
+    from simcse.arguments import DataArguments, LossArguments, ModelArguments, SimCSETrainingArguments, column_names, parse
     from simcse.dataset import shipped
     from simcse.elastic import checkpoint_of_this_run, join_again, mark_end, mark_start
     from simcse.legacy import translate
@@ -62,9 +62,12 @@ def prepare(argv: list[str] | None = None) -> SimCSETrainer:
         DESCRIPTION,
         argv,
     )
-    table = read_table(data_args.train_file or shipped("sentences.txt"), data_args.strict_data)
-    if table.bad:
-        _warn(f"{table.name}: {table.report()}")
+    table = read_table(
+        data_args.train_file or shipped("sentences.txt"), data_args.strict_data, column_names(data_args.columns)
+    )
+    for warning in [table.report(), *table.warnings]:
+        if warning:
+            _warn(f"{table.name}: {warning}")
     sts_file = data_args.sts_data or (None if data_args.train_file else shipped("sts.tsv"))
     pairs = watched_pairs(read_sts(sts_file)) if sts_file else None
     if sts_file and pairs is None:
@@ -137,6 +140,7 @@ def prepare(argv: list[str] | None = None) -> SimCSETrainer:
         + (f" on {args.world_size} processes, negatives {loss_args.negatives}" if args.world_size > 1 else "")
         + (f"; {len(pairs.scores):,} pairs of {pairs.name}" if pairs else ", no pairs")
     )
+    print(f"columns  {table.roles}")
     return trainer
 
 
