@@ -25,6 +25,11 @@ def flag(default: Any, help: str, **options: Any) -> Any:
     return field(default=default, metadata={"help": help, **options})
 
 
+STORED_POOLER = (
+    "what the folder was saved with; [CLS] for a model with 'simcse' in its name, as published; else avg"
+)
+
+
 def pooler_flag(default: str) -> Any:
     """``--pooler_type``, as the reference's training script has it, or ``--pooler``, as its evaluation has it."""
     return flag(None, f"The sentence vector. {POOLERS} Default: {default}.", aliases=["--pooler"])

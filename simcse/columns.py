@@ -57,7 +57,7 @@ def other_delimiter(header: str, lines: Iterable[str], delimiter: str | None) ->
             continue
         count = header.count(other)
         if count and sum(line.count(other) == count for line in sample) * 2 > len(sample):
-            remedy = "name it .tsv, with a header" if delimiter is None else "save it with commas (.csv) or tabs (.tsv)"
+            remedy = "name it .tsv" if delimiter is None else "save it with commas (.csv) or tabs (.tsv)"
             return f"its lines seem to be divided by a {name}, which is read as text; {remedy}"
     return None
 

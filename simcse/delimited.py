@@ -33,7 +33,7 @@ def records(lines: Iterable[str], delimiter: str) -> Iterator[Record]:
         except StopIteration:
             return
         except csv.Error:  # text after a closing mark, or a mark that is never closed
-            cells = "misplaced quotation mark; quote it as Python's csv does, with \"\" for a mark inside a cell"
+            cells = 'misplaced quotation mark; quote it as Python\'s csv does, with "" for a mark inside a cell'
         else:
             if len(taken) > 1 and _joins_records(taken, width, delimiter):
                 cells = (
@@ -63,8 +63,8 @@ def _joins_records(taken: list[str], width: int, delimiter: str) -> bool:
     """Whether the lines of one multi-line record read as records of their own.
 
     A line break within a quoted cell leaves lines of another width, unless the text holds delimiters too; a space
-    after a comma, or digits on both sides of it, show that it belongs to the text. In a table of one column nothing
-    tells the two apart.
+    after a comma, or digits on both sides of it, show that it belongs to the text. In a table of one column
+    nothing tells the two apart.
     """
     if width < 2:
         return False

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from fused_infonce import alignment, uniformity
 from simcse.delimited import records
 from simcse.errors import UserError
-from simcse.model import SentenceEncoder, max_tokens
+from simcse.model import SentenceEncoder, default_length, max_tokens
 
 # The hub's STS sets, as mteb takes them → the task
 HUB_SETS = {
@@ -103,7 +103,7 @@ def _hub_sts(name: str) -> list[Pairs]:
     from datasets import load_dataset
 
     try:
-        splits = load_dataset(name)
+        splits = load_dataset(name)  # code in a dataset is not run since datasets 4
     except Exception as error:  # datasets and the hub raise many kinds
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot fetch {name} from the hub ({first}); name a file with --sts_data") from None
@@ -129,7 +129,7 @@ def encode(
     batch_size: int = 64,
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """Each distinct sentence → its vector (D,) on the CPU; cut only at the model's own limit."""
+    """Each distinct sentence → its vector (D,) on the CPU; cut only at the folder's own length."""
     sentences = list(dict.fromkeys(sentences))
     return dict(zip(sentences, encode_rows(encoder, tokenizer, sentences, batch_size, progress), strict=True))
 
@@ -142,19 +142,31 @@ def encode_rows(
     progress: bool = True,
     max_length: int | None = None,
 ) -> Tensor:
-    """N sentences → (N, D) on the CPU; fp32, no dropout. Sentences of like length share a batch."""
-    if not sentences:
-        return torch.empty(0, encoder.config.hidden_size)
+    """N sentences → (N, D) on the CPU; fp32, no dropout. Sentences of like length share a batch.
+
+    ``max_length``: tokens that a sentence is cut to; by default ``default_length``. The prompt and the closing
+    steps of the folder's settings apply.
+    """
     limit = max_tokens(encoder, tokenizer)
+    if batch_size < 1 or (max_length is not None and not 3 <= max_length <= limit):
+        raise UserError(
+            f"batch_size must be at least 1 and max_length 3 to {limit}, the model's limit, not {batch_size} "
+            f"and {max_length}"
+        )
+    if not sentences:
+        return torch.empty(0, encoder.features)
     tokens = tokenizer(
-        sentences, truncation=True, max_length=min(limit, max_length or limit), return_attention_mask=True
+        [encoder.settings.prompt + sentence for sentence in sentences],
+        truncation=True,
+        max_length=max_length or default_length(encoder, tokenizer),
+        return_attention_mask=True,
     )
     lengths = [len(ids) for ids in tokens["input_ids"]]
     order = sorted(range(len(sentences)), key=lengths.__getitem__, reverse=True)
 
     training = encoder.training
     encoder.eval()
-    vectors = torch.empty(len(sentences), encoder.config.hidden_size)  # (N, D)
+    vectors = torch.empty(len(sentences), encoder.features)  # (N, D)
     with torch.no_grad(), torch.autocast(encoder.device.type, enabled=False):
         starts = range(0, len(order), batch_size)
         for start in tqdm(
@@ -164,7 +176,7 @@ def encode_rows(
             batch = tokenizer.pad(
                 {name: [rows[i] for i in chosen] for name, rows in tokens.items()}, return_tensors="pt"
             )
-            vectors[chosen] = encoder.embed(**batch.to(encoder.device)).float().cpu()
+            vectors[chosen] = encoder.finish(encoder.embed(**batch.to(encoder.device)).float()).cpu()
     encoder.train(training)
     return vectors
 

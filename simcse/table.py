@@ -34,6 +34,11 @@ class Table:
     warnings: list[str] = field(default_factory=list)  # what is read, and is unlikely to be meant so
 
     @property
+    def sentences(self) -> list[str]:
+        """The first column."""
+        return [row[0] for row in self.rows]
+
+    @property
     def roles(self) -> str:
         """``anchor=sent0, positive=sent1``: the part of each column."""
         return roles(self.columns)
@@ -63,10 +68,10 @@ def read_table(
 ) -> Table:
     """The rows of a file, or of the train split of a hub dataset ``owner/name``.
 
-    ``.txt`` has one column; ``.csv`` and ``.tsv`` have a header; the columns are those of the header, the keys of the
-    first object of a ``.jsonl`` file, or the string columns of a ``.parquet`` file or a hub dataset. ``columns`` chooses
-    some of them by name, ``first`` so many from the left; the others are not looked at. ``UserError`` where nothing
-    is left, or, with ``strict``, where a row is bad.
+    ``.txt`` has one column; ``.csv`` and ``.tsv`` have a header; the columns are those of the header, the keys of
+    the first object of a ``.jsonl`` file, or the string columns of a ``.parquet`` file or a hub dataset.
+    ``columns`` chooses some of them by name, ``first`` so many from the left; the others are not looked at.
+    ``UserError`` where nothing is left, or, with ``strict``, where a row is bad.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -113,6 +118,15 @@ def read_table(
     return table
 
 
+def read_sentences(source: str | Path, column: str | None = None) -> Table:
+    """A table of one column, by default the first; a row that cannot be used is refused, or rows would shift."""
+    table = read_table(source, columns=None if column is None else [column], first=1)
+    table.refuse_bad_rows(
+        "every row must be a sentence, or they would no longer be numbered alike; fix these rows"
+    )
+    return table
+
+
 def _line_breaks(rows: Iterable[tuple[str, ...]]) -> list[str]:
     """In a table of one column nothing tells a cell of several lines from lines that a stray mark joined."""
     breaks = [cell.count("\n") for (cell,) in rows if "\n" in cell]
@@ -156,7 +170,9 @@ def _fault(cells: Iterable[Any]) -> str | None:
     return None
 
 
-Numbered = Iterator[Any]  # the names of the columns, then for each row (line, cells or what is wrong with the line)
+Numbered = Iterator[
+    Any
+]  # the names of the columns, then for each row (line, cells or what is wrong with the line)
 
 
 def _rows_of(path: Path, every_key: bool) -> Numbered:
@@ -268,7 +284,7 @@ def _hub_rows(name: str) -> Numbered:
     from datasets import Value, load_dataset
 
     try:
-        dataset = load_dataset(name, split="train")
+        dataset = load_dataset(name, split="train")  # code in a dataset is not run since datasets 4
     except Exception as error:  # datasets and the hub raise many kinds
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"there is no file {name}, and the hub dataset cannot be fetched ({first})") from None

@@ -11,7 +11,14 @@ with exit_cleanly("simcse.train"):  # these take seconds, and Ctrl-C has to be c
     from transformers.trainer_utils import IntervalStrategy, SaveStrategy, get_last_checkpoint
     from transformers.utils import logging
 
-    from simcse.arguments import DataArguments, LossArguments, ModelArguments, SimCSETrainingArguments, column_names, parse
+    from simcse.arguments import (
+        DataArguments,
+        LossArguments,
+        ModelArguments,
+        SimCSETrainingArguments,
+        column_names,
+        parse,
+    )
     from simcse.dataset import shipped
     from simcse.elastic import checkpoint_of_this_run, join_again, mark_end, mark_start
     from simcse.legacy import translate
