@@ -78,11 +78,18 @@ def test_text_after_a_closing_mark_is_reported_not_joined(tmp_path, kind):
 @pytest.mark.parametrize("kind", DELIMITERS)
 @pytest.mark.parametrize("width", [1, 2, 3])
 def test_well_formed_cells_are_read_as_csv_wrote_them(tmp_path, kind, width):
-    pieces = ["Hello", ', she said, "no"', "\n", "\r\n", " 1,000 people\nand", '"', ". ", "\t" if kind == "csv" else ", "]
-    draw = random.Random(0)
-    rows = [
-        tuple("x" + "".join(draw.choices(pieces, k=6)) + "x" for _ in range(width)) for _ in range(200)
+    pieces = [
+        "Hello",
+        ', she said, "no"',
+        "\n",
+        "\r\n",
+        " 1,000 people\nand",
+        '"',
+        ". ",
+        "\t" if kind == "csv" else ", ",
     ]
+    draw = random.Random(0)
+    rows = [tuple("x" + "".join(draw.choices(pieces, k=6)) + "x" for _ in range(width)) for _ in range(200)]
     path = write_quoted(tmp_path / f"a.{kind}", rows, [f"text{i}" for i in range(width)])
     table = read_table(path)
     assert not table.bad
@@ -195,11 +202,19 @@ def test_categorical_columns_of_parquet_are_text(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "warning"),
     [
-        ("index.csv", ",sent0,sent1\n" + "".join(f"{i},a {i},b {i}\n" for i in range(5)), r"unnamed.*no name of its"),
+        (
+            "index.csv",
+            ",sent0,sent1\n" + "".join(f"{i},a {i},b {i}\n" for i in range(5)),
+            r"unnamed.*no name of its",
+        ),
         ("saved.csv", "Unnamed: 0,a,b\n0,x x,y\n1,z,w\n", "Unnamed: 0.*no name of its own"),
         ("label.csv", "a,b,label\n" + "".join(f"x {i},y {i},1\n" for i in range(5)), r"\(label\) holds numbers"),
         ("score.tsv", "a\tb\tscore\n" + "".join(f"x {i}\ty {i}\t{i}.5\n" for i in range(5)), "score.*numbers"),
-        ("same.csv", "a,b,c\n" + "".join(f"x {i},y {i},entailment\n" for i in range(5)), r"\(c\) holds one text only"),
+        (
+            "same.csv",
+            "a,b,c\n" + "".join(f"x {i},y {i},entailment\n" for i in range(5)),
+            r"\(c\) holds one text only",
+        ),
         ("few.csv", "a,c\n" + "".join(f"x {i},{'yes' if i % 2 else 'no'}\n" for i in range(60)), "2 texts only"),
         ("semicolon.csv", "a;b\n" + "".join(f"x {i};y {i}\n" for i in range(5)), "divided by a semicolon"),
         ("tabs.csv", "a\tb\n" + "".join(f"x {i}\ty {i}\n" for i in range(5)), "divided by a tab"),
