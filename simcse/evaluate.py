@@ -142,8 +142,11 @@ def _trajectory(model: Path) -> dict[str, Any]:
     file = model / "trainer_state.json"
     if not file.is_file():
         return {}
-    state = json.loads(file.read_text(encoding="utf-8"))
-    points = [point for point in evaluations(state["log_history"]) if "alignment" in point]
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        points = [point for point in evaluations(state["log_history"]) if "alignment" in point]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is damaged ({error!r}); --plots reads the run's path from it") from None
     return {"points": points, "best": state.get("best_global_step")} if points else {}
 
 

@@ -342,6 +342,10 @@ def _load_tokenizer(source: Path, name: str) -> PreTrainedTokenizerBase:
         raise UserError(f"cannot load the tokenizer in {name}: {first_line(error)}") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where no file is
         raise UserError(f"{name} holds no tokenizer: save_pretrained of the tokenizer writes tokenizer.json")
+    if tokenizer.pad_token_id is None:
+        raise UserError(
+            f"the tokenizer in {name} has no padding token, which batches need; set its pad_token and save it"
+        )
     return tokenizer
 
 

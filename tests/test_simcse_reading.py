@@ -673,6 +673,23 @@ def test_damaged_or_hostile_files_end_in_one_line(folder, tmp_path, damage, caps
     assert not (folder / "was_run").exists()
 
 
+def test_tokenizer_without_a_padding_token_is_refused(folder):
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    edit(folder / "tokenizer_config.json", pad_token=None, tokenizer_class="PreTrainedTokenizerFast")
+    with pytest.raises(UserError, match="no padding token"):
+        load_encoder(str(folder), "avg")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"log_history": 3}', "{}"])
+def test_damaged_log_of_a_run_is_named(folder, tmp_path, text, capsys):
+    (folder / "trainer_state.json").write_text(text)
+    run = ["--model_name_or_path", str(folder), "--pooler", "avg", "--plots", str(tmp_path / "plots")]
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main([*run, "--sts_data", str(write_sts(tmp_path / "sts.tsv"))])
+    assert ended.value.code == 2
+    assert "trainer_state.json is damaged" in capsys.readouterr().err
+
+
 def test_tokenizer_with_more_tokens_than_the_model_is_refused(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<new>"])
