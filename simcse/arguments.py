@@ -26,6 +26,21 @@ def flag(default: Any, help: str, **options: Any) -> Any:
     return field(default=default, metadata={"help": help, **options})
 
 
+STORED_POOLER = (
+    "what the folder was saved with; [CLS] for a model with 'simcse' in its name, as published; else avg"
+)
+
+
+def pooler_flag(default: str) -> Any:
+    """``--pooler_type``, as the reference's training script has it, or ``--pooler``, as its evaluation has it."""
+    return flag(None, f"The sentence vector. {POOLERS} Default: {default}.", aliases=["--pooler"])
+
+
+def column_names(text: str | None) -> list[str] | None:
+    """``--columns a,b`` as a list."""
+    return None if text is None else [name.strip() for name in text.split(",")]
+
+
 @dataclass
 class ModelArguments:
     _argument_group_name = "model"
@@ -34,9 +49,8 @@ class ModelArguments:
         "minilm",
         "A model folder, a name on the Hugging Face hub, or 'minilm', the encoder of the extra 'demo'.",
     )
-    pooler_type: PoolerType | None = flag(  # noqa: RUF009 (a field, as its neighbours)
-        None,
-        f"The sentence vector. {POOLERS} Default: what the folder was saved with, else cls_before_pooler.",
+    pooler_type: PoolerType | None = pooler_flag(  # noqa: RUF009 (a field, as its neighbours)
+        "what simcse saved the folder with, else cls_before_pooler"
     )
     mlp_only_train: bool | None = flag(
         None,
@@ -64,6 +78,11 @@ class DataArguments:
         "Training data, UTF-8: .txt (a sentence a line), .csv, .tsv (with a header), .jsonl, each also .gz, "
         ".parquet, or a hub dataset 'owner/name'. One column: each sentence is encoded twice; two: pairs; "
         "three or more: a pair and its hard negatives. Default: the sentences in the package.",
+    )
+    columns: str | None = flag(
+        None,
+        "Names of the columns to train on, divided by commas: anchor, positive, hard negatives. Default: all, in "
+        "their order.",
     )
     strict_data: bool = flag(False, "Stop at rows that cannot be used. Default: report them and go on without.")
     sts_data: str | None = flag(

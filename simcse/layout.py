@@ -5,6 +5,7 @@ tokenizer.json, ...                AutoTokenizer
 modules.json                       what sentence-transformers does with a sentence, in order
 sentence_bert_config.json, 1_Pooling/config.json, config_sentence_transformers.json
 2_Dense/                           the MLP of ``cls`` as sentence-transformers' Dense layer
+3_Normalize/                       where the folder that training started from has it
 simcse_config.json                 pooler and mlp_only_train, for simcse, and the files of this list
 README.md                          the model card
 """
@@ -18,7 +19,8 @@ from typing import Any, NoReturn
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
-from simcse.model import CONFIG_FILE, MLP_FILE, SentenceEncoder, max_tokens
+from simcse.folder import MODEL_FILE, MODULES_FILE, TRANSFORMER_FILES
+from simcse.model import CONFIG_FILE, MLP_FILE, SentenceEncoder, default_length
 
 # pooler → sentence-transformers' name; the two that are missing take more than the last layer
 POOLING = {"cls": "cls", "cls_before_pooler": "cls", "avg": "mean"}
@@ -95,7 +97,7 @@ def _write_all(encoder: SentenceEncoder, tokenizer: PreTrainedTokenizerBase, fol
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()  # or the file keeps the length of the last batch
     tokenizer.save_pretrained(folder)
-    _save_modules(encoder, folder, max_tokens(encoder, tokenizer))
+    _save_modules(encoder, folder, default_length(encoder, tokenizer))
     (folder / "README.md").write_text(model_card(encoder, card), encoding="utf-8")
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     settings = {"pooler_type": encoder.pooler_type, "mlp_only_train": encoder.mlp_only_train}
@@ -105,8 +107,17 @@ def _write_all(encoder: SentenceEncoder, tokenizer: PreTrainedTokenizerBase, fol
 def _save_modules(encoder: SentenceEncoder, folder: Path, length: int) -> None:
     hidden = encoder.config.hidden_size
     modules = [("", INSIDE + "Transformer")]
-    _write(folder / "sentence_bert_config.json", {"max_seq_length": length, "do_lower_case": False})
-    _write(folder / "config_sentence_transformers.json", {"similarity_fn_name": "cosine"})
+    settings = encoder.settings
+    _write(folder / TRANSFORMER_FILES[0], {"max_seq_length": length, "do_lower_case": settings.lower_case})
+    further = {
+        "prompts": dict(settings.prompts),
+        "default_prompt_name": settings.default_prompt_name,
+        "truncate_dim": settings.truncate_dim,
+    }
+    _write(
+        folder / MODEL_FILE,
+        {"similarity_fn_name": "cosine", **{name: value for name, value in further.items() if value}},
+    )
     if encoder.pooler_type not in POOLING:
         modules.append(("", f"{Inexpressible.__module__}.{Inexpressible.__name__}"))
     else:
@@ -132,8 +143,11 @@ def _save_modules(encoder: SentenceEncoder, folder: Path, length: int) -> None:
         )
         if not encoder.mlp_only_train:
             modules.append((str(Path(MLP_FILE).parent), INSIDE + "Dense"))
+    if settings.normalize:
+        modules.append(("3_Normalize", INSIDE + "Normalize"))
+        _write(folder / "3_Normalize" / "config.json", {})
     _write(
-        folder / "modules.json",
+        folder / MODULES_FILE,
         [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(modules)],
     )
 

@@ -15,7 +15,14 @@ with exit_cleanly("simcse.train"):  # these take seconds, and Ctrl-C has to be c
     from transformers.trainer_utils import IntervalStrategy, SaveStrategy
     from transformers.utils import logging
 
-    from simcse.arguments import DataArguments, LossArguments, ModelArguments, SimCSETrainingArguments, parse
+    from simcse.arguments import (
+        DataArguments,
+        LossArguments,
+        ModelArguments,
+        SimCSETrainingArguments,
+        column_names,
+        parse,
+    )
     from simcse.dataset import shipped
     from simcse.elastic import join_again, mark_end, restarts, run_of_this_launch
     from simcse.legacy import translate
@@ -94,9 +101,12 @@ def prepare(argv: list[str] | None = None) -> SimCSETrainer:
         DESCRIPTION,
         argv,
     )
-    table = read_table(data_args.train_file or shipped("sentences.txt"), data_args.strict_data)
-    if table.bad:
-        _warn(f"{table.name}: {table.report()}")
+    table = read_table(
+        data_args.train_file or shipped("sentences.txt"), data_args.strict_data, column_names(data_args.columns)
+    )
+    for warning in [table.report(), *table.warnings]:
+        if warning:
+            _warn(f"{table.name}: {warning}")
     sts_file = data_args.sts_data or (None if data_args.train_file else shipped("sts.tsv"))
     pairs = watched_pairs(read_sts(sts_file)) if sts_file else None
     if sts_file and pairs is None:
@@ -185,6 +195,7 @@ def prepare(argv: list[str] | None = None) -> SimCSETrainer:
         + f"; {_loss_name(loss_args)}"
         + (f"; {len(pairs.scores):,} pairs of {pairs.name}" if pairs else "; no pairs")
     )
+    print(f"columns  {table.roles}")
     if checkpoint is not None:
         print(f"goes on from {checkpoint}")
     return trainer

@@ -167,7 +167,7 @@ def test_command_searches_and_keeps_the_index(tiny, tmp_path, capsys):
         (["encode", "--input", "x.txt", "--output", "x.csv"], "neither .npy nor .parquet"),
         (["search", "--query", "x", "--sentences", "nowhere.txt"], "nowhere.txt"),
         (["search", "--query", "x"], "--sentences or --index"),
-        (["convert", "--path", "nowhere", "--output_dir", "x"], "nowhere is no checkpoint folder"),
+        (["convert", "--path", "nowhere", "--output_dir", "x"], "nowhere is not a checkpoint folder"),
         (["train", "--train_file", "nowhere.txt"], "nowhere.txt"),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
