@@ -120,6 +120,11 @@ def prepare(argv: list[str] | None = None) -> SimCSETrainer:
         raise UserError(f"cannot write to --output_dir {args.output_dir}: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{error} (--help lists the flags)") from None
+    if trainer.model.mlm is not None and trainer.model.mlm.missing:
+        _warn(
+            f"--do_mlm: {model_args.model_name_or_path} has no pretrained head of a masked language model; a new "
+            f"one is trained ({', '.join(trainer.model.mlm.missing)})"
+        )
     trainer.card = (
         f"Trained from `{model_args.model_name_or_path}` on {len(table.rows):,} rows of {len(table.rows[0])} "
         f"columns of `{Path(table.name).name}`"
