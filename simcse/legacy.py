@@ -87,6 +87,6 @@ def _warn_if_not_told_to_train(argv: list[str], warn: Callable[[str], None]) -> 
     others = [flag for flag in ("--do_eval", "--do_predict") if asked.get(flag)]
     if not asked.get("--do_train", not others):
         warn(
-            f"{' '.join(others) or '--do_train false'}: simcse train trains all the same; simcse evaluate scores a "
-            "model as it is"
+            f"{' '.join(others) or '--do_train false'}: simcse train trains all the same; simcse evaluate scores "
+            "a model as it is"
         )

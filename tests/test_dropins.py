@@ -14,6 +14,7 @@ from ranks import Ranks
 from test_integrations import applied, compare, mnrl, model  # noqa: F401 (a fixture)
 from torch import Tensor, nn
 
+from fused_infonce import info_nce
 from fused_infonce.integrations.ntxent import FusedNTXentLoss
 from fused_infonce.integrations.open_clip import FusedClipLoss
 
@@ -512,3 +513,63 @@ def test_mask_duplicates_assigned_later(cached, model):  # noqa: F811
     assert loss(features, None) > 0.6
     loss.mask_duplicates = True
     assert loss(features, None).item() == pytest.approx(0, abs=1e-6)
+
+
+# ---------------------------------------------------------------------- GISTEmbed
+
+
+class Embedded(nn.Module):
+    """A model whose features are its embeddings."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def forward(self, features):
+        return {"sentence_embedding": features[self.name]}
+
+
+def gist(columns: list[Tensor], guide: list[Tensor], **options) -> Tensor:
+    """GISTEmbedLoss of sentence-transformers itself, past its constructor, which asks for tokenizers."""
+    losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+    loss = losses.GISTEmbedLoss.__new__(losses.GISTEmbedLoss)
+    nn.Module.__init__(loss)
+    settings = {"temperature": 0.05, "margin_strategy": "absolute", "margin": 0.0, "contrast_anchors": True}
+    settings |= {"contrast_positives": True, "gather_across_devices": False, "must_retokenize": False}
+    settings |= {
+        "model": Embedded("own"),
+        "guide": Embedded("guide"),
+        "similarity_fct": nn.CosineSimilarity(dim=-1),
+    }
+    for name, value in {**settings, "cross_entropy_loss": nn.CrossEntropyLoss(), **options}.items():
+        setattr(loss, name, value)
+    return loss([{"own": x, "guide": g} for x, g in zip(columns, guide, strict=True)], None)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.1, -0.1])
+@pytest.mark.parametrize("contrast_anchors", [False, True])
+@pytest.mark.parametrize("columns", [2, 3])
+def test_guide_is_gistembed_without_contrasted_positives(columns, contrast_anchors, margin):
+    """As docs/losses.md says: with an absolute margin; anchors are contrasted where they are further negatives."""
+    inputs = [rows(12, D, seed=s) for s in range(columns)]
+    guide = [rows(12, 5, seed=9 + s) for s in range(columns)]
+
+    def ours(*columns):
+        (anchors, positives, *more), (guide_anchors, guide_positives, *guide_more) = columns, guide
+        further = [torch.cat([*more, anchors])] if contrast_anchors else more
+        guide_further = [torch.cat([*guide_more, guide_anchors])] if contrast_anchors else guide_more
+        return info_nce(
+            anchors, positives, *further, temperature=0.05, filter_margin=-margin,
+            guide=[guide_anchors, guide_positives, *guide_further],
+        )  # fmt: skip
+
+    def theirs(*columns):
+        options = {"margin": margin, "contrast_anchors": contrast_anchors, "contrast_positives": False}
+        return gist(list(columns), guide, **options)
+
+    compare(ours, theirs, inputs, torch.float64)
+    for option in ({"contrast_positives": True}, {"margin_strategy": "relative", "margin": 0.3}):
+        other = gist(
+            inputs, guide, **{"contrast_anchors": contrast_anchors, "contrast_positives": False, **option}
+        )
+        assert abs(ours(*inputs) - other) > 1e-6  # what it is not
