@@ -317,6 +317,26 @@ def test_memory_bank_on_two_ranks(gather, two_ranks):
         torch.testing.assert_close(torch.as_tensor(bank), twin.bank, rtol=0, atol=0)
 
 
+def ntxent_rank(group, inputs: list[Tensor], real: bool) -> list[Tensor]:
+    leaves = [parts_of(x)[dist.get_rank(group)].requires_grad_() for x in inputs]
+    kind = pytest.importorskip("lightly.loss").NTXentLoss if real else FusedNTXentLoss
+    value = kind(0.2, gather_distributed=True)(*leaves)
+    value.backward()
+    return [value.detach(), *[x.grad for x in leaves]]
+
+
+def test_ntxent_on_two_ranks_against_lightly(two_ranks):
+    """The same gradients on each rank; the value is the mean of the ranks' own."""
+    pytest.importorskip("lightly.loss")
+    inputs = [rows(W * N, D, seed=s) for s in (1, 2)]
+    ours, theirs = (two_ranks.run(ntxent_rank, inputs, real) for real in (False, True))
+    mean = sum(answer[0] for answer in theirs) / W
+    for a, b in zip(ours, theirs, strict=True):
+        assert a[0] == pytest.approx(mean, rel=1e-12)
+        for g, w in zip(a[1:], b[1:], strict=True):
+            assert relative_error(torch.as_tensor(g), torch.as_tensor(w)) < 1e-11
+
+
 def test_ntxent_takes_lightlys_arguments_in_its_order():
     assert list(inspect.signature(FusedNTXentLoss).parameters) == [
         "temperature", "memory_bank_size", "gather_distributed",
