@@ -125,3 +125,14 @@ def test_a_class_without_a_masked_language_model_is_refused(folder, tmp_path):  
     tokenizer.save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match="no masked language model of the type clip_text"):
         prepared(folder, tmp_path / "run", model_name_or_path=tmp_path / "model", do_mlm=True, pooler_type="avg")
+
+
+def test_a_tokenizer_without_a_mask_token_trains_without_mlm(folder, tmp_path):  # noqa: F811
+    save_masked_lm("bert", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.mask_token = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    model = {"model_name_or_path": tmp_path / "model", "max_steps": 1}
+    assert prepared(folder, tmp_path / "run", **model).train().training_loss > 0
+    with pytest.raises(UserError, match="--do_mlm: the model's tokenizer has no mask token"):
+        prepared(folder, tmp_path / "mlm", **model, do_mlm=True)
