@@ -17,7 +17,7 @@ from simcse.recipes import RECIPES
 
 POOLERS = (
     "'cls': last-layer [CLS] through an MLP; 'cls_before_pooler': last-layer [CLS] as it is; 'avg': mean "
-    "over tokens, last layer; 'avg_top2': last two layers; 'avg_first_last': embedding layer and last."
+    "over tokens, last layer; 'avg_top2': last two layers; 'avg_first_last': first and last layer."
 )
 
 
@@ -127,7 +127,11 @@ class LossArguments:
         "Sentences that are embedded at a time (gradient caching): memory follows it, while the loss sees the "
         "whole batch. Costs a second forward pass. Default: the whole batch.",
     )
-    do_mlm: bool = flag(False, "Also train a masked language model, with a head that is not saved.")
+    do_mlm: bool = flag(
+        False,
+        "Also train a masked language model. Its head starts from the model's pretrained one, where there is one, "
+        "is not tied to the input embeddings, and is not saved.",
+    )
     mlm_weight: float = flag(0.1, "Weight of the masked language model's loss.")
     mlm_probability: float = flag(0.15, "Share of the tokens that are masked for it.")
     num_noise: int = flag(
@@ -233,6 +237,7 @@ class SimCSETrainingArguments(TrainingArguments):
             "fp16_full_eval": (not self.fp16_full_eval, "False: evaluation is in fp32"),
             "per_device_train_batch_size": (self.per_device_train_batch_size > 0, "1 or more"),
             "per_device_eval_batch_size": (self.per_device_eval_batch_size > 0, "1 or more"),
+            "label_smoothing_factor": (self.label_smoothing_factor == 0, "0: labels are not smoothed here"),
             "gradient_accumulation_steps": (self.gradient_accumulation_steps > 0, "1 or more"),
             "num_train_epochs": (self.num_train_epochs > 0 or self.max_steps > 0, "a positive number"),
             "max_steps": (self.max_steps > 0 or self.max_steps == -1, "1 or more, or -1 for --num_train_epochs"),

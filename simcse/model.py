@@ -14,7 +14,14 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from simcse.errors import UserError
 from simcse.folder import MODULES_FILE, InferenceSettings, read_folder
@@ -39,7 +46,8 @@ class SentenceEncoder(nn.Module):
     ``cls``: the last layer's [CLS] vector through an MLP (linear, tanh) that is trained with the rest;
     with ``mlp_only_train`` the MLP is left out at evaluation.  ``cls_before_pooler``: the [CLS] vector as
     it is.  ``avg``: mean over the tokens of the last layer; ``avg_top2``: of the last two layers;
-    ``avg_first_last``: of the embedding layer and the last layer. Padding never counts.
+    ``avg_first_last``: of the first and the last layer, as in the reference; the embeddings do not take part.
+    Padding never counts.
     """
 
     def __init__(
@@ -56,6 +64,7 @@ class SentenceEncoder(nn.Module):
         self.pooler_type = pooler_type
         self.mlp_only_train = mlp_only_train
         self.came_with: dict[str, float] = {}  # dropout probabilities of the configuration, where changed
+        self.source: Path | str | None = None  # the folder or hub name that the weights come from
         # The backbone's own pooler is kept as it came, for whoever loads the folder with AutoModel; it takes
         # no part here, and DistributedDataParallel would wait for its gradient.
         if getattr(backbone, "pooler", None) is not None:
@@ -99,7 +108,7 @@ class SentenceEncoder(nn.Module):
         if self.pooler_type == "avg_top2":
             last = (out.hidden_states[-2] + last) / 2
         elif self.pooler_type == "avg_first_last":
-            last = (out.hidden_states[0] + last) / 2
+            last = (out.hidden_states[1] + last) / 2  # 0 are the embeddings, 1 is the first layer
         mask = tokens["attention_mask"].unsqueeze(-1).to(last.dtype)  # (B, L, 1)
         return (last * mask).sum(1) / mask.sum(1).clamp(min=1)
 
@@ -187,6 +196,7 @@ def load_encoder(
         mlp_only_train = own.get("mlp_only_train", False)
     encoder = SentenceEncoder(backbone, chosen, mlp_only_train, settings)
     encoder.came_with = came_with
+    encoder.source = source
     if encoder.mlp is not None:
         mlp_file = source / MLP_FILE if own.get("pooler_type") == "cls" else stored and stored.mlp_file
         if mlp_file:
@@ -332,6 +342,33 @@ def _load_backbone(source: Path, name: str, **changed: float) -> tuple[PreTraine
             f"{type(backbone).__name__} of transformers reads the weights"
         )
     return backbone, any(key.startswith("pooler.") for key in report["missing_keys"])
+
+
+def load_masked_lm(encoder: SentenceEncoder) -> tuple[PreTrainedModel, list[str]]:
+    """The masked language model of the encoder's class and checkpoint, and the weights that are new in its head.
+
+    They are new where the checkpoint does not hold them, as that of a sentence encoder.
+    """
+    source = encoder.source
+    try:
+        with _quiet():
+            if source is None:
+                model = AutoModelForMaskedLM.from_config(encoder.config, trust_remote_code=False)
+                missing = dict(model.named_parameters())
+            else:
+                model, report = AutoModelForMaskedLM.from_pretrained(
+                    source, dtype=torch.float32, output_loading_info=True, **LOCAL
+                )
+                missing = report["missing_keys"]
+    except ValueError:
+        raise UserError(
+            f"--do_mlm: transformers has no masked language model of the type {encoder.config.model_type}; "
+            "leave it out"
+        ) from None
+    except Exception as error:  # a damaged or hostile file ends in errors of many kinds
+        raise UserError(f"cannot load the masked language model in {source}: {first_line(error)}") from error
+    base = f"{model.base_model_prefix}."
+    return model, sorted(name for name in missing if not name.startswith(base))
 
 
 def _load_tokenizer(source: Path, name: str) -> PreTrainedTokenizerBase:

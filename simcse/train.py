@@ -177,6 +177,11 @@ def prepare(argv: list[str] | None = None) -> SimCSETrainer:
                 output.rmdir()
         raise
     args.resume_from_checkpoint = str(checkpoint) if checkpoint is not None else None
+    if trainer.model.mlm is not None and trainer.model.mlm.missing:
+        _warn(
+            f"--do_mlm: {model_args.model_name_or_path} has no pretrained head of a masked language model; a new "
+            f"one is trained ({', '.join(trainer.model.mlm.missing)})"
+        )
     trainer.card = (
         f"Trained from `{model_args.model_name_or_path}` on {len(table.rows):,} rows of {len(table.rows[0])} "
         f"columns of `{Path(table.name).name}`"

@@ -70,6 +70,8 @@ class SimCSETrainer(Trainer):
         pairs: Pairs | None = None,
         max_seq_length: int = 32,
     ):
+        if options.do_mlm and tokenizer.mask_token is None:
+            raise ValueError("--do_mlm: the model's tokenizer has no mask token; leave it out")
         everyone = options.negatives == "global" and args.world_size > 1
         super().__init__(
             model=Objective(encoder, options, dist.group.WORLD if everyone else None),
@@ -88,7 +90,8 @@ class SimCSETrainer(Trainer):
         self._draws: tuple[int, torch.Generator] | None = None
         self._stats: dict[str, float] = {}
         self._queues: Tensor | None = None  # of all processes, rank after rank, while a checkpoint is written
-        self._masking = DataCollatorForLanguageModeling(tokenizer, mlm_probability=options.mlm_probability)
+        if options.do_mlm:
+            self._masking = DataCollatorForLanguageModeling(tokenizer, mlm_probability=options.mlm_probability)
         for printing in (ProgressCallback, PrinterCallback):
             self.remove_callback(printing)
         if not args.disable_tqdm:
