@@ -48,3 +48,11 @@ def test_kernels_are_a_part_of_fused_infonce_and_shadow_nothing():
 def test_imports_run_one_way(folder, others):
     for file in (ROOT / folder).rglob("*.py"):
         assert not re.search(rf"^\s*(?:from|import)\s+(?:{others})\b", file.read_text(), re.MULTILINE), file
+
+
+def test_tests_of_the_product_import_no_benchmark():
+    own = {"test_bench.py", "losses_for_bench.py", "test_study.py"}  # tests of the benchmarks and the experiments
+    for file in (ROOT / "tests").glob("*.py"):
+        assert file.name in own or not re.search(
+            r"^\s*(?:from|import)\s+bench\b", file.read_text(), re.MULTILINE
+        ), file
