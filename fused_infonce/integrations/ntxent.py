@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..api import info_nce
+from ..distributed import Group
 
 
 class FusedNTXentLoss(nn.Module):
@@ -61,9 +62,9 @@ class FusedNTXentLoss(nn.Module):
             ids = torch.zeros(len(out0), dtype=torch.long, device=out0.device)
             return info_nce(out0, out1, queue=bank, temperature=self.temperature, ids=ids)
         ids = torch.arange(len(out0), device=out0.device)
-        group = None
+        group: Group = "local"
         if self.gather_distributed and _several_ranks():
-            group = dist.group.WORLD
+            group = "world"
             ids = ids + (dist.get_rank() << 40)  # ids that differ from rank to rank
         # Column i is row i's other view, and column i ± N row i itself: of the same id, it is masked.
         anchors, positives = torch.cat([out0, out1]), torch.cat([out1, out0])
