@@ -77,7 +77,7 @@ SIZES = {
     "none": functools.partial(info_nce, reduction="none"),
     "small temperature": functools.partial(info_nce, temperature=0.005),
     "smoothing": functools.partial(info_nce, label_smoothing=0.1, symmetric=True),
-    "sampled": lambda q, k: gs_infonce(q, k, noise_weight=1e-12),  # drawn, but too light to be seen
+    "sampled": lambda q, k: gs_infonce(q, k, noise_weight=1e-25),  # drawn, but too light to be seen
     "learned": GSInfoNCELoss(**LEARNED),
     "learned, symmetric": GSInfoNCELoss(**LEARNED, symmetric=True),
     "learned, expected": GSInfoNCELoss(learnable_temperature=True, noise="expected"),
@@ -281,4 +281,4 @@ def test_inductor_with_every_layout_and_way():
         assert torch.allclose(got.detach(), want.detach(), rtol=1e-5)
         grads = [torch.autograd.grad(x.sum(), wanted) for x in (got, want)]
         for a, b in zip(*grads, strict=True):
-            assert relative_error(a, b) < 1e-5
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)  # equal rows leave nothing but rounding

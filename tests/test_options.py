@@ -11,7 +11,7 @@ import torch
 from cases import CASES, COMPARABLE, NOISE, LossCase, both
 from helpers import loss_and_grads, relative_error, rows
 
-from fused_infonce import arguments, gs_infonce, info_nce
+from fused_infonce import arguments, function, gs_infonce, info_nce
 from fused_infonce.operands import Precision, Scale
 from fused_infonce.sweep import Needs, Sweep
 from fused_infonce.testing import naive
@@ -125,9 +125,12 @@ def test_without_gradients_the_same_loss(options):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"reduction": "sum"}], ids=str)
 @pytest.mark.parametrize("size", [(40, 24), (256, 300)], ids=["small", "large"])
-def test_half_precision_inputs(dtype, options, size):
+def test_half_precision_inputs(dtype, options, size, monkeypatch):
     inputs = [rows(*size, seed=s, dtype=dtype) for s in (1, 2)]
     temperature = torch.tensor(0.1)
+    large = size[0] > 40
+    if large:
+        monkeypatch.setattr(function, "SMALL_PRODUCT", 0)  # whose products run in fp32
     ours = loss_and_grads(inputs, backend="torch", num_noise=0, temperature=temperature, **options)
     want = loss_and_grads([x.double() for x in inputs], backend="reference", num_noise=0,
                           temperature=temperature.double(), **options)  # fmt: skip
@@ -136,6 +139,11 @@ def test_half_precision_inputs(dtype, options, size):
     assert relative_error(ours[0], want[0]) < 1e-4
     for a, b in zip(ours[1:3], want[1:3], strict=True):
         assert relative_error(a, b) < 3e-3
+    with torch.autocast("cpu", enabled=False):
+        exact = loss_and_grads([x.float() for x in inputs], backend="torch", num_noise=0, temperature=temperature,
+                               **options)  # fmt: skip
+    rounded = ours[0] != exact[0]
+    assert rounded == large  # products in the inputs' dtype leave their trace
 
 
 def test_mixed_inputs_are_promoted_and_gradients_come_in_their_own_dtype():
