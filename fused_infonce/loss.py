@@ -125,9 +125,8 @@ class GSInfoNCELoss(nn.Module):
         log_tau = self.log_temperature
         if log_tau is None:
             return self.initial_temperature
-        inside = log_tau.detach().clamp(*self._log_range)
-        tau: Tensor = (log_tau + (inside - log_tau.detach())).exp()  # the clamp has no part in the gradient
-        return tau.reshape(())
+        inside: Tensor = _IntoRange.apply(log_tau, *self._log_range)  # type: ignore[no-untyped-call]
+        return inside.exp().reshape(())
 
     @property
     def _log_range(self) -> tuple[float, float]:
@@ -202,6 +201,23 @@ class GSInfoNCELoss(nn.Module):
             f"{name}={getattr(self, name)!r}" for name, off in _VARIANTS.items() if getattr(self, name) != off
         ]
         return ", ".join(parts)
+
+
+class _IntoRange(torch.autograd.Function):
+    """Clamps; leaves out only the part of the gradient that would take the value further outside.
+
+    The projection holds the parameter inside by itself, but for FSDP, which lets a forward change a copy.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward((x > high).to(x.dtype) - (x < low).to(x.dtype))
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (outside,) = ctx.saved_tensors
+        return upstream.masked_fill(outside * upstream < 0, 0), None, None
 
 
 def _checked_range(value: Any) -> tuple[float, float]:

@@ -204,7 +204,7 @@ def test_a_group_of_none_before_there_are_groups_is_reported():
         info_nce(x, y)
         info_nce(x, y, group="local")
         loss = GSInfoNCELoss(group="world", num_noise=0)  # may be made before there are groups
-    with pytest.raises(TypeError, match="once torch.distributed"):
+    with pytest.raises(TypeError, match=r"once torch\.distributed"):
         loss(x, y)
 
 
