@@ -266,7 +266,7 @@ class Encoder(torch.nn.Module):
         self.loss = GSInfoNCELoss(0.1, learnable_temperature=True, num_noise=M).double()
 
     def forward(self, x, y, **where):
-        self.loss.group, self.loss.strategy = where.get("group"), where.get("strategy", "auto")
+        self.loss.group, self.loss.strategy = where.get("group", "local"), where.get("strategy", "auto")
         return self.loss(self.linear(x), self.linear(y))
 
 
