@@ -133,11 +133,14 @@ class GSInfoNCELoss(nn.Module):
         low, high = self.temperature_range
         return math.log(low), math.log(high)
 
-    @torch.no_grad()
     def _project(self) -> None:
-        """The parameter into its range: one that stays outside would only come back after as many steps."""
-        if self.log_temperature is not None:
-            self.log_temperature.clamp_(*self._log_range)
+        """The parameter into its range: one that stays outside would only come back after as many steps.
+
+        Through ``data``: a graph that was made since the optimiser's step has seen the same value. An exported
+        program has no optimiser, and its temperature is clamped all the same.
+        """
+        if self.log_temperature is not None and not torch.compiler.is_exporting():
+            self.log_temperature.data.clamp_(*self._log_range)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Also takes a 0-dim ``log_temperature``, which FSDP could not shard."""

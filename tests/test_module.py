@@ -81,6 +81,11 @@ def test_several_losses_before_one_backward():
     (loss(*batch("hard")) + loss(*batch("easy"))).backward()
     assert loss.log_temperature.grad.abs() > 0
     assert loss.temperature.item() == pytest.approx(1.0)
+    torch.compiler.reset()
+    step, eager = torch.compile(loss, backend="aot_eager", fullgraph=True), loss.log_temperature.grad.clone()
+    loss.log_temperature.grad = None
+    (step(*batch("hard")) + step(*batch("easy"))).backward()
+    assert torch.allclose(loss.log_temperature.grad, eager)
 
 
 def test_the_parameter_has_one_dimension_and_old_states_load():
