@@ -1,7 +1,7 @@
-"""In a checkout that is not installed, ``fused_infonce.kernels`` is the folder ``kernels/infonce`` beside it.
+"""In a checkout that is not installed, ``fused_infonce.kernels`` is found in the folder ``kernels/infonce``.
 
-git has a link for it, ``fused_infonce/kernels``. Where links came out as text files (Windows, some archives) or not at
-all (a source distribution), the import is directed to the folder here.
+An install maps the package to that folder (setup.py). A link in git would do the same for a checkout, but Windows
+checks links out as text files, archives and source distributions lose them, and type checkers follow them.
 """
 
 import sys
