@@ -21,6 +21,8 @@ from bench.machine import describe
 from bench.results import Results, Row
 from bench.runner import Runner
 from bench.suites import Entry
+from simcse.errors import exit_cleanly
+from simcse.files import output_file, output_folder, write_text
 
 JOBS = {
     "loss": "time of the loss, forward and backward, against bare matrix products and what else there is",
@@ -51,16 +53,25 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> None:
     parser = _parser()
-    args = parser.parse_args(argv)
+    with exit_cleanly(parser.prog):
+        args = parser.parse_args(argv)
     args.command_line = sys.argv[1:] if argv is None else argv
+    with exit_cleanly(parser.prog):
+        _run(parser, args)
+
+
+def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     # The file is named, or progress would follow the standard output that a study takes from its trainings.
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160)
+    console = _Console(
+        file=sys.stdout, width=None if sys.stdout.isatty() else 160, markup=False, emoji=False, highlight=False
+    )
     folder = Path(getattr(args, "out", None) or Path("runs/bench") / datetime.now().strftime("%Y%m%d-%H%M%S"))
     try:
         if args.job == "report":
             _report(parser, Path(args.folder), args.readme)
             return
         _check(parser, args)
+        _check_outputs(folder)
         known = _load(parser, args.also)
         for job in [args.job] if args.job else MEASURED:
             console.rule(f"{job}: {JOBS[job]}")
@@ -77,10 +88,13 @@ def main(argv: list[str] | None = None) -> None:
         kept = f"what was measured is kept: python -m bench report {folder} makes its tables"
         print(f"\n{parser.prog}: interrupted; {kept}", file=sys.stderr)
         raise SystemExit(130) from None
-    except report.NoMarks as error:
-        parser.error(str(error))
-    except OSError as error:
-        parser.error(f"cannot read or write {error.filename}: {error.strerror}")
+
+
+class _Console(Console):
+    """Text as it is, not as markup: reasons and file names have brackets."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # the error at hand: exit_cleanly ends the command
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -172,21 +186,28 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name in ("seconds", "limit", "steps", "sentences", "mini_batch", "evaluations"):
         value = getattr(args, name, None)
         if value is not None and not value > 0:
-            parser.error(f"--{name} {value}: a positive number is wanted")
+            parser.error(f"--{name} must be positive, not {value}")
     for name in ("n", "d", "batch", "learning_rate"):
         values = getattr(args, name, None)
         if values and not min(values) > 0:
-            parser.error(f"--{name} {min(values)}: a positive number is wanted")
+            parser.error(f"--{name} must be positive, not {min(values)}")
     for name, text in (("train_file", "sentences, one a line"), ("sts_data", "graded pairs")):
         file = getattr(args, name, None)
         if file and not Path(file).is_file():
-            parser.error(f"--{name} {file}: there is no such file; give one of {text}")
+            parser.error(f"--{name}: the file {file} does not exist; give one of {text}")
     if args.job == "study" and args.device == "cpu" and torch.cuda.is_available():
         parser.error("--device cpu: trainings take the GPU that torch sees; hide it with CUDA_VISIBLE_DEVICES=")
     if args.job == "study" and args.sentences < max(args.batch):
         parser.error(f"--sentences {args.sentences}: fewer than a batch of {max(args.batch)}; raise it")
     if args.readme is not None:
         report.around_marks(args.readme)
+        output_file("--readme", str(args.readme))
+
+
+def _check_outputs(folder: Path) -> None:
+    if output_folder("--out", str(folder)).is_dir():
+        for name in (*(f"{job}.json" for job in JOBS), *report.PICTURES, "report.md"):
+            output_file("--out", str(folder / name))
 
 
 def _device(args: argparse.Namespace) -> str:
@@ -269,7 +290,7 @@ def _entries(parser: argparse.ArgumentParser, job: str, args: argparse.Namespace
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.completed}/{task.total}"),
         TimeElapsedColumn(),
@@ -335,7 +356,7 @@ def _tune(args: argparse.Namespace, folder: Path, known: dict[str, Candidate], c
                 for s, ms in ranked
             ]
             console.print(tables.Table(case.label, [one.what, "ms", "20–80 %"], lines).rich())
-            console.print(f"put [bold]{one.what} = {ranked[0][0]}[/] into {one.where}\n")
+            console.print(f"put {one.what} = {ranked[0][0]} into {one.where}\n")
     found.close()
 
 
@@ -384,10 +405,11 @@ def _study(
 def _report(parser: argparse.ArgumentParser, folder: Path, readme: Path | None) -> None:
     documents = results.read(folder) if folder.is_dir() else {}
     if not documents:
-        parser.error(f"{folder} holds no results; python -m bench --out {folder} makes them")
+        parser.error(f"{folder} contains no results; python -m bench --out {folder} makes them")
+    output_file("report", str(folder / "report.md"))
     plots.draw(documents, folder)
     text = report.whole(documents, folder)
-    (folder / "report.md").write_text(text, encoding="utf-8")
+    write_text(folder / "report.md", text)
     if readme is not None:
         report.put_between_marks(readme, report.section(documents, folder, readme))
     print(f"{folder}: results (.json), pictures (.png) and all tables (report.md)")

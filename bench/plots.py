@@ -20,6 +20,7 @@ from bench.cases import REGIMES
 from bench.results import Row
 from bench.study import BEFORE, LOSSES, cells
 from bench.tables import by_case, median, names_in
+from simcse.files import replaced
 
 # Ours in warm colours and thick, the usual ways dark, the others thin; the same in every picture.
 STYLE = {
@@ -64,7 +65,8 @@ def draw(documents: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
         figure = picture(documents[job]["rows"]) if job in documents else None
         if figure is not None:
             FigureCanvasAgg(figure)
-            figure.savefig(folder / file, dpi=120)
+            with replaced(folder / file) as unfinished:
+                figure.savefig(unfinished, dpi=120, format="png")
             made.append(folder / file)
     return made
 

@@ -11,6 +11,8 @@ from bench import tables
 from bench.candidates import FLOOR
 from bench.results import Row
 from bench.tables import Table
+from simcse.errors import UserError
+from simcse.files import write_text
 
 BEGIN, END = "<!-- bench: begin (python -m bench report) -->", "<!-- bench: end -->"
 HEADLINE_D = 768
@@ -45,21 +47,17 @@ def section(documents: dict[str, dict[str, Any]], folder: Path, file: Path) -> s
     return "\n".join(part for part in parts if part)
 
 
-class NoMarks(Exception):  # noqa: N818 (a user's mistake)
-    """A file does not hold the two marks."""
-
-
 def around_marks(file: Path) -> tuple[str, str]:
-    """What stands before and after the part to replace; NoMarks where the marks are not there, once each."""
+    """What stands before and after the part to replace; UserError where the marks are not there, once each."""
     content = file.read_text(encoding="utf-8")
     if content.count(BEGIN) != 1 or content.count(END) != 1 or content.index(BEGIN) > content.index(END):
-        raise NoMarks(f"{file} must hold the lines '{BEGIN}' and '{END}' once each, in this order")
+        raise UserError(f"{file} must hold the lines '{BEGIN}' and '{END}' once each, in this order")
     return content.split(BEGIN)[0], content.split(END)[1]
 
 
 def put_between_marks(file: Path, text: str) -> None:
     before, after = around_marks(file)
-    file.write_text(f"{before}{BEGIN}\n{text.rstrip()}\n{END}{after}", encoding="utf-8")
+    write_text(file, f"{before}{BEGIN}\n{text.rstrip()}\n{END}{after}")
 
 
 def _head(documents: dict[str, dict[str, Any]]) -> Iterator[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from simcse.errors import UserError
+from simcse.files import write_text
 
 Row = dict[str, Any]
 
@@ -37,9 +39,7 @@ class Results:
         # A row a line: differences between two runs can be read.
         rows = ",\n".join(json.dumps(_short(row), ensure_ascii=False) for row in self.rows)
         text = json.dumps(head, indent=1, ensure_ascii=False)[:-2] + f',\n "rows": [\n{rows}\n]\n}}\n'
-        part = self.path.with_suffix(".part")
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, self.path)
+        write_text(self.path, text)
 
 
 def _short(value: Any) -> Any:
@@ -55,7 +55,10 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
     """Job → its document, of every result in a folder."""
     found = {}
     for path in sorted(folder.glob("*.json")):
-        document = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is not JSON ({error}); remove it, or choose another folder") from None
         if isinstance(document, dict) and {"job", "rows"} <= document.keys():
             found[document["job"]] = document
     return found

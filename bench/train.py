@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.worker import ROOT, environment
+from simcse.errors import exit_cleanly
 
 WARM_UP = 1  # steps that are not timed
 LOSS_CALLS = 5  # of the loss alone
@@ -206,6 +207,7 @@ def _clock(on_gpu: bool) -> Any:
 
 
 if __name__ == "__main__":
-    found = child(json.loads(sys.argv[1]))
-    print()
-    print(json.dumps(found))
+    with exit_cleanly("bench.train"):
+        found = child(json.loads(sys.argv[1]))
+        print()
+        print(json.dumps(found))

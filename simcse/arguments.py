@@ -51,7 +51,7 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise ValueError(f"--dropout is {self.dropout}; wanted is a number from 0 to below 1, 0.1 is usual")
+            raise ValueError(f"--dropout must be at least 0 and below 1 (typically 0.1), not {self.dropout}")
 
 
 @dataclass
@@ -77,7 +77,7 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         if self.max_seq_length < 3:
-            raise ValueError(f"--max_seq_length {self.max_seq_length} leaves no room for a word; 32 is usual")
+            raise ValueError(f"--max_seq_length must be at least 3 (typically 32), not {self.max_seq_length}")
 
 
 @dataclass
@@ -122,21 +122,21 @@ class LossArguments:
 
     def __post_init__(self) -> None:
         if not self.temp > 0:
-            raise ValueError(f"--temp is {self.temp}; wanted is a positive number, 0.05 is usual")
+            raise ValueError(f"--temp must be positive (typically 0.05), not {self.temp}")
         if self.num_noise < 0 or not self.noise_weight >= 0:
             raise ValueError(
-                f"--num_noise is {self.num_noise} and --noise_weight {self.noise_weight}; wanted is 0 or more"
+                f"--num_noise and --noise_weight must be at least 0, not {self.num_noise} and {self.noise_weight}"
             )
         if self.learn_temperature and not 0.015 <= self.temp <= 1:
-            raise ValueError(f"--learn_temperature starts at --temp, {self.temp}; wanted is 0.015 to 1")
+            raise ValueError(f"with --learn_temperature, --temp must be from 0.015 to 1, not {self.temp}")
         if self.queue_size < 0:
-            raise ValueError(f"--queue_size is {self.queue_size}; wanted is 0 or more")
+            raise ValueError(f"--queue_size must be at least 0, not {self.queue_size}")
         if self.mini_batch_size is not None and self.mini_batch_size < 1:
-            raise ValueError(f"--mini_batch_size is {self.mini_batch_size}; wanted is 1 or more")
+            raise ValueError(f"--mini_batch_size must be at least 1, not {self.mini_batch_size}")
         if not 0 < self.mlm_probability <= 1 or not self.mlm_weight >= 0:
             raise ValueError(
-                f"--mlm_probability is {self.mlm_probability} and --mlm_weight {self.mlm_weight}; wanted is "
-                "above 0 to 1, and 0 or more"
+                "--mlm_probability must be above 0 and at most 1, and --mlm_weight at least 0, not "
+                f"{self.mlm_probability} and {self.mlm_weight}"
             )
 
 
@@ -187,21 +187,21 @@ class SimCSETrainingArguments(TrainingArguments):
             self.load_best_model_at_end = False  # there is no best checkpoint to load
         super().__post_init__()
         checks = {
-            "learning_rate": (self.learning_rate >= 0, "0 or more; 3e-5 is usual"),
+            "learning_rate": (self.learning_rate >= 0, "at least 0 (typically 3e-5)"),
             "train_sampling_strategy": (
                 self.train_sampling_strategy in ("random", "sequential"),
-                "random or sequential",
+                "'random' or 'sequential'",
             ),
-            "bf16_full_eval": (not self.bf16_full_eval, "False: evaluation is in fp32"),
-            "fp16_full_eval": (not self.fp16_full_eval, "False: evaluation is in fp32"),
-            "per_device_train_batch_size": (self.per_device_train_batch_size > 0, "1 or more"),
-            "per_device_eval_batch_size": (self.per_device_eval_batch_size > 0, "1 or more"),
-            "gradient_accumulation_steps": (self.gradient_accumulation_steps > 0, "1 or more"),
-            "num_train_epochs": (self.num_train_epochs > 0 or self.max_steps > 0, "a positive number"),
+            "bf16_full_eval": (not self.bf16_full_eval, "False, since evaluation is in fp32"),
+            "fp16_full_eval": (not self.fp16_full_eval, "False, since evaluation is in fp32"),
+            "per_device_train_batch_size": (self.per_device_train_batch_size > 0, "at least 1"),
+            "per_device_eval_batch_size": (self.per_device_eval_batch_size > 0, "at least 1"),
+            "gradient_accumulation_steps": (self.gradient_accumulation_steps > 0, "at least 1"),
+            "num_train_epochs": (self.num_train_epochs > 0 or self.max_steps > 0, "positive"),
         }
-        for name, (good, wanted) in checks.items():
+        for name, (good, expected) in checks.items():
             if not good:
-                raise ValueError(f"--{name} is {getattr(self, name)}; wanted is {wanted}")
+                raise ValueError(f"--{name} must be {expected}, not {getattr(self, name)}")
 
 
 def parse(dataclasses: Any, program: str, description: str, argv: list[str] | None = None) -> tuple[Any, ...]:

@@ -16,8 +16,9 @@ with exit_cleanly("simcse.convert"):
     from transformers.utils import logging
 
     from simcse.arguments import flag, parse
+    from simcse.files import output_folder
     from simcse.layout import save_encoder
-    from simcse.model import PoolerType, load_encoder
+    from simcse.model import CONFIG_FILE, PoolerType, load_encoder
 
 DESCRIPTION = (
     "Read a checkpoint that the code of princeton-nlp/SimCSE (or GS-InfoNCE) wrote and write a folder that "
@@ -39,15 +40,20 @@ class ConvertArguments:
 
     def __post_init__(self) -> None:
         if not self.path or not self.output_dir:
-            raise ValueError("--path and --output_dir are both needed")
+            raise ValueError("--path and --output_dir are required")
 
 
 def main(argv: list[str] | None = None) -> None:
     with exit_cleanly("simcse.convert"):
         logging.disable_progress_bar()
         (args,) = parse(ConvertArguments, "simcse.convert", DESCRIPTION, argv)
-        convert(Path(args.path).expanduser(), Path(args.output_dir), args.pooler_type, args.mlp_only_train)
-        print(f"model  {args.output_dir}")
+        source, output = Path(args.path).expanduser(), output_folder("--output_dir", args.output_dir)
+        if output.is_dir() and source.is_dir() and output.samefile(source):
+            raise UserError("--output_dir and --path name the same folder; choose another --output_dir")
+        if output.is_dir() and any(output.iterdir()) and not (output / CONFIG_FILE).is_file():
+            raise UserError(f"--output_dir {output} holds files that simcse did not write; choose a new folder")
+        convert(source, output, args.pooler_type, args.mlp_only_train)
+        print(f"model  {output}")
 
 
 def convert(source: Path, output: Path, pooler: PoolerType | None = None, mlp_only_train: bool = False) -> None:
@@ -84,7 +90,7 @@ def convert(source: Path, output: Path, pooler: PoolerType | None = None, mlp_on
 def read_weights(source: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint's folder."""
     if not (source / "config.json").is_file():
-        raise UserError(f"{source} is no checkpoint folder: it has no config.json")
+        raise UserError(f"{source} is not a checkpoint folder (config.json is missing)")
     safe, pickled = source / "model.safetensors", source / "pytorch_model.bin"
     try:
         if safe.is_file():

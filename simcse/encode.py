@@ -1,7 +1,6 @@
 """``simcse encode``: a file of sentences → their vectors, as .npy or .parquet."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from simcse.errors import UserError, exit_cleanly
 
@@ -10,6 +9,7 @@ with exit_cleanly("simcse.encode"):
     from transformers.utils import logging
 
     from simcse.arguments import flag, parse
+    from simcse.files import output_file, replaced
     from simcse.table import read_table
     from simcse.tool import SimCSE
 
@@ -29,22 +29,19 @@ class EncodeArguments:
 
     def __post_init__(self) -> None:
         if not self.input or not self.output:
-            raise ValueError("--input and --output are both needed")
+            raise ValueError("--input and --output are required")
         if self.batch_size < 1 or self.max_length < 3:
-            raise ValueError(
-                f"--batch_size {self.batch_size} and --max_length {self.max_length}: at least 1 and 3"
-            )
+            sizes = f"{self.batch_size} and {self.max_length}"
+            raise ValueError(f"--batch_size and --max_length must be at least 1 and 3, not {sizes}")
 
 
 def main(argv: list[str] | None = None) -> None:
     with exit_cleanly("simcse.encode"):
         logging.disable_progress_bar()
         (args,) = parse(EncodeArguments, "simcse.encode", DESCRIPTION, argv)
-        output = Path(args.output)
+        output = output_file("--output", args.output, {"--input": args.input})
         if output.suffix not in (".npy", ".parquet"):
-            raise UserError(f"--output {output} is neither .npy nor .parquet")
-        if not output.parent.is_dir():
-            raise UserError(f"there is no folder {output.parent} for --output; make it first")
+            raise UserError(f"--output {output}: unsupported file type; use .npy or .parquet")
         # Every line has its vector: a bad one stops, or rows would no longer be lines.
         sentences = [row[0] for row in read_table(args.input, strict=True).rows]
         vectors = SimCSE(args.model_name_or_path).encode(
@@ -54,8 +51,7 @@ def main(argv: list[str] | None = None) -> None:
             batch_size=args.batch_size,
             max_length=args.max_length,
         )
-        unfinished = output.with_name(output.name + ".unfinished")
-        with unfinished.open("wb") as file:
+        with replaced(output) as unfinished, unfinished.open("wb") as file:
             if output.suffix == ".npy":
                 np.save(file, vectors)
             else:
@@ -64,7 +60,6 @@ def main(argv: list[str] | None = None) -> None:
 
                 features = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
                 pq.write_table(pa.table({"sentence": sentences, "embedding": features}), file)
-        unfinished.replace(output)
         print(f"{len(vectors):,} vectors of {vectors.shape[1]} features  {output}")
 
 

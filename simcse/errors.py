@@ -46,6 +46,8 @@ def exit_cleanly(program: str) -> Iterator[None]:
     Ctrl-C: one line and 130. A reader of the output that has gone (``| head``): nothing and 141, the status of a
     program that SIGPIPE ended. Within it, characters that the console lacks are replaced when they are printed.
     """
+    if sys.stdout is None:  # closed by the shell, `>&-`
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for the rest of the process)
     try:
         with _plain_where_needed():
             try:

@@ -9,7 +9,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from simcse.errors import UserError
+from simcse.errors import UserError, install
+from simcse.files import replaced, write_text
 
 VECTORS_FILE = "vectors.safetensors"
 SENTENCES_FILE = "sentences.json"
@@ -23,7 +24,7 @@ class Index:
     ):
         installed = importlib.util.find_spec("faiss") is not None
         if (use_faiss or faiss_fast) and not installed:
-            raise UserError("FAISS is not installed: pip install 'fused-infonce[search]', or leave use_faiss out")
+            raise UserError(f"FAISS is not installed; leave use_faiss out, or {install('search')}")
         if faiss_fast and use_faiss is False:
             raise UserError("faiss_fast asks for FAISS and use_faiss=False refuses it; leave one out")
         self.sentences = list(sentences)
@@ -71,8 +72,9 @@ class Index:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"vectors": np.ascontiguousarray(self.vectors)}, folder / VECTORS_FILE)
-        (folder / SENTENCES_FILE).write_text(json.dumps(self.sentences, ensure_ascii=False), encoding="utf-8")
+        with replaced(folder / VECTORS_FILE) as unfinished:
+            save_file({"vectors": np.ascontiguousarray(self.vectors)}, unfinished)
+        write_text(folder / SENTENCES_FILE, json.dumps(self.sentences, ensure_ascii=False))
 
     @classmethod
     def load(cls, folder: Path, use_faiss: bool | None = None, faiss_fast: bool = False) -> "Index":
@@ -80,7 +82,7 @@ class Index:
             vectors = load_file(folder / VECTORS_FILE)["vectors"]
             sentences = json.loads((folder / SENTENCES_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise UserError(f"{folder} holds no index that save_index wrote: {error}") from None
+            raise UserError(f"{folder} contains no index that save_index wrote: {error}") from None
         if len(sentences) != len(vectors):
             raise UserError(f"the index in {folder} has {len(sentences)} sentences and {len(vectors)} vectors")
         return cls(sentences, vectors, use_faiss, faiss_fast)

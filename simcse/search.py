@@ -9,6 +9,7 @@ with exit_cleanly("simcse.search"):
     from transformers.utils import logging
 
     from simcse.arguments import flag, parse
+    from simcse.files import output_folder
     from simcse.report import table
     from simcse.tool import SimCSE
 
@@ -27,9 +28,9 @@ class SearchArguments:
 
     def __post_init__(self) -> None:
         if not self.query or not (self.sentences or self.index):
-            raise ValueError("--query is needed, and --sentences or --index")
+            raise ValueError("--query is required, and so is --sentences or --index")
         if self.top_k < 1:
-            raise ValueError(f"--top_k is {self.top_k}; wanted is 1 or more")
+            raise ValueError(f"--top_k must be at least 1, not {self.top_k}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -37,7 +38,9 @@ def main(argv: list[str] | None = None) -> None:
         logging.disable_progress_bar()
         (args,) = parse(SearchArguments, "simcse.search", DESCRIPTION, argv)
         if args.sentences and not Path(args.sentences).expanduser().is_file():
-            raise UserError(f"there is no file {args.sentences} for --sentences")
+            raise UserError(f"--sentences: the file {args.sentences} does not exist")
+        if args.sentences and args.index:
+            output_folder("--index", args.index)
         model = SimCSE(args.model_name_or_path)
         if args.sentences:
             model.build_index(args.sentences, faiss_fast=args.faiss_fast)

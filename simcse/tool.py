@@ -160,5 +160,5 @@ def _sentences(given: str | Path | list[str]) -> list[str]:
 
         return [row[0] for row in read_table(given).rows]
     if not given:
-        raise UserError("there is no sentence to index")
+        raise UserError("sentences must hold at least one sentence to index")
     return list(given)

@@ -14,6 +14,7 @@ with exit_cleanly("simcse.train"):  # these take seconds, and Ctrl-C has to be c
     from simcse.arguments import DataArguments, LossArguments, ModelArguments, SimCSETrainingArguments, parse
     from simcse.dataset import shipped
     from simcse.elastic import checkpoint_of_this_run, join_again, mark_end, mark_start
+    from simcse.files import output_folder
     from simcse.legacy import translate
     from simcse.model import load_encoder, max_tokens
     from simcse.plot import plot_path
@@ -62,6 +63,7 @@ def prepare(argv: list[str] | None = None) -> SimCSETrainer:
         DESCRIPTION,
         argv,
     )
+    args.output_dir = str(output_folder("--output_dir", args.output_dir))
     table = read_table(data_args.train_file or shipped("sentences.txt"), data_args.strict_data)
     if table.bad:
         _warn(f"{table.name}: {table.report()}")
@@ -78,7 +80,8 @@ def prepare(argv: list[str] | None = None) -> SimCSETrainer:
         )
     if loss_args.queue_size % args.world_size and loss_args.negatives == "global":
         raise UserError(
-            f"--queue_size {loss_args.queue_size} is no multiple of the {args.world_size} processes that share it"
+            f"--queue_size {loss_args.queue_size} is not a multiple of the {args.world_size} processes "
+            "that share it"
         )
     if args.resume_from_checkpoint:
         args.resume_from_checkpoint = _checkpoint(args)
@@ -151,9 +154,9 @@ def _checkpoint(args: SimCSETrainingArguments) -> str:
     if str(folder).lower() == "true":
         folder = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
         if folder is None:
-            raise UserError(f"--resume_from_checkpoint: {args.output_dir} holds no checkpoint")
+            raise UserError(f"--resume_from_checkpoint: {args.output_dir} contains no checkpoint")
     if not Path(folder, "trainer_state.json").is_file():
-        raise UserError(f"{folder} is no checkpoint: it has no trainer_state.json")
+        raise UserError(f"{folder} is not a checkpoint (trainer_state.json is missing)")
     return folder
 
 
