@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from itertools import product
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,7 +21,7 @@ from bench.machine import describe
 from bench.results import Results, Row
 from bench.runner import Runner
 from bench.suites import Entry
-from simcse.errors import exit_cleanly
+from simcse.errors import Parser, exit_cleanly
 from simcse.files import output_file, output_folder, write_text
 
 JOBS = {
@@ -46,13 +46,8 @@ LONGEST_TRAINING = 1800.0  # seconds
 LIMITS = {"quick": 30.0, "standard": 120.0, "paper": 600.0}  # seconds without a sign of life
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the arguments)\n")
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = _parser()
+    parser = make_parser()
     with exit_cleanly(parser.prog):
         args = parser.parse_args(argv)
     args.command_line = sys.argv[1:] if argv is None else argv
@@ -61,10 +56,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    # The file is named, or progress would follow the standard output that a study takes from its trainings.
-    console = _Console(
-        file=sys.stdout, width=None if sys.stdout.isatty() else 160, markup=False, emoji=False, highlight=False
-    )
+    console = make_console()
     folder = Path(getattr(args, "out", None) or Path("runs/bench") / datetime.now().strftime("%Y%m%d-%H%M%S"))
     try:
         if args.job == "report":
@@ -97,11 +89,17 @@ class _Console(Console):
         raise  # the error at hand: exit_cleanly ends the command
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def make_console() -> Console:
+    width = None if sys.stdout.isatty() else 160
+    # The file is named, or progress would follow the standard output that a study takes from its trainings.
+    return _Console(file=sys.stdout, width=width, markup=False, emoji=False, highlight=False)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(
         prog="python -m bench",
-        description="How fast, how lean, how exact: on this machine, against the machine and what else there is. "
-        "Without a subcommand: loss, memory, accuracy and train, then the report.",
+        description="How fast, how lean, how exact: on this machine, against the machine and what\n"
+        "else there is. Without a subcommand: loss, memory, accuracy and train, then the\nreport.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -126,9 +124,15 @@ def _parser() -> argparse.ArgumentParser:
     cases.add_argument("--n", type=int, nargs="+", help="anchors, instead of the suite's cases")
     cases.add_argument("--d", type=int, nargs="+", help="features (default: 768)")
     cases.add_argument(
-        "--dtype", choices=list(DTYPES), nargs="+", help="of the products (default: what the machine has)"
+        "--dtype",
+        choices=list(DTYPES),
+        nargs="+",
+        metavar="DTYPE",
+        help=f"of the products: {', '.join(DTYPES)} (default: what the machine has)",
     )
-    cases.add_argument("--way", choices=WAYS, nargs="+", help="default: one-way")
+    cases.add_argument(
+        "--way", choices=WAYS, nargs="+", metavar="WAY", help=f"{', '.join(WAYS)} (default: one-way)"
+    )
     cases.add_argument("--candidates", nargs="+", metavar="NAME", help="only these")
     jobs = parser.add_subparsers(dest="job", metavar="SUBCOMMAND")
     for job, text in JOBS.items():

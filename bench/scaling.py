@@ -7,10 +7,9 @@ a block's next hop leaves when the block has come. docs/scaling.md has the model
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 
-from simcse.errors import UserError, exit_cleanly
+from simcse.errors import Parser, UserError, exit_cleanly
 
 GPUS = (8, 32, 128, 512, 1024)
 PAIRS = tuple(1 << p for p in (16, 18, 20, 22, 24))
@@ -128,7 +127,7 @@ def _count(pairs: int) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     default = Machine()
-    parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__)
+    parser = Parser(prog="python -m bench.scaling", description=__doc__)
     parser.add_argument(
         "--rate", type=float, default=default.rate / 1e12, help="TFLOP/s of one device (%(default)s)"
     )

@@ -10,7 +10,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
-from simcse.errors import UserError
+from simcse.errors import Parser, UserError
 from simcse.model import PoolerType
 from simcse.recipes import RECIPES
 
@@ -214,21 +214,19 @@ def parse(dataclasses: Any, program: str, description: str, argv: list[str] | No
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
-    try:
-        *parsed, rest = parser.parse_args_into_dataclasses(
-            argv, return_remaining_strings=True, look_for_args_file=False
-        )
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{error} (--help lists the flags)") from None
+    _, rest = parser.parse_known_args(argv)
     if rest:
         known = [option for action in parser._actions for option in action.option_strings]
         near = difflib.get_close_matches(rest[0].split("=")[0], known, n=1)
         hint = f"is it {near[0]}? " if near else ""
         raise UserError(f"unknown argument {rest[0]}; {hint}--help lists the flags")
-    return tuple(parsed)
+    try:
+        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{error} (--help lists the flags)") from None
 
 
-class _Parser(HfArgumentParser):
+class _Parser(Parser, HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the flags)")
 

@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
         if not argv or argv[0] in ("-h", "--help"):
             print("usage: simcse COMMAND [--flag value ...]\n\nSentence embeddings by contrastive learning.\n")
             print("\n".join(f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items()))
-            print("\nsimcse COMMAND --help explains a command; simcse --version. A first run: simcse train")
+            print("\nsimcse COMMAND --help explains a command. A first run: simcse train")
             return
         if argv[0] == "--version":
             import simcse

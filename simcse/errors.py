@@ -1,11 +1,12 @@
 """How command lines end: what a user can put right is one line on stderr, never a traceback."""
 
+import argparse
 import codecs
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 # package → the extra that has it, where that is not 'train'
 EXTRAS = {
@@ -31,6 +32,16 @@ class UserError(Exception):
 def install(extra: str) -> str:
     """How a user gets the packages of an extra."""
     return f"in a checkout of fused-infonce, run: pip install -e '.[{extra}]'"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, where a mistake is one line, and a closed pipe under the help is an error as elsewhere."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the arguments)\n")
+
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file)  # argparse's own hides a closed pipe
 
 
 def is_first() -> bool:
