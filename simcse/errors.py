@@ -75,6 +75,7 @@ def exit_cleanly(program: str) -> Iterator[None]:
                 _end(program, _refused(error))
             except KeyboardInterrupt:
                 print(f"\n{program}: interrupted", file=sys.stderr)
+                exec("")  # if Ctrl-C cut another exec off, Python would end by the signal and not with our status
                 raise SystemExit(130) from None
             finally:
                 sys.stdout.flush()  # here, or the interpreter complains after the last line of ours

@@ -259,6 +259,13 @@ def test_ctrl_c_is_one_line_while_packages_are_imported(command, tmp_path):
     assert re.fullmatch(r"\n(python -m bench|simcse\.\w+): interrupted\n", said)
 
 
+def test_ctrl_c_within_an_exec_has_the_same_status():
+    """Python notes that it cut an exec off, as dataclasses do while they are imported, and ends by the signal."""
+    code = "from simcse.errors import exit_cleanly\nwith exit_cleanly('prog'): exec('raise KeyboardInterrupt')"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (130, "\nprog: interrupted\n")
+
+
 def test_a_worker_leaves_no_pipe_open():
     worker = Worker()
     case = Case(16, 8).as_dict()
