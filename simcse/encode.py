@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     with exit_cleanly("simcse.encode"):
         logging.disable_progress_bar()
         (args,) = parse(EncodeArguments, "simcse.encode", DESCRIPTION, argv)
-        output = output_file("--output", args.output, {"--input": args.input})
+        output = output_file("--output", args.output, {"--input": [args.input]})
         if output.suffix not in (".npy", ".parquet"):
             raise UserError(f"--output {output}: unsupported file type; use .npy or .parquet")
         # Every line has its vector: a bad one stops, or rows would no longer be lines.

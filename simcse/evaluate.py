@@ -71,6 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         logging.disable_progress_bar()
         (args,) = parse(EvaluationArguments, "simcse.evaluate", DESCRIPTION, argv)
         _check_outputs(args)
+        run = _trajectory(Path(args.model_name_or_path).expanduser()) if args.plots else {}
         tasks = read_sts_source(args.sts_data or shipped("sts.tsv"))
         wanted = {"all": None, "test": ("test",), "dev": ("dev", "trial")}[args.mode]
         tasks = [pairs for pairs in tasks if wanted is None or pairs.split in wanted]
@@ -93,27 +94,30 @@ def main(argv: list[str] | None = None) -> None:
         if len(tests) > 1:
             rows.append(("mean of test splits", "", f"{sum(tests) / len(tests):.2f}"))
         heading = f"{args.model_name_or_path}, {encoder.pooler_type}"
-        print(f"\n{heading}\n\n{table(rows)}")
         note = ""
         if shape:
             measures = ", ".join(f"{name} {value:.4f}" for name, value in shape.items())
             note = f"{watched.name}: {measures} (lower is better)"
-            print(f"\n{note}")
         if args.output_json:
             text = json.dumps({name: _number(value) for name, value in (scores | shape).items()}, indent=2)
             write_text(Path(args.output_json).expanduser(), text + "\n")
         if args.output_md:
             write_text(Path(args.output_md).expanduser(), f"{heading}\n\n{markdown(rows)}\n\n{note}\n")
         if args.plots:
-            _plot(args, heading, watched or tasks[0], vectors, shape)
+            _plot(args, heading, watched or tasks[0], vectors, shape, run)
+        # Last: a reader that goes away (`| head`) ends the command here.
+        print(f"\n{heading}\n\n{table(rows)}" + (f"\n\n{note}" if note else ""))
+        if args.plots:
+            print(f"plots  {args.plots}")
 
 
 def _check_outputs(args: EvaluationArguments) -> None:
-    given = {"--sts_data": args.sts_data, "--output_json": args.output_json}
+    source = Path(args.sts_data or "").expanduser()
+    inputs = list(source.glob("*.tsv")) if source.is_dir() else [source]
     if args.output_json:
-        output_file("--output_json", args.output_json, {"--sts_data": args.sts_data})
+        output_file("--output_json", args.output_json, {"--sts_data": inputs})
     if args.output_md:
-        output_file("--output_md", args.output_md, given)
+        output_file("--output_md", args.output_md, {"--sts_data": inputs, "--output_json": [args.output_json]})
     if args.plots and output_folder("--plots", args.plots).is_dir():
         for name in PLOTS:
             output_file("--plots", os.path.join(args.plots, name))
@@ -125,6 +129,7 @@ def _plot(
     pairs: Pairs,
     vectors: dict[str, torch.Tensor],
     shape: dict[str, float],
+    run: dict[str, Any],
 ) -> None:
     folder = Path(args.plots).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,15 +138,9 @@ def _plot(
     plot_densities(cosines(pairs, vectors).tolist(), pairs.scores, title, densities)
     rows = torch.stack([vectors[sentence] for sentence in dict.fromkeys(pairs.sentences)])  # (S, D)
     plot_spectrum(torch.linalg.svdvals(rows.double()).tolist(), title, spectrum)
-    points, best = _trajectory(Path(args.model_name_or_path)), None
+    points = run.get("points") or ([{"step": 0, **shape}] if "alignment" in shape else [])
     if points:
-        best = points.pop("best")
-        points = points["points"]
-    elif "alignment" in shape:
-        points = [{"step": 0, **shape}]
-    if points:
-        plot_path(points, title, path, best)
-    print(f"plots  {folder}")
+        plot_path(points, title, path, run.get("best"))
 
 
 def _trajectory(model: Path) -> dict[str, Any]:
@@ -149,8 +148,11 @@ def _trajectory(model: Path) -> dict[str, Any]:
     file = model / "trainer_state.json"
     if not file.is_file():
         return {}
-    state = json.loads(file.read_text(encoding="utf-8"))
-    points = [point for point in evaluations(state["log_history"]) if "alignment" in point]
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        points = [point for point in evaluations(state["log_history"]) if "alignment" in point]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{file} is damaged; remove it, or run without --plots") from None
     return {"points": points, "best": state.get("best_global_step")} if points else {}
 
 

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from simcse.errors import UserError
 UNFINISHED = f".unfinished-{os.getpid()}"
 
 
-def output_file(flag: str, name: str, others: dict[str, str | Path | None] | None = None) -> Path:
+def output_file(flag: str, name: str, others: dict[str, Sequence[str | Path | None]] | None = None) -> Path:
     """The path of a file that ``flag`` names, which could be written just now; ``UserError`` where it could not.
 
     ``others`` are the command's further files, input or output, by their flags: none may be the same file.
@@ -24,7 +24,7 @@ def output_file(flag: str, name: str, others: dict[str, str | Path | None] | Non
             raise UserError(f"{flag} must name a file, but {name} is a folder")
         _check_is_folder(flag, path.parent)
         for other, given in (others or {}).items():
-            if given and _same(path, Path(given).expanduser()):
+            if any(_same(path, Path(one).expanduser()) for one in given if one):
                 raise UserError(f"{flag} and {other} name the same file, {name}; choose another one")
         if path.exists() and not os.access(path, os.W_OK):
             raise UserError(f"{flag}: {name} is write-protected; choose another file")

@@ -39,15 +39,15 @@ def main(argv: list[str] | None = None) -> None:
         (args,) = parse(SearchArguments, "simcse.search", DESCRIPTION, argv)
         if args.sentences and not Path(args.sentences).expanduser().is_file():
             raise UserError(f"--sentences: the file {args.sentences} does not exist")
-        if args.sentences and args.index:
-            output_folder("--index", args.index)
+        if args.index:
+            index = output_folder("--index", args.index) if args.sentences else Path(args.index).expanduser()
         model = SimCSE(args.model_name_or_path)
         if args.sentences:
             model.build_index(args.sentences, faiss_fast=args.faiss_fast)
             if args.index:
-                model.save_index(args.index)
+                model.save_index(index)
         else:
-            model.load_index(args.index, faiss_fast=args.faiss_fast)
+            model.load_index(index, faiss_fast=args.faiss_fast)
         found = model.search(args.query, threshold=args.threshold, top_k=args.top_k)
         if not found:
             print(f"nothing at a cosine of {args.threshold} or more; lower --threshold")

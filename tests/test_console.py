@@ -207,6 +207,19 @@ def test_a_closed_pipe_ends_a_command_silently(command, capfd, close_stdout):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    "command",
+    [["evaluate", "--output_json", "scores.json"], ["encode", "--input", "in.txt", "--output", "out.npy"]],
+)
+def test_a_closed_pipe_costs_no_output_file(command, tmp_path, monkeypatch, capfd, close_stdout):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.txt").write_text("A sentence.\n")
+    model = make_tiny_model(tmp_path / "tiny")
+    close_stdout()
+    assert status(cli.main, [*command, "--model_name_or_path", str(model)]) == 141
+    assert (tmp_path / command[-1]).exists()
+
+
 def test_a_closed_pipe_ends_a_measurement_silently(tmp_path, capfd, close_stdout):
     close_stdout()
     small = [

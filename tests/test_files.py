@@ -27,6 +27,7 @@ def place(tmp_path, monkeypatch) -> Path:
     (tmp_path / "folder").mkdir()
     (tmp_path / "dangling").symlink_to("nowhere/file")
     (tmp_path / "same.txt").symlink_to("input.txt")
+    (tmp_path / "pairs.tsv").write_text("")
     return tmp_path
 
 
@@ -90,19 +91,19 @@ def test_what_permissions_forbid_is_refused(place, monkeypatch):
 @pytest.mark.parametrize("name", ["input.txt", "./input.txt", "folder/../input.txt", "same.txt"])
 def test_an_output_is_not_an_input(place, name):
     with pytest.raises(UserError, match="--out and --in name the same file"):
-        output_file("--out", name, {"--in": "input.txt"})
+        output_file("--out", name, {"--in": ["other.txt", "input.txt"]})
 
 
 def test_two_outputs_are_not_one_file(place):
     with pytest.raises(UserError, match="--b and --a name the same file"):
-        output_file("--b", "./new", {"--a": "new", "--c": None})
+        output_file("--b", "./new", {"--a": ["new"], "--c": [None]})
 
 
 @pytest.mark.parametrize("name", ["new.txt", "input.txt", "folder/new", "~/new", "/dev/null", "/dev/stdout"])
 def test_what_can_be_written_is_left_as_it_is(place, name, monkeypatch):
     monkeypatch.setenv("HOME", str(place / "folder"))
     before = contents(place)
-    assert output_file("--out", name, {"--in": "same.md"}) == Path(name).expanduser()
+    assert output_file("--out", name, {"--in": ["same.md"]}) == Path(name).expanduser()
     assert output_folder("--out", "folder/new/newer") == Path("folder/new/newer")
     assert output_folder("--out", ".") == Path()
     assert contents(place) == before
@@ -209,6 +210,10 @@ def test_commands_try_their_folders_first(place, no_work, capsys, command, name,
             ["evaluate", "--sts_data", "input.txt", "--output_md", "same.txt"],
             "--output_md and --sts_data name the",
         ),
+        (
+            ["evaluate", "--sts_data", ".", "--output_json", "pairs.tsv"],
+            "--output_json and --sts_data name the same",
+        ),
         (["evaluate", "--output_json", "x", "--output_md", "./x"], "--output_md and --output_json name the same"),
         (
             ["convert", "--path", "folder", "--output_dir", "./folder"],
@@ -234,6 +239,13 @@ def test_a_folder_at_the_place_of_a_result_is_found_first(place, no_work, capsys
 def test_a_plot_that_cannot_be_replaced_is_found_first(place, no_work, capsys):
     (place / "folder" / "singular_values.png").mkdir()
     assert "singular_values.png is a folder" in refusal(["evaluate", "--plots", "folder"], capsys)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"log_history": 1}'])
+def test_a_damaged_log_of_a_run_is_found_first(place, no_work, capsys, text):
+    (place / "folder" / "trainer_state.json").write_text(text)
+    command = ["evaluate", "--model_name_or_path", "folder", "--plots", "plots"]
+    assert "trainer_state.json is damaged; remove it, or run without --plots" in refusal(command, capsys)
 
 
 def test_a_readme_without_marks_or_permission_is_found_first(place, no_work, capsys, monkeypatch):
