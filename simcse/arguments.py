@@ -187,21 +187,21 @@ class SimCSETrainingArguments(TrainingArguments):
             self.load_best_model_at_end = False  # there is no best checkpoint to load
         super().__post_init__()
         checks = {
-            "learning_rate": (self.learning_rate >= 0, "at least 0 (typically 3e-5)"),
+            "learning_rate": (self.learning_rate >= 0, "0 or more (typically 3e-5)"),
             "train_sampling_strategy": (
                 self.train_sampling_strategy in ("random", "sequential"),
-                "'random' or 'sequential'",
+                "random or sequential",
             ),
-            "bf16_full_eval": (not self.bf16_full_eval, "False, since evaluation is in fp32"),
-            "fp16_full_eval": (not self.fp16_full_eval, "False, since evaluation is in fp32"),
-            "per_device_train_batch_size": (self.per_device_train_batch_size > 0, "at least 1"),
-            "per_device_eval_batch_size": (self.per_device_eval_batch_size > 0, "at least 1"),
-            "gradient_accumulation_steps": (self.gradient_accumulation_steps > 0, "at least 1"),
-            "num_train_epochs": (self.num_train_epochs > 0 or self.max_steps > 0, "positive"),
+            "bf16_full_eval": (not self.bf16_full_eval, "False: evaluation is in fp32"),
+            "fp16_full_eval": (not self.fp16_full_eval, "False: evaluation is in fp32"),
+            "per_device_train_batch_size": (self.per_device_train_batch_size > 0, "1 or more"),
+            "per_device_eval_batch_size": (self.per_device_eval_batch_size > 0, "1 or more"),
+            "gradient_accumulation_steps": (self.gradient_accumulation_steps > 0, "1 or more"),
+            "num_train_epochs": (self.num_train_epochs > 0 or self.max_steps > 0, "a positive number"),
         }
         for name, (good, expected) in checks.items():
             if not good:
-                raise ValueError(f"--{name} must be {expected}, not {getattr(self, name)}")
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be {expected}")
 
 
 def parse(dataclasses: Any, program: str, description: str, argv: list[str] | None = None) -> tuple[Any, ...]:

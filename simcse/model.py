@@ -179,11 +179,11 @@ def _resolve(name_or_path: str) -> Path | str:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(
-                f"{name_or_path} is not a model folder (config.json is missing, which save_pretrained writes)"
+                f"{name_or_path} is no model folder: it has no config.json (as save_pretrained writes)"
             )
         if not any(match for pattern in WEIGHTS for match in folder.glob(pattern)):
             raise UserError(
-                f"{name_or_path} contains no weights (model.safetensors is missing, which save_pretrained writes)"
+                f"the model folder {name_or_path} holds no weights: save_pretrained writes model.safetensors"
             )
         return folder
     if folder.exists():
@@ -191,7 +191,7 @@ def _resolve(name_or_path: str) -> Path | str:
             f"{name_or_path} is a file; --model_name_or_path takes a model folder, or a name on the hub"
         )
     if not HUB_NAME.fullmatch(name_or_path):
-        raise UserError(f"the model folder {name_or_path} does not exist; check --model_name_or_path")
+        raise UserError(f"there is no model folder {name_or_path}; check --model_name_or_path")
     return name_or_path
 
 
@@ -263,9 +263,7 @@ def _load_tokenizer(source: Path | str) -> PreTrainedTokenizerBase:
     except Exception as error:  # the tokenizers library raises bare Exception
         raise UserError(_cannot_load("tokenizer", source, error)) from None
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where no file is
-        raise UserError(
-            f"{source} contains no tokenizer (tokenizer.json is missing, which its save_pretrained writes)"
-        )
+        raise UserError(f"{source} holds no tokenizer: save_pretrained of the tokenizer writes tokenizer.json")
     return tokenizer
 
 
@@ -292,7 +290,7 @@ def _read_settings(source: Path | str) -> dict:
         pooler_type = settings["pooler_type"]
     except (ValueError, KeyError, TypeError):
         raise UserError(
-            f"{file} must be JSON with a pooler_type; it is damaged: train again, or delete it"
+            f"{file} is damaged: JSON with a pooler_type is wanted; train again, or delete it"
         ) from None
     if pooler_type not in POOLER_TYPES:
         raise UserError(f"{file} names the pooler {pooler_type!r}; known are {', '.join(POOLER_TYPES)}")
@@ -303,7 +301,7 @@ def _cannot_load(what: str, source: Path | str, error: Exception) -> str:
     if isinstance(source, Path):
         return f"cannot load the {what} in {source}: {_first_line(error)}"
     return (
-        f"the folder {source} does not exist, and its {what} cannot be fetched from the Hugging Face hub "
+        f"there is no folder {source} here, and its {what} cannot be fetched from the Hugging Face hub "
         f"({_first_line(error)}); check the name or the connection, or name a folder"
     )
 

@@ -55,9 +55,7 @@ def read_sts(path: str | Path) -> list[Pairs]:
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise UserError(
-            f"the file {path} does not exist; --sts_data takes TSV with the columns {', '.join(COLUMNS)}"
-        )
+        raise UserError(f"there is no file {path}; --sts_data takes TSV with the columns {', '.join(COLUMNS)}")
     tasks: dict[tuple[str, str], Pairs] = {}
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file, delimiter="\t", strict=True)
@@ -68,7 +66,7 @@ def read_sts(path: str | Path) -> list[Pairs]:
             for row in rows:
                 if None in row or None in row.values():
                     raise UserError(
-                        f"{path}, line {rows.line_num}: {len(rows.fieldnames)} tab-separated cells expected"
+                        f"{path}, line {rows.line_num}: {len(rows.fieldnames)} tab-separated cells wanted"
                     )
                 task, split = row["task"], row["split"]
                 pairs = tasks.setdefault((task, split), Pairs(task, split))
@@ -82,7 +80,7 @@ def read_sts(path: str | Path) -> list[Pairs]:
                 f"{path}, line {rows.reader.line_num}: {error}; quote it as Python's csv does"
             ) from None
     if not tasks:
-        raise UserError(f"{path} contains no pairs below its header")
+        raise UserError(f"{path} holds no pair; it has a header and nothing below")
     return list(tasks.values())
 
 
@@ -96,7 +94,7 @@ def read_sts_source(source: str | Path) -> list[Pairs]:
         return read_sts(source)
     files = sorted(folder.glob("*.tsv"))
     if not files:
-        raise UserError(f"the folder {folder} contains no .tsv file of graded pairs")
+        raise UserError(f"the folder {folder} holds no .tsv file of graded pairs")
     return [pairs for file in files for pairs in read_sts(file)]
 
 
@@ -206,5 +204,5 @@ def _score(cell: str, path: Path, line: int) -> float:
     except ValueError:
         score = math.nan
     if not math.isfinite(score):
-        raise UserError(f"{path}, line {line}: the score must be a number, not {cell!r}")
+        raise UserError(f"{path}, line {line}: the score is {cell!r}; a number is wanted")
     return score

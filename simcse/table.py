@@ -52,8 +52,8 @@ def read_table(source: str | Path, strict: bool = False) -> Table:
         numbered = _hub_rows(str(source))
     else:
         raise UserError(
-            f"{f'{path} is not a file' if path.exists() else f'the file {path} does not exist'}; supported are "
-            f"{', '.join(FORMATS)} (all but the last also .gz), and datasets 'owner/name' on the hub"
+            f"there is no file {path}; --train_file takes {', '.join(FORMATS)} (all but the last also .gz), "
+            "or a dataset 'owner/name' on the hub"
         )
     rows: list[tuple[str, ...]] = []
     bad: list[tuple[int, str]] = []
@@ -68,9 +68,9 @@ def read_table(source: str | Path, strict: bool = False) -> Table:
         raise UserError(f"cannot read {path}: {error}") from None
     table = Table(str(source), rows, bad)
     if not rows:
-        raise UserError(f"{source} is empty" if not bad else f"{source}: no row can be used; {table.report()}")
+        raise UserError(f"{source} holds no sentence that can be used; {table.report() or 'it is empty'}")
     if strict and bad:
-        raise UserError(f"{source}: {table.report()} (fix these rows, or run without --strict_data)")
+        raise UserError(f"{source}: {table.report()} (--strict_data stops here; mend them, or leave it out)")
     return table
 
 
@@ -99,7 +99,7 @@ def _rows_of(path: Path) -> Numbered:
     for suffix, read in ((".txt", _text_rows), (".csv", _csv_rows), (".tsv", _csv_rows), (".jsonl", _json_rows)):
         if kind.endswith(suffix):
             return read(path)
-    raise UserError(f"{path}: unsupported file type; use {', '.join(FORMATS)}")
+    raise UserError(f"{path} is of no format that --train_file takes: {', '.join(FORMATS)}")
 
 
 def _lines(path: Path, **options: Any) -> Any:
@@ -179,9 +179,7 @@ def _hub_rows(name: str) -> Numbered:
         dataset = load_dataset(name, split="train")
     except Exception as error:  # datasets and the hub raise many kinds
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"the file {name} does not exist, and no such hub dataset can be fetched ({first})"
-        ) from None
+        raise UserError(f"there is no file {name}, and the hub dataset cannot be fetched ({first})") from None
     strings = [
         column for column, kind in dataset.features.items() if kind in (Value("string"), Value("large_string"))
     ]

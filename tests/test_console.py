@@ -309,7 +309,7 @@ MISTAKES = [
     (["simcse train", "--temp", "0"], "--temp must be positive (typically 0.05), not 0.0"),
     (["simcse train", "--dropout", "1"], "--dropout must be at least 0 and below 1"),
     (["simcse train", "--queue_size", "-1"], "--queue_size must be at least 0, not -1"),
-    (["simcse train", "--learning_rate", "-1"], "--learning_rate must be at least 0 (typically 3e-5), not -1.0"),
+    (["simcse train", "--learning_rate", "-1"], "--learning_rate is -1.0; it must be 0 or more (typically 3e-5)"),
     (["bench", "speed"], "speed"),
     (["bench", "loss", "--n"], "--n"),
     (["bench", "loss", "--n", "-4"], "--n must be positive, not -4"),
