@@ -4,6 +4,7 @@ import json
 import math
 import os
 from dataclasses import dataclass
+from logging import getLogger
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ with exit_cleanly("simcse.evaluate"):  # these take seconds, and Ctrl-C has to b
     import torch
     from transformers.utils import logging
 
-    from simcse.arguments import POOLERS, flag, parse
+    from simcse.arguments import STORED_POOLER, flag, parse, pooler_flag
     from simcse.dataset import shipped
     from simcse.files import output_file, output_folder, write_text
     from simcse.model import PoolerType, load_encoder
@@ -24,7 +25,8 @@ with exit_cleanly("simcse.evaluate"):  # these take seconds, and Ctrl-C has to b
 DESCRIPTION = (
     "Score a sentence encoder on graded pairs of sentences: Spearman × 100 between cosine similarity and "
     "the grades, the subsets of a task concatenated (SentEval's 'all' setting); alignment and uniformity on "
-    "the dev split of STS-B, or of the first task that has one. Only what the model cannot read is cut."
+    "the dev split of STS-B, or of the first task that has one. Sentences are cut at the length that "
+    "the model's folder states."
 )
 
 PLOTS = ("cosine_densities.png", "singular_values.png", "alignment_uniformity.png")
@@ -36,9 +38,7 @@ class EvaluationArguments:
         "minilm",
         "A model folder, a name on the Hugging Face hub, or 'minilm', the encoder of the extra 'demo'.",
     )
-    pooler: PoolerType | None = flag(  # noqa: RUF009 (a field, as its neighbours)
-        None, f"The sentence vector. {POOLERS} Default: what the folder was saved with, else avg."
-    )
+    pooler_type: PoolerType | None = pooler_flag(STORED_POOLER)  # noqa: RUF009 (a field, as its neighbours)
     sts_data: str | None = flag(
         None,
         "TSV with the columns task, subset, split, score, sentence1, sentence2, quoted as Python's csv does; a "
@@ -79,7 +79,12 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(
                 f"{args.sts_data or 'the package'} has no pairs of the split {args.mode}; try --mode all"
             )
-        encoder, tokenizer = load_encoder(args.model_name_or_path, args.pooler)
+        encoder, tokenizer = load_encoder(args.model_name_or_path, args.pooler_type)
+        if not encoder.settings.compares_by_cosine:
+            getLogger("simcse").warning(
+                f"{args.model_name_or_path} compares its vectors by {encoder.settings.similarity}; it is scored "
+                "by cosine similarity"
+            )
         if torch.accelerator.is_available():
             encoder.to(torch.accelerator.current_accelerator())
 
@@ -151,8 +156,8 @@ def _trajectory(model: Path) -> dict[str, Any]:
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
         points = [point for point in evaluations(state["log_history"]) if "alignment" in point]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{file} is damaged; remove it, or run without --plots") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is damaged ({error!r}); --plots reads the run's path from it") from None
     return {"points": points, "best": state.get("best_global_step")} if points else {}
 
 

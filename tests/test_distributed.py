@@ -12,10 +12,11 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from cases import CASES, VARIANTS
 from helpers import loss_and_grads, relative_error, rows
 from ranks import Ranks
 
-from bench import scaling
+from experiments import scaling
 from fused_infonce import GSInfoNCELoss, gs_infonce, info_nce
 from fused_infonce.distributed import GATHER_BYTES, choose_strategy
 
@@ -107,20 +108,31 @@ def assert_same(ranks, case, counts, views=0, queue=0, dtype=torch.float64, temp
         assert relative_error(mean, grads[-1]) < limit, "temperature"
 
 
-VARIANTS = {
-    "decoupled": {"decoupled": True, "angular_margin": 0.2, "hardness": 2.0, "num_noise": 0},
-    "filter": {"filter_margin": 0.1, "filter_threshold": 0.5, "num_noise": 0},
-    "smoothing": {"label_smoothing": 0.1, "angular_margin": 0.2, "num_noise": 0},
-    "smoothing, none": {"label_smoothing": 0.1, "reduction": "none", "num_noise": 0},
-}
+ONE_PROCESS_ONLY = [name for name, case in CASES.items() if case.guide]  # a guide's rows do not travel
+
+
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ONE_PROCESS_ONLY])
+def test_every_case(ranks, name, strategy):
+    case, counts = CASES[name], UNEVEN[2]
+    options = {"num_noise": 0, **case.options, "strategy": strategy}
+    if options.get("noise") == "given":
+        options["noise"] = rows(M, D, seed=5)
+    if case.ids:
+        options["ids"] = [torch.arange(n) % 4 for n in counts]
+        if case.negatives:
+            options["negative_ids"] = [torch.arange(case.negatives * n) % 5 for n in counts]
+    assert_same(ranks, options, counts, views=case.negatives, queue=3 * case.queue)
 
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["oneway", "symmetric"])
 @pytest.mark.parametrize("strategy", ["gather", "ring"])
-@pytest.mark.parametrize("name", VARIANTS)
-def test_the_neighbours(ranks, name, strategy, symmetric):
-    case = {**VARIANTS[name], "strategy": strategy, "symmetric": symmetric}
-    assert_same(ranks, case, UNEVEN[2], views=2, queue=3)
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in ONE_PROCESS_ONLY])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_neighbours(ranks, name, strategy, symmetric, reduction):
+    """With hard negatives and a queue."""
+    options = {"num_noise": 0, "strategy": strategy, "symmetric": symmetric, "reduction": reduction}
+    assert_same(ranks, {**VARIANTS[name].options, **options}, UNEVEN[2], views=2, queue=3)
 
 
 NOISE = {

@@ -150,11 +150,10 @@ def no_work(monkeypatch):
         pytest.fail("the work began before the outputs were tried")
 
     for module, name in (
-        (encode, "read_table"), (encode, "SimCSE"), (search, "SimCSE"), (evaluate, "read_sts_source"),
-        (evaluate, "load_encoder"), (convert, "read_weights"), (train, "read_table"), (train, "load_encoder"),
+        (encode, "read_sentences"), (encode, "SimCSE"), (search, "SimCSE"), (evaluate, "read_sts_source"),
+        (evaluate, "load_encoder"), (convert, "read_weights"), (train, "load_encoder"),
         (sys.modules["bench.cli"], "_measure"), (sys.modules["bench.cli"], "_train"),
-        (sys.modules["bench.cli"], "_tune"), (sys.modules["bench.cli"], "_study"),
-        (sys.modules["bench.plots"], "draw"),
+        (sys.modules["bench.cli"], "_tune"), (sys.modules["bench.report"], "write"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, work)
 
@@ -167,11 +166,7 @@ FILE_OUTPUTS = {
 FOLDER_OUTPUTS = {
     "evaluate --plots": ["evaluate", "--plots"],
     "search --index": ["search", "--query", "x", "--sentences", "input.txt", "--index"],
-    "convert": ["convert", "--path", "folder", "--output_dir"],
-    "train": ["train", "--train_file", "input.txt", "--output_dir"],
-    **{
-        f"bench {job}": ["bench", job, "--out"] for job in ("loss", "memory", "accuracy", "train", "tune", "study")
-    },
+    **{f"bench {job}": ["bench", job, "--out"] for job in ("loss", "memory", "accuracy", "train", "tune")},
     "bench": ["bench", "--quick", "--out"],
 }
 
@@ -203,6 +198,16 @@ def test_commands_try_their_folders_first(place, no_work, capsys, command, name,
 
 
 @pytest.mark.parametrize(
+    "command", ["convert --path folder", "train --train_file input.txt --per_device_train_batch_size 2"]
+)
+@pytest.mark.parametrize("name", ["input.txt", "input.txt/new", "/proc/new"])
+def test_models_try_their_folders_first(place, no_work, capsys, command, name):
+    before = contents(place)
+    assert "--output_dir" in refusal([*command.split(), "--output_dir", name], capsys)
+    assert contents(place) == before
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["encode", "--input", "input.txt", "--output", "same.txt"], "--output and --input name the same file"),
@@ -219,7 +224,7 @@ def test_commands_try_their_folders_first(place, no_work, capsys, command, name,
             ["convert", "--path", "folder", "--output_dir", "./folder"],
             "--output_dir and --path name the same folder",
         ),
-        (["convert", "--path", "folder", "--output_dir", "."], "holds files that simcse did not write"),
+        (["convert", "--path", "folder", "--output_dir", "."], "holds files that this run did not write"),
     ],
 )
 def test_commands_write_over_no_input_and_no_foreign_files(place, no_work, capsys, arguments, message):
@@ -228,7 +233,7 @@ def test_commands_write_over_no_input_and_no_foreign_files(place, no_work, capsy
     assert contents(place) == before
 
 
-@pytest.mark.parametrize("name", ["loss.json", "report.md", "time.png"])
+@pytest.mark.parametrize("name", ["loss.json", "report.md"])
 def test_a_folder_at_the_place_of_a_result_is_found_first(place, no_work, capsys, name):
     (place / "folder" / name).mkdir()
     assert f"--out must name a file, but folder/{name} is a folder" in refusal(
@@ -245,7 +250,7 @@ def test_a_plot_that_cannot_be_replaced_is_found_first(place, no_work, capsys):
 def test_a_damaged_log_of_a_run_is_found_first(place, no_work, capsys, text):
     (place / "folder" / "trainer_state.json").write_text(text)
     command = ["evaluate", "--model_name_or_path", "folder", "--plots", "plots"]
-    assert "trainer_state.json is damaged; remove it, or run without --plots" in refusal(command, capsys)
+    assert "trainer_state.json is damaged" in refusal(command, capsys)
 
 
 def test_a_readme_without_marks_or_permission_is_found_first(place, no_work, capsys, monkeypatch):
