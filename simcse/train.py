@@ -176,7 +176,7 @@ def prepare(argv: list[str] | None = None) -> SimCSETrainer:
                 output.rmdir()
         raise
     args.resume_from_checkpoint = str(checkpoint) if checkpoint is not None else None
-    if trainer.model.mlm is not None and trainer.model.mlm.missing:
+    if checkpoint is None and trainer.model.mlm is not None and trainer.model.mlm.missing:  # a checkpoint has it
         _warn(
             f"--do_mlm: {model_args.model_name_or_path} has no pretrained head of a masked language model; a new "
             f"one is trained ({', '.join(trainer.model.mlm.missing)})"

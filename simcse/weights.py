@@ -15,7 +15,7 @@ from simcse.errors import UserError
 HEADS = re.compile(
     r"(cls|lm_head|lm_predictions|mask_predictions|predictions|generator_predictions|generator_lm_head"
     r"|discriminator_predictions|vocab_transform|vocab_layer_norm|vocab_projector|sop_classifier|seq_relationship"
-    r"|pre_classifier|classifier|qa_outputs|score|head|pooler)\..*|decoder\.bias|.*\b(position_ids|inv_freq)"
+    r"|pre_classifier|classifier|qa_outputs|score|head|pooler)\..*|decoder\.(weight|bias)|.*\b(position_ids|inv_freq)"
 )
 
 

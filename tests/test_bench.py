@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -377,3 +378,79 @@ def test_no_suite_measures_a_case_twice_or_a_smaller_one_after_it_was_given_up(s
                 line = (case.D, case.mode, case.dtype, case.noise > 0, case.negatives > 0, case.regime)
                 assert lines.get(line, 0) < case.N
                 lines[line] = case.N
+
+
+def test_a_retrieval_model_at_its_own_temperature(tmp_path):
+    """Negatives at cosine 0.75 ± 0.04, positives at 0.9; the standard implementations pass the gate there."""
+    q, k = (F.normalize(x, dim=1) for x in embeddings("retrieval", 400, 768))
+    cosines = q @ k.T
+    others = cosines[~torch.eye(400, dtype=torch.bool)]
+    assert float(others.mean()) == pytest.approx(0.75, abs=5e-3)
+    assert float(others.std()) == pytest.approx(0.04, abs=3e-3)
+    assert torch.allclose(cosines.diagonal(), torch.tensor(0.9, dtype=torch.float64))
+    flags = ["--n", "64", "--d", "32", "--dtype", "fp32", "bf16", "--seconds", "0.01", "--device", "cpu"]
+    names = ["ours-torch", "naive", "st-mnrl", "torch-linear-ce"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        main(["loss", "--regime", "retrieval", "--candidates", *names, "--out", str(tmp_path), *flags])
+    rows = rows_of(tmp_path)[0]["rows"]
+    assert {row["regime"] for row in rows} == {"retrieval"}
+    assert [row["candidate"] for row in rows if row["status"] == "ok"] == [*names, FLOOR, "copy"] * 2
+    assert "| fp32 one-way N=64 D=32 retrieval |" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("job", ["loss", "accuracy"])
+@pytest.mark.parametrize("suite", suites.SUITES)
+def test_every_suite_holds_the_retrieval_regime(job, suite):
+    assert any(case.regime == "retrieval" for entry in getattr(suites, job)(suite, "cpu") for case in entry.cases)
+
+
+@pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="needs torch 2.13")
+@pytest.mark.parametrize("job", ["loss", "memory", "accuracy"])
+def test_torch_s_chunked_cross_entropy_is_measured(job):
+    worker = Worker()
+    spec = {"job": job, "case": Case(96, 32).as_dict(), "seconds": 0.01, "candidates": ["torch-linear-ce"]}
+    try:
+        events = list(worker.run(spec, 120))
+    finally:
+        worker.stop()
+    (row,) = (e for e in events if e["event"] == "result" and e["candidate"] == "torch-linear-ce")
+    assert row["status"] == "ok", row
+
+
+def test_a_worker_leaves_no_pipe_open():
+    """Also one that was stopped while it hung."""
+    code = (
+        "from bench.cases import Case\n"
+        "from bench.worker import Worker\n"
+        f"worker = Worker({str(ALSO)!r})\n"
+        "for N, limit in ((16, 120), (24, 1)):\n"
+        "    spec = {'job': 'accuracy', 'case': Case(N, 16).as_dict(), 'seconds': 0, 'candidates': ['hanging']}\n"
+        "    print([e.get('status') for e in worker.run(spec, limit)][-1])\n"
+        "worker.stop()\n"
+    )
+    command = [sys.executable, "-X", "dev", "-W", "error::ResourceWarning", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split("\n")[:2] == ["ok", "too slow"], done.stderr
+    assert "ResourceWarning" not in done.stderr
+
+
+def test_the_committed_results_make_the_committed_report(tmp_path):
+    source = ROOT / "bench" / "results"
+    for file in source.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    main(["report", str(tmp_path)])
+    assert (tmp_path / "report.md").read_text() == (source / "report.md").read_text()
+    assert {x.name for x in tmp_path.glob("*.png")} == {x.name for x in source.glob("*.png")}
+
+
+def test_no_module_of_the_benchmarks_imports_in_a_circle():
+    imports = {
+        path.stem: set(re.findall(r"^\s*from bench\.(\w+) import", path.read_text(), re.MULTILINE))
+        | {x for line in re.findall(r"^\s*from bench import (.*?)(?:#|$)", path.read_text(), re.MULTILINE)
+           for x in line.replace(" ", "").split(",")}
+        for path in (ROOT / "bench").glob("*.py")
+    }  # fmt: skip
+    while free := [name for name, needs in imports.items() if not needs & imports.keys()]:
+        for name in free:
+            del imports[name]
+    assert not imports
