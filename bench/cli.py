@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,6 +21,8 @@ from bench.registry import Candidate
 from bench.results import Results, Row, describe
 from bench.runner import Runner
 from fused_infonce.testing import REGIMES
+from simcse import errors
+from simcse.files import output_file, output_folder
 
 JOBS = {
     "loss": "time of the loss, forward and backward, against bare matrix products and other implementations",
@@ -41,11 +43,8 @@ examples:
 LIMITS = {"quick": 30.0, "standard": 120.0, "paper": 600.0}  # seconds without a sign of life
 
 
-class Parser(argparse.ArgumentParser):
-    """Prints one line and exits with 2 where an argument is wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the arguments)\n")
+class Parser(errors.Parser):
+    """Checks that values are positive and that files exist."""
 
     def check_positive(self, args: argparse.Namespace, *names: str) -> None:
         for name in names:
@@ -60,33 +59,51 @@ class Parser(argparse.ArgumentParser):
             self.error(f"--{name} {file} does not exist; give a file of {content}")
 
 
+class _Console(Console):
+    """Prints text as it is, not as markup: reasons and file names have brackets."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # the error at hand: exit_cleanly ends the command
+
+
 def console() -> Console:
+    width = None if sys.stdout.isatty() else 160
     # The file is named because the standard output may be redirected while a progress bar is shown.
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160)
+    return _Console(file=sys.stdout, width=width, markup=False, emoji=False, highlight=False)
 
 
 @contextmanager
 def user_errors(parser: Parser, folder: Path, remedy: str) -> Iterator[None]:
-    """Turns an interruption and a mistake of the user into one line and an exit status."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print(f"\n{parser.prog}: interrupted; what was measured is kept: {remedy.format(folder)}", file=sys.stderr)
-        raise SystemExit(130) from None
-    except report.NoMarks as error:
-        parser.error(str(error))
-    except OSError as error:
-        parser.error(f"cannot read or write {error.filename}: {error.strerror}")
+    """Ends a command as ``exit_cleanly`` does, and says what an interruption leaves."""
+    with errors.exit_cleanly(parser.prog):
+        try:
+            yield
+        except KeyboardInterrupt:
+            kept = f"what was measured is kept: {remedy.format(folder)}"
+            print(f"\n{parser.prog}: interrupted; {kept}", file=sys.stderr)
+            raise SystemExit(130) from None
+
+
+def check_outputs(folder: Path, names: Iterable[str], readme: Path | None) -> None:
+    """Raises UserError where a result could not be written."""
+    if readme is not None:
+        report.around_marks(readme)
+        output_file("--readme", str(readme))
+    if output_folder("--out", str(folder)).is_dir():
+        for name in names:
+            output_file("--out", str(folder / name))
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = _parser()
-    args = parser.parse_args(argv)
+    parser = make_parser()
+    with errors.exit_cleanly(parser.prog):
+        args = parser.parse_args(argv)
     args.command_line = sys.argv[1:] if argv is None else argv
     made = args.folder if args.job == "report" else args.out
     folder = Path(made or Path("runs/bench") / datetime.now().strftime("%Y%m%d-%H%M%S"))
     with user_errors(parser, folder, "python -m bench report {} makes its tables"):
         if args.job != "report":
+            check_outputs(folder, (*(f"{job}.json" for job in JOBS), "report.md"), args.readme)
             known = _check(parser, args)
             for job in [args.job] if args.job else MEASURED:
                 out = console()
@@ -95,16 +112,17 @@ def main(argv: list[str] | None = None) -> None:
                 measure(args, Results(job, folder, **_head(args, known)), known, out)
         documents = results.read(folder) if folder.is_dir() else {}
         if not documents:
-            parser.error(f"{folder} holds no results; python -m bench --out {folder} makes them")
+            parser.error(f"{folder} contains no results; python -m bench --out {folder} makes them")
         report.write(documents, report.sections(documents), folder, args.readme)
         print(f"{folder}: results (.json), pictures (.png) and all tables (report.md)")
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
     parser = Parser(
         prog="python -m bench",
-        description="Measures time, memory and accuracy of the loss on this machine, against bare matrix products "
-        "and other implementations. Without a subcommand: loss, memory, accuracy and train, then the report.",
+        description="Measures time, memory and accuracy of the loss on this machine, against bare\n"
+        "matrix products and other implementations. Without a subcommand: loss, memory,\n"
+        "accuracy and train, then the report.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -123,9 +141,13 @@ def _parser() -> Parser:
     cases.add_argument("--n", type=int, nargs="+", help="anchors, instead of the suite's cases")
     cases.add_argument("--d", type=int, nargs="+", help="features (default: 768)")
     dtype = "of the products (default: those that the machine multiplies without emulation)"
-    cases.add_argument("--dtype", choices=list(DTYPES), nargs="+", help=dtype)
-    cases.add_argument("--mode", "--way", choices=MODES, nargs="+", help="default: one-way")
-    cases.add_argument("--regime", choices=list(REGIMES), nargs="+", help="default: middle; accuracy: all")
+    for flags, choices, text in (
+        (("--dtype",), DTYPES, dtype),
+        (("--mode", "--way"), MODES, "default: one-way"),
+        (("--regime",), REGIMES, "default: middle; accuracy: all"),
+    ):
+        listed = f"{', '.join(choices)}: {text}"
+        cases.add_argument(*flags, choices=list(choices), nargs="+", metavar="NAME", help=listed)
     cases.add_argument("--candidates", nargs="+", metavar="NAME", help="only these")
     jobs = parser.add_subparsers(dest="job", metavar="SUBCOMMAND", parser_class=Parser)
     for job, text in JOBS.items():
@@ -154,8 +176,6 @@ def _check(parser: Parser, args: argparse.Namespace) -> dict[str, Candidate]:
         parser.error("--device cuda: torch sees no CUDA device; leave it out, or install a CUDA build of torch")
     parser.check_positive(args, "seconds", "limit", "steps", "n", "d", "batch")
     parser.check_file(args, "train_file", "one sentence per line")
-    if args.readme is not None:
-        report.around_marks(args.readme)
     try:
         known = load(args.also)
     except Exception as error:
@@ -183,7 +203,11 @@ def _head(args: argparse.Namespace, known: dict[str, Candidate]) -> dict[str, An
 @contextmanager
 def progress_bar(out: Console, total: int | None) -> Iterator[Callable[..., None]]:
     """Gives a function of a description; it counts on with ``advance=1``."""
-    columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}")]
+    columns = [
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+    ]
     with Progress(*columns, TimeElapsedColumn(), console=out, transient=True) as progress:
         task = progress.add_task("", total=total)
         yield lambda text=None, advance=0: progress.update(task, description=text, advance=advance)

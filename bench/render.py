@@ -15,6 +15,8 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from rich import box
 from rich.table import Table as RichTable
 
+from simcse.files import replaced
+
 # Colour, marker and line width: ours warm and thick, the standard implementations dark, the others thin.
 STYLE = {
     "ours-triton": ("#d62728", "o", 2.4),
@@ -107,7 +109,8 @@ class Chart:
         handles = [Line2D([], [], label=name, **self._look(name)) for name in names]
         figure.legend(handles=handles, loc="outside lower center", ncols=max(1, columns), frameon=False)
         FigureCanvasAgg(figure)
-        figure.savefig(folder / self.file, dpi=120)
+        with replaced(folder / self.file) as unfinished:
+            figure.savefig(unfinished, dpi=120, format="png")
         return folder / self.file
 
     def _look(self, name: str) -> dict[str, Any]:

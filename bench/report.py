@@ -12,6 +12,8 @@ from bench.floor import COPY, FLOOR
 from bench.render import Chart, Panel, Point, Table, beside, number
 from bench.results import Document, Row
 from fused_infonce.testing import REGIMES
+from simcse.errors import UserError
+from simcse.files import write_text
 
 BEGIN, END = "<!-- bench: begin (python -m bench report) -->", "<!-- bench: end -->"
 HEADLINE_D = 768
@@ -53,7 +55,7 @@ def write(documents: dict[str, Document], made: Iterable[Section], folder: Path,
     parts = [f"## {s.title}\n\n{s.table.markdown()}{s.note}{_image(s.chart, folder, folder)}" for s in made]
     if reasons := _reasons(documents):
         parts.append(f"## What was left out, and why\n\n{reasons.markdown()}")
-    (folder / "report.md").write_text("\n".join(["# Results\n", head, *parts]), encoding="utf-8")
+    write_text(folder / "report.md", "\n".join(["# Results\n", head, *parts]))
     if readme is None:
         return
     before, after = around_marks(readme)
@@ -66,18 +68,14 @@ def write(documents: dict[str, Document], made: Iterable[Section], folder: Path,
     link = relpath((folder / "report.md").resolve(), base)
     parts.append(f"All measurements, and why some are missing: [{link}]({link}).")
     text = "\n".join([head, *parts])
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
-
-
-class NoMarks(Exception):  # noqa: N818 (a user's mistake)
-    """A file does not hold the two marks."""
+    write_text(readme, f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
 def around_marks(file: Path) -> tuple[str, str]:
-    """Returns the text before and after the part to replace; raises NoMarks unless both marks occur once."""
+    """Returns the text before and after the part to replace; raises UserError unless both marks occur once."""
     content = file.read_text(encoding="utf-8")
     if content.count(BEGIN) != 1 or content.count(END) != 1 or content.index(BEGIN) > content.index(END):
-        raise NoMarks(f"{file} must hold the lines '{BEGIN}' and '{END}' once each, in this order")
+        raise UserError(f"{file} must hold the lines '{BEGIN}' and '{END}' once each, in this order")
     return content.split(BEGIN)[0], content.split(END)[1]
 
 

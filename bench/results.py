@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from bench.registry import Candidate
+from simcse.errors import UserError
+from simcse.files import write_text
 
 ROOT = Path(__file__).parents[1]
 Row = dict[str, Any]
@@ -47,9 +49,7 @@ class Results:
         # One row per line, so that the difference between two runs is readable.
         rows = ",\n".join(json.dumps(_short(row), ensure_ascii=False) for row in self.rows)
         text = json.dumps(head, indent=1, ensure_ascii=False)[:-2] + f',\n "rows": [\n{rows}\n]\n}}\n'
-        part = self.path.with_suffix(".part")
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, self.path)
+        write_text(self.path, text)
 
 
 def _short(value: Any) -> Any:
@@ -65,7 +65,10 @@ def read(folder: Path) -> dict[str, Document]:
     """Returns job → document of every result in a folder."""
     found = {}
     for path in sorted(folder.glob("*.json")):
-        document = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is not JSON ({error}); remove it, or choose another folder") from None
         if isinstance(document, dict) and {"job", "rows"} <= document.keys():
             found[document["job"]] = document
     return found

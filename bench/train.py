@@ -21,6 +21,7 @@ from typing import Any
 from bench.results import ROOT, Results, Row
 from bench.runner import GIVE_UP
 from bench.worker import environment
+from simcse.errors import exit_cleanly
 
 WARM_UP = 1  # steps that are not timed
 LOSS_CALLS = 5  # of the loss alone
@@ -228,6 +229,7 @@ def _clock(on_gpu: bool) -> Any:
 
 
 if __name__ == "__main__":
-    found = child(json.loads(sys.argv[1]))
-    print()
-    print(json.dumps(found))
+    with exit_cleanly("bench.train"):
+        found = child(json.loads(sys.argv[1]))
+        print()
+        print(json.dumps(found))

@@ -103,8 +103,9 @@ def environment(device: str) -> dict[str, str]:
 
 
 def _read(stream: TextIO, lines: queue.Queue[str | None]) -> None:
-    for line in stream:
-        lines.put(line)
+    with stream:
+        for line in stream:
+            lines.put(line)
     lines.put(None)
 
 

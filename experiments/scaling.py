@@ -7,8 +7,9 @@ a block's next hop leaves when the block has come. docs/scaling.md has the model
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
+
+from simcse.errors import Parser, UserError, exit_cleanly
 
 GPUS = (8, 32, 128, 512, 1024)
 PAIRS = tuple(1 << p for p in (16, 18, 20, 22, 24))
@@ -127,9 +128,9 @@ def _count(pairs: int) -> str:
     return f"{pairs >> 20}M" if pairs >= 1 << 20 else f"{pairs >> 10}k"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     default = Machine()
-    parser = argparse.ArgumentParser(prog="python -m experiments.scaling", description=__doc__)
+    parser = Parser(prog="python -m experiments.scaling", description=__doc__)
     parser.add_argument(
         "--rate", type=float, default=default.rate / 1e12, help="TFLOP/s of one device (%(default)s)"
     )
@@ -138,9 +139,15 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=default.latency * 1e6, help="µs per hop (%(default)s)")
     parser.add_argument("--node", type=int, default=default.node, help="devices in a node (%(default)s)")
     parser.add_argument("--d", type=int, default=768, help="features (%(default)s)")
-    given = parser.parse_args()
-    machine = Machine(given.rate * 1e12, given.node, given.inside * 1e9, given.between * 1e9, given.latency * 1e-6)
-    print(table(machine, given.d))
+    with exit_cleanly("python -m experiments.scaling"):
+        given = parser.parse_args(argv)
+        for name in ("rate", "inside", "between", "node", "d"):
+            if not getattr(given, name) > 0:
+                raise UserError(f"--{name} must be positive, not {getattr(given, name)}")
+        if not given.latency >= 0:
+            raise UserError(f"--latency must be at least 0, not {given.latency}")
+        rates = given.rate * 1e12, given.node, given.inside * 1e9, given.between * 1e9, given.latency * 1e-6
+        print(table(Machine(*rates), given.d))
 
 
 if __name__ == "__main__":

@@ -24,11 +24,12 @@ from typing import Any
 import torch
 
 from bench import report, results
-from bench.cli import Parser, console, progress_bar, user_errors
+from bench.cli import Parser, check_outputs, console, progress_bar, user_errors
 from bench.render import Chart, Panel, Point, Table, beside
 from bench.report import Section
 from bench.results import Results, Row, describe
 from bench.suites import dtypes_for
+from simcse.errors import exit_cleanly
 
 NOISE = 3  # random directions per anchor, as in the paper's code
 TENTH = 0.1  # of the denominator
@@ -245,7 +246,8 @@ def chart(rows: list[Row]) -> Chart | None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = _parser()
-    args = parser.parse_args(argv)
+    with exit_cleanly(parser.prog):
+        args = parser.parse_args(argv)
     parser.check_positive(args, "sentences", "batch", "learning_rate", "mini_batch", "evaluations")
     parser.check_file(args, "train_file", "one sentence per line")
     parser.check_file(args, "sts_data", "graded pairs")
@@ -253,13 +255,12 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--sentences {args.sentences} is less than one batch of {max(args.batch)}; raise it")
     folder = Path(args.out or Path("runs/study") / datetime.now().strftime("%Y%m%d-%H%M%S"))
     with user_errors(parser, folder, "the same command with --out {} goes on"):
-        if args.readme is not None:
-            report.around_marks(args.readme)
+        check_outputs(folder, ("study.json", "study.png", "report.md"), args.readme)
         if not args.report:
             _study(parser, args, folder, sys.argv[1:] if argv is None else argv)
         documents = {job: x for job, x in results.read(folder).items() if job == "study"}
         if not documents:
-            parser.error(f"{folder} holds no study; leave --report out to run one")
+            parser.error(f"{folder} contains no study; leave --report out to run one")
         made = section(documents["study"]["rows"])
         report.write(documents, [made], folder, args.readme)
         console().print(made.table.rich(made.title))
@@ -271,7 +272,7 @@ def _parser() -> Parser:
     parser.add_argument("--train_file", help="sentences, as simcse.train takes them (default: the package's)")
     parser.add_argument("--sts_data", help="graded pairs, as simcse.evaluate takes them (default: the package's)")
     parser.add_argument("--model", default="minilm", help="encoder, as simcse.train takes it (default: minilm)")
-    many: dict[str, Any] = {"nargs": "+"}
+    many: dict[str, Any] = {"nargs": "+", "metavar": "X"}
     for flag, kind, default, text in (
         ("--sentences", int, 65536, "that every training sees"),
         ("--batch", int, [64, 256, 1024, 4096], "sentences per batch"),

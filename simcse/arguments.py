@@ -11,7 +11,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
-from simcse.errors import UserError
+from simcse.errors import Parser, UserError
 from simcse.model import PoolerType
 from simcse.recipes import RECIPES
 
@@ -66,7 +66,7 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise ValueError(f"--dropout is {self.dropout}; wanted is a number from 0 to below 1, 0.1 is usual")
+            raise ValueError(f"--dropout must be at least 0 and below 1 (typically 0.1), not {self.dropout}")
 
 
 @dataclass
@@ -97,7 +97,7 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         if self.max_seq_length < 3:
-            raise ValueError(f"--max_seq_length {self.max_seq_length} leaves no room for a word; 32 is usual")
+            raise ValueError(f"--max_seq_length must be at least 3 (typically 32), not {self.max_seq_length}")
 
 
 @dataclass
@@ -146,21 +146,21 @@ class LossArguments:
 
     def __post_init__(self) -> None:
         if not self.temp > 0:
-            raise ValueError(f"--temp is {self.temp}; wanted is a positive number, 0.05 is usual")
+            raise ValueError(f"--temp must be positive (typically 0.05), not {self.temp}")
         if self.num_noise < 0 or not self.noise_weight >= 0:
             raise ValueError(
-                f"--num_noise is {self.num_noise} and --noise_weight {self.noise_weight}; wanted is 0 or more"
+                f"--num_noise and --noise_weight must be at least 0, not {self.num_noise} and {self.noise_weight}"
             )
         if self.learn_temperature and not 0.015 <= self.temp <= 1:
-            raise ValueError(f"--learn_temperature starts at --temp, {self.temp}; wanted is 0.015 to 1")
+            raise ValueError(f"with --learn_temperature, --temp must be from 0.015 to 1, not {self.temp}")
         if self.queue_size < 0:
-            raise ValueError(f"--queue_size is {self.queue_size}; wanted is 0 or more")
+            raise ValueError(f"--queue_size must be at least 0, not {self.queue_size}")
         if self.mini_batch_size is not None and self.mini_batch_size < 1:
-            raise ValueError(f"--mini_batch_size is {self.mini_batch_size}; wanted is 1 or more")
+            raise ValueError(f"--mini_batch_size must be at least 1, not {self.mini_batch_size}")
         if not 0 < self.mlm_probability <= 1 or not self.mlm_weight >= 0:
             raise ValueError(
-                f"--mlm_probability is {self.mlm_probability} and --mlm_weight {self.mlm_weight}; wanted is "
-                "above 0 to 1, and 0 or more"
+                "--mlm_probability must be above 0 and at most 1, and --mlm_weight at least 0, not "
+                f"{self.mlm_probability} and {self.mlm_weight}"
             )
 
 
@@ -228,7 +228,7 @@ class SimCSETrainingArguments(TrainingArguments):
         super().__post_init__()
         self.load_best_model_at_end = load_best
         checks = {
-            "learning_rate": (self.learning_rate >= 0, "0 or more; 3e-5 is usual"),
+            "learning_rate": (self.learning_rate >= 0, "0 or more (typically 3e-5)"),
             "train_sampling_strategy": (
                 self.train_sampling_strategy in ("random", "sequential"),
                 "random or sequential",
@@ -242,9 +242,9 @@ class SimCSETrainingArguments(TrainingArguments):
             "num_train_epochs": (self.num_train_epochs > 0 or self.max_steps > 0, "a positive number"),
             "max_steps": (self.max_steps > 0 or self.max_steps == -1, "1 or more, or -1 for --num_train_epochs"),
         }
-        for name, (good, wanted) in checks.items():
+        for name, (good, expected) in checks.items():
             if not good:
-                raise ValueError(f"--{name} is {getattr(self, name)}; wanted is {wanted}")
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be {expected}")
 
 
 def parse(dataclasses: Any, program: str, description: str, argv: list[str] | None = None) -> tuple[Any, ...]:
@@ -257,21 +257,19 @@ def parse(dataclasses: Any, program: str, description: str, argv: list[str] | No
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
-    try:
-        *parsed, rest = parser.parse_args_into_dataclasses(
-            argv, return_remaining_strings=True, look_for_args_file=False
-        )
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{error} (--help lists the flags)") from None
+    _, rest = parser.parse_known_args(argv)
     if rest:
         known = [option for action in parser._actions for option in action.option_strings]
         near = difflib.get_close_matches(rest[0].split("=")[0], known, n=1)
         hint = f"is it {near[0]}? " if near else ""
         raise UserError(f"unknown argument {rest[0]}; {hint}--help lists the flags")
-    return tuple(parsed)
+    try:
+        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{error} (--help lists the flags)") from None
 
 
-class _Parser(HfArgumentParser):
+class _Parser(Parser, HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the flags)")
 

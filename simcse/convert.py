@@ -43,18 +43,20 @@ class ConvertArguments:
 
     def __post_init__(self) -> None:
         if not self.path or not self.output_dir:
-            raise ValueError("--path and --output_dir are both needed")
+            raise ValueError("--path and --output_dir are required")
 
 
 def main(argv: list[str] | None = None) -> None:
     with exit_cleanly("simcse.convert"):
         logging.disable_progress_bar()
         (args,) = parse(ConvertArguments, "simcse.convert", DESCRIPTION, argv)
-        output = Path(args.output_dir)
+        source, output = Path(args.path).expanduser(), Path(args.output_dir).expanduser()
+        if output.is_dir() and source.is_dir() and output.samefile(source):
+            raise UserError("--output_dir and --path name the same folder; choose another --output_dir")
         check_output_dir(output, args.overwrite_output_dir)
         with saving(output):
-            convert(Path(args.path).expanduser(), output, args.pooler_type, args.mlp_only_train)
-        print(f"model  {args.output_dir}")
+            convert(source, output, args.pooler_type, args.mlp_only_train)
+        print(f"model  {output}")
 
 
 def convert(source: Path, output: Path, pooler: PoolerType | None = None, mlp_only_train: bool = False) -> None:

@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from simcse.errors import UserError, exit_cleanly
 
@@ -11,6 +10,7 @@ with exit_cleanly("simcse.encode"):
     from transformers.utils import logging
 
     from simcse.arguments import STORED_POOLER, flag, parse, pooler_flag
+    from simcse.files import output_file, replaced
     from simcse.model import PoolerType
     from simcse.table import read_sentences
     from simcse.tool import SimCSE
@@ -33,7 +33,7 @@ class EncodeArguments:
 
     def __post_init__(self) -> None:
         if not self.input or not self.output:
-            raise ValueError("--input and --output are both needed")
+            raise ValueError("--input and --output are required")
         if self.batch_size < 1 or (self.max_length is not None and self.max_length < 3):
             raise ValueError(
                 f"--batch_size must be at least 1 and --max_length at least 3, not {self.batch_size} and "
@@ -45,11 +45,9 @@ def main(argv: list[str] | None = None) -> None:
     with exit_cleanly("simcse.encode"):
         logging.disable_progress_bar()
         (args,) = parse(EncodeArguments, "simcse.encode", DESCRIPTION, argv)
-        output = Path(args.output)
+        output = output_file("--output", args.output, {"--input": [args.input]})
         if output.suffix not in (".npy", ".parquet"):
-            raise UserError(f"--output {output} is neither .npy nor .parquet")
-        if not output.parent.is_dir():
-            raise UserError(f"there is no folder {output.parent} for --output; make it first")
+            raise UserError(f"--output {output}: unsupported file type; use .npy or .parquet")
         table = read_sentences(args.input, args.columns)
         for warning in table.warnings:
             print(f"simcse.encode: warning: {args.input}: {warning}", file=sys.stderr)
@@ -61,8 +59,7 @@ def main(argv: list[str] | None = None) -> None:
             batch_size=args.batch_size,
             max_length=args.max_length,
         )
-        unfinished = output.with_name(output.name + ".unfinished")
-        with unfinished.open("wb") as file:
+        with replaced(output) as unfinished, unfinished.open("wb") as file:
             if output.suffix == ".npy":
                 np.save(file, vectors)
             else:
@@ -71,7 +68,6 @@ def main(argv: list[str] | None = None) -> None:
 
                 features = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
                 pq.write_table(pa.table({"sentence": sentences, "embedding": features}), file)
-        unfinished.replace(output)
         print(f"{len(vectors):,} vectors of {vectors.shape[1]} features, {table.roles}  {output}")
 
 

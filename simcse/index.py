@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from simcse.errors import UserError
+from simcse.errors import UserError, install
+from simcse.files import replaced, write_text
 
 VECTORS_FILE = "vectors.safetensors"
 SENTENCES_FILE = "sentences.json"
@@ -48,7 +49,7 @@ class Index:
                 raise UserError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}")
         installed = importlib.util.find_spec("faiss") is not None
         if (use_faiss or faiss_fast) and not installed:
-            raise UserError("FAISS is not installed: pip install 'fused-infonce[search]', or leave use_faiss out")
+            raise UserError(f"FAISS is not installed; leave use_faiss out, or {install('search')}")
         if faiss_fast and use_faiss is False:
             raise UserError("faiss_fast asks for FAISS and use_faiss=False refuses it; leave one out")
         self.sentences = list(sentences)
@@ -103,8 +104,9 @@ class Index:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"vectors": np.ascontiguousarray(self.vectors)}, folder / VECTORS_FILE)
-        (folder / SENTENCES_FILE).write_text(json.dumps(self.sentences, ensure_ascii=False), encoding="utf-8")
+        with replaced(folder / VECTORS_FILE) as unfinished:
+            save_file({"vectors": np.ascontiguousarray(self.vectors)}, unfinished)
+        write_text(folder / SENTENCES_FILE, json.dumps(self.sentences, ensure_ascii=False))
 
     @classmethod
     def load(

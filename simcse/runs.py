@@ -24,6 +24,7 @@ from transformers.trainer_pt_utils import safe_globals
 
 from simcse.elastic import START_FILE
 from simcse.errors import UserError
+from simcse.files import replaced
 from simcse.layout import UNFINISHED_MODEL, delete_model
 
 RUN_FILE = "run.json"
@@ -64,23 +65,12 @@ class Run:
             raise UserError(f"{file} is damaged ({_reason(error)})") from None
 
     def write(self, folder: Path) -> None:
-        with replacing(folder / RUN_FILE) as file:
+        with replaced(folder / RUN_FILE) as file:
             file.write_text(json.dumps({"id": self.id, "settings": self.settings}, indent=2) + "\n")
 
     def checkpoints(self, output: Path) -> list[Path]:
         """This run's checkpoints in ``output``, in the order of their steps."""
         return [folder for folder in numbered(output) if _owner(folder) == self.id]
-
-
-@contextmanager
-def replacing(file: Path) -> Iterator[Path]:
-    """Another name to write a file under; it is renamed at the end, so ``file`` is whole, or it is what it was."""
-    beside = file.with_name(f".unfinished-{file.name}")
-    try:
-        yield beside
-        beside.replace(file)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def numbered(output: Path) -> list[Path]:

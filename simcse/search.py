@@ -9,6 +9,7 @@ with exit_cleanly("simcse.search"):
     from transformers.utils import logging
 
     from simcse.arguments import STORED_POOLER, flag, parse, pooler_flag
+    from simcse.files import output_folder
     from simcse.model import PoolerType
     from simcse.report import table
     from simcse.tool import SimCSE
@@ -32,9 +33,9 @@ class SearchArguments:
 
     def __post_init__(self) -> None:
         if not self.query or not (self.sentences or self.index):
-            raise ValueError("--query is needed, and --sentences or --index")
+            raise ValueError("--query is required, and so is --sentences or --index")
         if self.top_k < 1:
-            raise ValueError(f"--top_k is {self.top_k}; wanted is 1 or more")
+            raise ValueError(f"--top_k must be at least 1, not {self.top_k}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,14 +43,16 @@ def main(argv: list[str] | None = None) -> None:
         logging.disable_progress_bar()
         (args,) = parse(SearchArguments, "simcse.search", DESCRIPTION, argv)
         if args.sentences and not Path(args.sentences).expanduser().is_file():
-            raise UserError(f"there is no file {args.sentences} for --sentences")
+            raise UserError(f"--sentences: the file {args.sentences} does not exist")
+        if args.index:
+            index = output_folder("--index", args.index) if args.sentences else Path(args.index).expanduser()
         model = SimCSE(args.model_name_or_path, pooler=args.pooler_type)
         if args.sentences:
             model.build_index(args.sentences, faiss_fast=args.faiss_fast, max_length=args.max_length)
             if args.index:
-                model.save_index(args.index)
+                model.save_index(index)
         else:
-            model.load_index(args.index, faiss_fast=args.faiss_fast)
+            model.load_index(index, faiss_fast=args.faiss_fast)
         found = model.search(args.query, threshold=args.threshold, top_k=args.top_k, max_length=args.max_length)
         if not found:
             print(f"nothing at a cosine of {args.threshold} or more; lower --threshold")

@@ -201,5 +201,5 @@ def _sentences(given: str | Path | list[str]) -> list[str]:
 
         return read_sentences(given).sentences
     if not given:
-        raise UserError("there is no sentence to index")
+        raise UserError("sentences must hold at least one sentence to index")
     return list(given)

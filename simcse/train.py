@@ -38,7 +38,6 @@ with exit_cleanly("simcse.train"):  # these take seconds, and Ctrl-C has to be c
         digest,
         find_checkpoint,
         inside,
-        replacing,
         saving,
     )
     from simcse.sts import read_sts, watched_pairs
@@ -283,8 +282,8 @@ def conclude(trainer: SimCSETrainer) -> None:
         print("\n" + closing_table(title, points[0], after) + "\n")
         points = [point for point in points if {"alignment", "uniformity"} <= set(point)]
         if points:
-            with saving(output / PLOT_FILE), replacing(output / PLOT_FILE) as file:
-                plot_path(points, title, file, best)
+            with saving(output / PLOT_FILE):
+                plot_path(points, title, output / PLOT_FILE, best)
             print(f"plot   {output / PLOT_FILE}")
     print(f"model  {output}" + (f" (the best, step {best})" if best else ""))
     print(f"try    python -m simcse.evaluate --model_name_or_path {output}")

@@ -28,6 +28,7 @@ from simcse.arguments import LossArguments, SimCSETrainingArguments
 from simcse.dataset import Row, Views, duplicate_ids
 from simcse.elastic import mark_start
 from simcse.errors import UserError
+from simcse.files import replaced
 from simcse.layout import save_encoder
 from simcse.model import MLP_FILE, SentenceEncoder
 from simcse.objective import Objective
@@ -39,7 +40,6 @@ from simcse.runs import (
     check_best,
     check_checkpoint,
     reading,
-    replacing,
     rotate,
     saving,
     take_over,
@@ -241,7 +241,7 @@ class SimCSETrainer(Trainer):
     def save_state(self) -> None:
         if self.args.should_save:
             file = Path(self.args.output_dir, STATE_FILE)
-            with saving(file), replacing(file) as beside:
+            with saving(file), replaced(file) as beside:
                 self.state.save_to_json(str(beside))
 
     def _model_files(self) -> list[str]:

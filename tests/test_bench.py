@@ -322,7 +322,7 @@ def test_the_readme_takes_the_section_between_its_marks(run, tmp_path, capsys):
         (["loss", "--candidates", "st-mnlr"], "st-mnlr is unknown; known are"),
         (["loss", "--n", "0"], "--n must be positive, not 0"),
         (["loss", "--also", "/no/such/file.py"], "--also /no/such/file.py cannot be run"),
-        (["report", "/no/such/folder"], "holds no results"),
+        (["report", "/no/such/folder"], "contains no results"),
         (["train", "--train_file", "/no/such.txt"], "--train_file /no/such.txt does not exist"),
         (["loss", "--readme", "/no/such/README.md"], "cannot read or write /no/such/README.md"),
         (["speed"], "invalid choice: 'speed'"),

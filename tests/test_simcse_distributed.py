@@ -248,4 +248,4 @@ def test_a_users_mistake_is_one_line_of_one_process(folder, tmp_path):
     ]  # fmt: skip
     ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     lines = [line for line in ended.stderr.splitlines() if line.startswith("simcse.train: error")]
-    assert lines == ["simcse.train: error: --queue_size 3 is no multiple of the 2 processes that share it"]
+    assert lines == ["simcse.train: error: --queue_size 3 is not a multiple of the 2 processes that share it"]

@@ -162,9 +162,9 @@ def test_command_searches_and_keeps_the_index(tiny, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["tran"], "unknown command tran; choose from train"),
-        (["encode", "--input", "x.txt"], "--output are both needed"),
+        (["encode", "--input", "x.txt"], "--output are required"),
         (["encode", "--input", "nowhere.txt", "--output", "x.npy"], "nowhere.txt"),
-        (["encode", "--input", "x.txt", "--output", "x.csv"], "neither .npy nor .parquet"),
+        (["encode", "--input", "x.txt", "--output", "x.csv"], "unsupported file type; use .npy or .parquet"),
         (["search", "--query", "x", "--sentences", "nowhere.txt"], "nowhere.txt"),
         (["search", "--query", "x"], "--sentences or --index"),
         (["convert", "--path", "nowhere", "--output_dir", "x"], "nowhere is not a checkpoint folder"),
