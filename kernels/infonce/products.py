@@ -71,7 +71,7 @@ def product_tile(
     tl.store(block, acc, mask=mask)
 
 
-@triton.jit(do_not_specialize=["row_tiles"])
+@triton.jit(do_not_specialize=["C", "row_tiles"])
 def grad_products_kernel(
     E,  # (C, T)
     keys,  # (T, D)
