@@ -119,8 +119,9 @@ def kernel_searches(case: Case, device: str, candidates: list[Any]) -> list[Sear
     def grad_products(setting: Any) -> Step:
         library = setting == "library"
         tile = default.products if library else setting
-        side = (acc[:, :D], acc[:, D])
-        return lambda: products.grad_products(E, keys, acc_rows, False, E, anchors, *side, True, tile, library)
+        return lambda: products.grad_products(
+            E, keys, acc_rows, False, E, anchors, acc[:, :D], True, tile, library
+        )
 
     place = f"{{}} of {target!r} in kernels/infonce/settings.py"
     return [

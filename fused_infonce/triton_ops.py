@@ -90,8 +90,6 @@ class TritonOps:
         """The same for the columns' gradients, and for their sums."""
         if not self.rounds:
             return Accumulator(self.empty(columns, D), None)
-        if not self.settings.library_products:
-            return Accumulator(self.empty(columns, D), self.empty(columns))
         padded = self._rows(columns, D + similarity.PAD, torch.float32)
         return Accumulator(padded[:, :D], padded[:, D])
 
@@ -302,8 +300,7 @@ class TritonOps:
             return
         products.grad_products(
             tile, keys, acc_rows, add_rows, tile[:, columns], anchors,
-            None if acc is None else acc.grad, None if acc is None else acc.sums, add_columns,
-            self.settings.products, self.settings.library_products,
+            None if acc is None else acc.grad, add_columns, self.settings.products, self.settings.library_products,
         )  # fmt: skip
 
     # ------------------------------------------------------------------ normalisation backward

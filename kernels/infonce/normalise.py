@@ -57,7 +57,7 @@ def mean_unit_row(x, N, D, stride_n, stride_d, BLOCK_D: tl.constexpr, ROWS: tl.c
     return total / count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def normalise_pairs_kernel(
     x,
     y,
@@ -160,7 +160,7 @@ def normalise_pairs_cost(N: int, D: int, element: int, operand: int, copies: int
     return Cost(0, 2 * N * D * element + copies * N * D * operand + 20 * N, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def normalise_rows_kernel(
     x, center, rows, grad_rows, r_out, N, D, stride_xn, stride_xd, stride_rn,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_CENTER: tl.constexpr, HAS_GRAD: tl.constexpr,
@@ -218,7 +218,7 @@ def gradient_rows(
     return (v - unit * dots[:, None]) * f[:, None], dots
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def normalise_backward_kernel(
     x, y, r_x, r_y, dx, dy, dots,
     acc_x, share_x, sums_x, center_x, factor_x,

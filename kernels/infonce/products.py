@@ -1,9 +1,13 @@
 """Gradient products, fp32 accumulation, by a kernel or by the library (cuBLAS).
 
     rows:     acc_q  = E k̃            (C, T) · (T, D) → (C, D)
-    columns:  acc_k += Eᵀ [αq̃ | α]    (T, C) · (C, D) → (T, D), and Σ_i α_i E_ij beside it
+    columns:  acc_k += Eᵀ [αq̃ | α]    (T, C) · (C, D + PAD) → (T, D + PAD), Σ_i α_i E_ij in column D
 
 One launch makes both: its first programs hold tiles of the rows' product, the others of the columns'.
+
+No operand of a product is used by anything else. Triton (3.6 to 3.9) gives a tile that a product and a reduction
+read one buffer less than the product's other operand; on Hopper, where products run asynchronously, the next copy
+then overwrites what a pending product still reads. So the weights' sums are a column of the product.
 
 FLOPs: 2·C·T·D each. Bytes: E and the operands once, the accumulators once (twice where they are added to).
 """
@@ -25,29 +29,25 @@ def product_tile(
     E,  # (C, T)
     B,  # (T, D), or with TRANSPOSED (C, D)
     out,  # (C, D), or with TRANSPOSED (T, D)
-    sums,  # (T,), with HAS_SUMS
     M,
     K,
     D,
     stride_en,
     stride_b,
     stride_o,
-    stride_s,
     ADD: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    HAS_SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile of E @ B or Eᵀ @ B: M rows of the result, K summed over; HAS_SUMS: column D of B holds weights."""
+    """A tile of E @ B or Eᵀ @ B: M rows of the result, K summed over."""
     pid_m, pid_d = tile_of(tile, tl.cdiv(M, BLOCK_M), tl.cdiv(D, BLOCK_D), GROUP)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    weight = tl.zeros((BLOCK_M,), tl.float32)
     for start in tl.range(0, K, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
         inside = offs_k < K
@@ -60,10 +60,6 @@ def product_tile(
             here = inside[:, None] & (offs_m < M)[None, :]
             e = tl.load(E + k[:, None] * stride_en + offs_m[None, :], mask=here, other=0.0)
             acc = tl.dot(tl.trans(e), b, acc, input_precision=PRECISION)
-            if HAS_SUMS:
-                if pid_d == 0:
-                    w = tl.load(B + k * stride_b + D, mask=inside, other=0.0).to(tl.float32)
-                    weight += tl.sum(e.to(tl.float32) * w[:, None], 0)
         else:
             rows = tl.minimum(offs_m, M - 1).to(tl.int64)
             e = tl.load(E + rows[:, None] * stride_en + k[None, :], mask=inside[None, :], other=0.0)
@@ -73,39 +69,31 @@ def product_tile(
     if ADD:
         acc += tl.load(block, mask=mask, other=0.0)
     tl.store(block, acc, mask=mask)
-    if HAS_SUMS:
-        if pid_d == 0:
-            at = sums + offs_m.to(tl.int64) * stride_s
-            if ADD:
-                weight += tl.load(at, mask=offs_m < M, other=0.0)
-            tl.store(at, weight, mask=offs_m < M)
 
 
-@triton.jit(do_not_specialize=["row_tiles"])
+@triton.jit(do_not_specialize=["C", "row_tiles"])
 def grad_products_kernel(
     E,  # (C, T)
     keys,  # (T, D)
     acc_rows,  # (C, D)
     E_columns,  # (C, T') the columns whose gradients are asked for
-    anchors,  # (C, D), or (C, D + PAD) with HAS_SUMS
-    acc_columns,  # (T', D)
-    sums,  # (T',)
+    anchors,  # (C, D_columns)
+    acc_columns,  # (T', D_columns)
     C,
     T,
     T_columns,
     D,
+    D_columns,  # D, or D + PAD
     row_tiles,
     stride_en,
     stride_kt,
     stride_rn,
     stride_an,
     stride_ct,
-    stride_s,
     ADD_ROWS: tl.constexpr,
     ADD_COLUMNS: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     HAS_COLUMNS: tl.constexpr,
-    HAS_SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -116,14 +104,14 @@ def grad_products_kernel(
     if pid < row_tiles:
         if HAS_ROWS:
             product_tile(
-                pid, E, keys, acc_rows, sums, C, T, D, stride_en, stride_kt, stride_rn, stride_s,
-                ADD_ROWS, False, False, BLOCK_M, BLOCK_D, BLOCK_K, GROUP, PRECISION,
+                pid, E, keys, acc_rows, C, T, D, stride_en, stride_kt, stride_rn,
+                ADD_ROWS, False, BLOCK_M, BLOCK_D, BLOCK_K, GROUP, PRECISION,
             )  # fmt: skip
     else:
         if HAS_COLUMNS:
             product_tile(
-                pid - row_tiles, E_columns, anchors, acc_columns, sums, T_columns, C, D, stride_en, stride_an,
-                stride_ct, stride_s, ADD_COLUMNS, True, HAS_SUMS, BLOCK_M, BLOCK_D, BLOCK_K, GROUP, PRECISION,
+                pid - row_tiles, E_columns, anchors, acc_columns, T_columns, C, D_columns, stride_en, stride_an,
+                stride_ct, ADD_COLUMNS, True, BLOCK_M, BLOCK_D, BLOCK_K, GROUP, PRECISION,
             )  # fmt: skip
 
 
@@ -134,38 +122,35 @@ def grad_products(
     add_rows: bool,
     tile_columns: Tensor | None,  # (C, T') a part of the tile
     anchors: Tensor | None,  # (C, D), or with their weights behind them (C, D + PAD)
-    acc_columns: Tensor | None,  # (T', D)
-    sums: Tensor | None,  # (T',)
+    acc_columns: Tensor | None,  # (T', D); its memory has rows as long as the anchors'
     add_columns: bool,
     settings: Tile,
     library: bool,
 ) -> None:
     """Both products, or the one whose accumulator is there; what is not added to is overwritten."""
+    if acc_columns is not None:  # with what lies behind its rows
+        acc_columns = acc_columns.as_strided((acc_columns.shape[0], anchors.shape[1]), acc_columns.stride())
     if library:
         if acc_rows is not None:
             _library_product(tile, keys, acc_rows, add_rows)
         if acc_columns is not None:
-            # The weights' sums are one more column of the accumulator, which lies behind D.
-            width = acc_columns.shape[1] if sums is None else anchors.shape[1]
-            whole = acc_columns.as_strided((acc_columns.shape[0], width), acc_columns.stride())
-            _library_product(tile_columns.T, anchors, whole, add_columns)
+            _library_product(tile_columns.T, anchors, acc_columns, add_columns)
         return
     C, T = tile.shape
-    D = (acc_rows if acc_rows is not None else acc_columns).shape[1]
-    tiles_d = cdiv(D, settings.block_n)
-    row_tiles = 0 if acc_rows is None else cdiv(C, settings.block_m) * tiles_d
-    T_columns = 0 if acc_columns is None else acc_columns.shape[0]
-    grad_products_kernel[(row_tiles + cdiv(T_columns, settings.block_m) * tiles_d,)](
-        tile, keys, acc_rows, tile_columns, anchors, acc_columns, sums,
-        C, T, T_columns, D, row_tiles,
+    D = 0 if acc_rows is None else acc_rows.shape[1]
+    T_columns, D_columns = (0, 0) if acc_columns is None else acc_columns.shape
+    row_tiles = cdiv(C, settings.block_m) * cdiv(D, settings.block_n)
+    column_tiles = cdiv(T_columns, settings.block_m) * cdiv(D_columns, settings.block_n)
+    grad_products_kernel[(row_tiles + column_tiles,)](
+        tile, keys, acc_rows, tile_columns, anchors, acc_columns,
+        C, T, T_columns, D, D_columns, row_tiles,
         tile.stride(0),
         0 if keys is None else keys.stride(0),
         0 if acc_rows is None else acc_rows.stride(0),
         0 if anchors is None else anchors.stride(0),
         0 if acc_columns is None else acc_columns.stride(0),
-        0 if sums is None else sums.stride(0),
         ADD_ROWS=add_rows, ADD_COLUMNS=add_columns,
-        HAS_ROWS=acc_rows is not None, HAS_COLUMNS=acc_columns is not None, HAS_SUMS=sums is not None,
+        HAS_ROWS=acc_rows is not None, HAS_COLUMNS=acc_columns is not None,
         BLOCK_M=settings.block_m, BLOCK_D=settings.block_n, BLOCK_K=settings.block_k, GROUP=settings.group,
         PRECISION=precision_of(tile.dtype, tile.device),
         num_warps=settings.num_warps, num_stages=settings.num_stages,

@@ -22,7 +22,7 @@ from .common import Cost, as_rows, masked, operands, precision_of, similarity_ti
 from .settings import Tile, cdiv, num_programs
 
 
-@triton.jit(do_not_specialize=["i0", "j0"])
+@triton.jit(do_not_specialize=["i0", "j0", "N", "num_ids", "num_positives", "num_negatives"])
 def ratios_kernel(
     queries,
     keys,

@@ -27,7 +27,7 @@ from .settings import Tile, cdiv, num_programs
 PAD = 16  # columns beyond D of the anchors: α_i, then zeros, so that strides stay multiples of 16
 
 
-@triton.jit(do_not_specialize=["i0"])
+@triton.jit(do_not_specialize=["i0", "N", "num_ids", "num_positives", "num_negatives"])
 def exp_similarity_kernel(
     queries,
     keys,
@@ -167,7 +167,7 @@ def write_anchors(
         )
 
 
-@triton.jit(do_not_specialize=["i0"])
+@triton.jit(do_not_specialize=["i0", "C", "tiles"])
 def close_rows_kernel(
     partials,
     sums,
@@ -204,17 +204,19 @@ def close_rows_kernel(
     offs_n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     mask_n = offs_n < C
     i = i0 + offs_n
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    if HAS_SUMS:
-        total += tl.load(sums + i, mask=mask_n, other=0.0)
+    # Reduced once, after the loop: Triton's own pass that moves reductions out of loops fails where the number of
+    # tiles is a multiple of 16.
+    block = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
     for start in tl.range(0, tiles, BLOCK_P):
         offs_p = start + tl.arange(0, BLOCK_P)
-        part = tl.load(
+        block += tl.load(
             partials + offs_n[:, None] * tiles + offs_p[None, :],
             mask=mask_n[:, None] & (offs_p < tiles)[None, :],
             other=0.0,
         )
-        total += tl.sum(part, 1)
+    total = tl.sum(block, 1)
+    if HAS_SUMS:
+        total += tl.load(sums + i, mask=mask_n, other=0.0)
     own_term = tl.full((BLOCK_N,), 0.0 if DECOUPLED else 1.0, tl.float32)
     if HAS_OWN:
         own_term = tl.load(own + i, mask=mask_n, other=1.0)
@@ -275,7 +277,7 @@ def close_rows(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["i0"])
+@triton.jit(do_not_specialize=["i0", "C"])
 def centered_anchors_kernel(
     x, r, center_q, out, C, i0, D, stride_xn, stride_xd, stride_on,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_CENTER: tl.constexpr,
