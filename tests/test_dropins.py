@@ -482,7 +482,6 @@ def test_mnrl_attributes_assigned_back(cached, model):  # noqa: F811
         ({"hardness_mode": "negatives"}, "hardness_mode must be None, .*not 'negatives'"),
         ({"hardness_strength": -1.0}, "hardness_strength must be >= 0"),
     ],
-    ids=str,
 )
 def test_mnrl_attributes_assigned_later_are_refused(cached, values, message, model):  # noqa: F811
     loss = mnrl(cached)[0](model)

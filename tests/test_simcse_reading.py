@@ -515,7 +515,6 @@ UNIT = np.eye(2, 32, dtype=np.float32)
         lambda folder: (folder / "vectors.safetensors").write_bytes(b"no tensors"),
         lambda folder: None,
     ],
-    ids=str,
 )
 def test_index_files_of_another_shape_are_refused(model, tmp_path, write):
     write(tmp_path)
