@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .arguments import Call, Traced, autocast_dtype, resolve
 from .backends import Backend
-from .function import as_a_kernel, gradients_of, one_sweep_of, reduced, sweep_of
+from .function import as_a_kernel, gradients_of, losses_of, one_sweep_of, reduced
 from .options import Reduction
 from .smoothing import smoothing_term
 from .sweep import Needs
@@ -180,7 +180,7 @@ def _forward(*args: Any) -> Results:
         if call.takes_one_sweep and any(args[-1]):
             losses, grads = one_sweep_of(call, needs)
             return _padded([reduced(losses, None, call.options), *grads], call.inputs[0])
-        row_loss, column_loss = sweep_of(call).losses()
+        row_loss, column_loss = losses_of(call)
         loss = reduced(row_loss, column_loss, call.options)
         return _padded([loss, row_loss, column_loss], call.inputs[0])
 

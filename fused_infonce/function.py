@@ -8,15 +8,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from . import dense
 from .arguments import Call
 from .operands import Accumulator, Precision, Scale
 from .options import Options
 from .sweep import Gradients, Needs, Sweep, finish
 from .torch_ops import TorchOps
 
-# Multiply-adds up to which products run in fp32, also for bf16 and fp16 inputs and under autocast: few errors
-# cancel in so few terms, and the time is that of the calls around them.
-SMALL_PRODUCT = 1 << 25
+# Multiply-adds up to which products run in fp32, also for bf16 and fp16 inputs and under autocast: rounding to bf16
+# would dominate such short sums, and fp32 is as fast there (64 × 64 × 1024 on a core with AMX: 0.9 of bf16's time;
+# 256 × 256 × 384: 1.4).
+SMALL_PRODUCT = 1 << 23
 NOTHING_ASKED = Needs(False, False, False, False, False)
 
 
@@ -31,6 +33,8 @@ def fused_loss(call: Call) -> Tensor:
 
 def loss_of(call: Call) -> Tensor:
     """The loss without gradients: one product."""
+    if dense.fits(call):
+        return reduced(*_dense_losses(call)[:2], call.options)
     sweep = sweep_of(call)
     if call.takes_one_sweep:  # no maxima to look for
         return reduced(sweep.one_sweep(NOTHING_ASKED, call.kappa_bound or math.nan)[0], None, call.options)
@@ -43,12 +47,23 @@ def sweep_of(call: Call, ops: TorchOps | None = None) -> Sweep:
     return Sweep(ops, call.options, _kappa(call.temperature, ops.precision.sums), call.inputs, call.noise_rows)
 
 
-def _ops(call: Call) -> TorchOps:
+def _dense_losses(call: Call) -> tuple[Tensor, Tensor | None, dense.Residuals]:
+    precision = _precision(call)
+    return dense.losses(call, _kappa(call.temperature, precision.sums), precision)
+
+
+def _precision(call: Call) -> Precision:
     anchors, options, dtype = call.inputs[0], call.options, call.product_dtype
     rows, columns = options.total("positives"), options.total("columns")
     if rows * columns * anchors.shape[1] <= SMALL_PRODUCT:
         dtype = dtype if dtype == torch.float64 else torch.float32
-    precision, workspace_bytes = Precision.of(dtype, anchors.device), options.workspace_bytes
+    return Precision.of(dtype, anchors.device)
+
+
+def _ops(call: Call) -> TorchOps:
+    anchors, options = call.inputs[0], call.options
+    columns = options.total("columns")
+    precision, workspace_bytes = _precision(call), options.workspace_bytes
     if call.backend == "triton":
         from .triton_ops import TritonOps  # here, for Triton need not be installed
 
@@ -61,9 +76,16 @@ class _FusedInfoNCE(torch.autograd.Function):
     def forward(ctx, anchors, positives, negatives, queue, temperature, call: Call) -> Tensor:  # type: ignore[no-untyped-def]
         inputs = (anchors, positives, negatives, queue)
         ctx.needs = Needs(*ctx.needs_input_grad[:5])
-        ctx.ops, ctx.options = _ops(call), call.options
-        ctx.temperature = temperature
+        ctx.options, ctx.temperature = call.options, temperature
         tau = temperature if isinstance(temperature, Tensor) else None
+        ctx.is_dense = dense.fits(call)
+        if ctx.is_dense:
+            ctx.dtypes = [None if x is None else x.dtype for x in inputs]
+            with as_a_kernel(anchors.device):
+                row_loss, column_loss, kept = _dense_losses(call)
+                ctx.save_for_backward(tau, *kept)
+                return reduced(row_loss, column_loss, call.options)
+        ctx.ops = _ops(call)
         with as_a_kernel(anchors.device):
             sweep = sweep_of(call, ctx.ops)
             # Large tensors go through save_for_backward: freed with the graph, and watched for changes in place.
@@ -83,24 +105,7 @@ class _FusedInfoNCE(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor):  # type: ignore[no-untyped-def]
         saved = ctx.saved_tensors
-        inputs, tau, kept = saved[:4], saved[4], saved[5:]
-        ops, options = ctx.ops, ctx.options
-        temperature = ctx.temperature if tau is None else tau
-        with as_a_kernel(upstream.device):
-            kappa = _kappa(temperature, ops.precision.sums)
-            if ctx.tape is not None:
-                acc_rows, grad, sums = kept
-                acc_columns = None if grad is None else Accumulator(grad, sums)
-                units = ctx.tape.units.attach([x for x in inputs if x is not None])
-                scale = _scale(upstream, options)
-                out = finish(ops, options, ctx.tape, acc_rows, acc_columns, ctx.needs, kappa, scale)
-                units.detach()
-            else:
-                noise_rows, *losses = kept
-                sweep = Sweep(ops, options, kappa, inputs, noise_rows)
-                out = _two_sweep_gradients(sweep, ctx.needs, losses[0], losses[1], upstream)
-            ops.release()
-            grads = [*out.inputs, _of_temperature(out.kappa, kappa, temperature)]
+        grads = _dense_backward(ctx, saved, upstream) if ctx.is_dense else _tiled_backward(ctx, saved, upstream)
         if torch.is_grad_enabled():
             present = [g for g in grads if g is not None]
             graph = torch.zeros((), requires_grad=True)
@@ -109,8 +114,41 @@ class _FusedInfoNCE(torch.autograd.Function):
         return *grads, None
 
 
+def _dense_backward(ctx: Any, saved: tuple[Any, ...], upstream: Tensor) -> list[Tensor | None]:
+    temperature = ctx.temperature if saved[0] is None else saved[0]
+    kept = dense.Residuals(*saved[1:])
+    with as_a_kernel(upstream.device):
+        kappa = _kappa(temperature, kept.center.dtype)
+        out = dense.gradients(kept, ctx.options, ctx.needs, kappa, upstream, ctx.dtypes)
+        return [*out.inputs, _of_temperature(out.kappa, kappa, temperature)]
+
+
+def _tiled_backward(ctx: Any, saved: tuple[Any, ...], upstream: Tensor) -> list[Tensor | None]:
+    inputs, tau, kept = saved[:4], saved[4], saved[5:]
+    ops, options = ctx.ops, ctx.options
+    temperature = ctx.temperature if tau is None else tau
+    with as_a_kernel(upstream.device):
+        kappa = _kappa(temperature, ops.precision.sums)
+        if ctx.tape is not None:
+            acc_rows, grad, sums = kept
+            acc_columns = None if grad is None else Accumulator(grad, sums)
+            units = ctx.tape.units.attach([x for x in inputs if x is not None])
+            scale = _scale(upstream, options)
+            out = finish(ops, options, ctx.tape, acc_rows, acc_columns, ctx.needs, kappa, scale)
+            units.detach()
+        else:
+            noise_rows, *losses = kept
+            sweep = Sweep(ops, options, kappa, inputs, noise_rows)
+            out = _two_sweep_gradients(sweep, ctx.needs, losses[0], losses[1], upstream)
+        ops.release()
+        return [*out.inputs, _of_temperature(out.kappa, kappa, temperature)]
+
+
 def one_sweep_of(call: Call, needs: Needs) -> tuple[Tensor, list[Tensor | None]]:
     """Losses in nats, (N, 1), and gradients of their sum or mean in the sums' dtype, the temperature's last."""
+    if dense.fits(call):
+        losses, _, kept = _dense_losses(call)
+        return losses, _dense_gradients(call, needs, kept, None, [kept.center.dtype] * 4)
     sweep = sweep_of(call)
     ops, options = sweep.ops, call.options
     losses, tape, acc_rows, acc_columns = sweep.one_sweep(needs, call.kappa_bound or math.nan)
@@ -125,10 +163,26 @@ def one_sweep_of(call: Call, needs: Needs) -> tuple[Tensor, list[Tensor | None]]
 def gradients_of(
     call: Call, needs: Needs, row_loss: Tensor, column_loss: Tensor | None, upstream: Tensor
 ) -> list[Tensor | None]:
-    """Gradients by two sweeps from the losses of the first, the temperature's last."""
+    """Gradients from the losses, which only two sweeps read; the temperature's last."""
+    if dense.fits(call):
+        dtypes = [None if x is None else x.dtype for x in call.inputs]
+        return _dense_gradients(call, needs, _dense_losses(call)[2], upstream, dtypes)
     sweep = sweep_of(call)
     out = _two_sweep_gradients(sweep, needs, row_loss, column_loss, upstream)
     return [*out.inputs, _of_temperature(out.kappa, sweep.kappa, call.temperature)]
+
+
+def losses_of(call: Call) -> tuple[Tensor, Tensor | None]:
+    """Losses of rows and, where the loss is symmetric, of columns, for ``gradients_of``."""
+    return _dense_losses(call)[:2] if dense.fits(call) else sweep_of(call).losses()
+
+
+def _dense_gradients(
+    call: Call, needs: Needs, kept: dense.Residuals, upstream: Tensor | None, dtypes: list[torch.dtype | None]
+) -> list[Tensor | None]:
+    kappa = _kappa(call.temperature, kept.center.dtype)
+    out = dense.gradients(kept, call.options, needs, kappa, upstream, dtypes)
+    return [*out.inputs, _of_temperature(out.kappa, kappa, call.temperature)]
 
 
 def _two_sweep_gradients(

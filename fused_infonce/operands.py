@@ -17,7 +17,7 @@ class Precision:
     sums: torch.dtype  # sums, exponentials, positives and gradients' accumulators
     product: torch.dtype  # operands of the similarity product
     gradient: torch.dtype  # operands of the gradient products, and the stored exponentials
-    rounds: bool  # whether the gradient products round their operands further than the sums do
+    low_precision_products: bool  # whether the gradient products round their operands further than the sums do
 
     @staticmethod
     def of(dtype: torch.dtype, device: torch.device) -> Precision:

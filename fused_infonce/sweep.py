@@ -683,7 +683,7 @@ def _finish_sides(
     """The normalisation backward of every side; and ⟨q̂_i, dq̂_i⟩ but for its factors, (N, 1)."""
     out, positives = Gradients(), None
     first = wanted_columns(options.counts, needs.columns).start
-    for (name, columns), rows in zip(_spans(options.counts), units.keys, strict=True):
+    for (name, columns), rows in zip(column_spans(options.counts), units.keys, strict=True):
         if acc is None or not getattr(needs, name):
             continue
         part = acc.part(moved(columns, -first))
@@ -701,12 +701,12 @@ def _finish_sides(
 @functools.lru_cache(maxsize=64)  # shapes seldom change, and small batches feel it
 def wanted_columns(counts: Counts, wants: frozenset[str]) -> slice:
     """A rank's columns from the first to the last whose gradients are asked for; slice(0, 0): none."""
-    wanted = [columns for name, columns in _spans(counts) if name in wants]
+    wanted = [columns for name, columns in column_spans(counts) if name in wants]
     return slice(wanted[0].start, wanted[-1].stop) if wanted else slice(0, 0)
 
 
 @functools.lru_cache(maxsize=64)
-def _spans(counts: Counts) -> list[tuple[str, slice]]:
+def column_spans(counts: Counts) -> list[tuple[str, slice]]:
     """The inputs whose rows are columns of the similarity matrix, and where they lie."""
     spans, start = [], 0
     for name in ("positives", "negatives", "queue"):

@@ -66,7 +66,7 @@ class TorchOps:
     def __init__(self, precision: Precision, device: torch.device, workspace_bytes: int | None) -> None:
         self.precision = precision
         self.device = device
-        self.rounds = precision.rounds
+        self.rounds = precision.low_precision_products
         self.factor = 1.0  # of the similarity product, where it is no part of the queries
         budget = workspace_bytes or DEFAULT_WORKSPACE.get(device.type, DEFAULT_DEVICE_WORKSPACE)
         self.tile_elements = min(TILE, max(1024, budget // 128))

@@ -48,7 +48,7 @@ class TritonOps:
     ) -> None:
         self.precision = precision
         self.device = device
-        self.rounds = precision.rounds
+        self.rounds = precision.low_precision_products
         dtype = precision.product
         self.settings = settings or default_settings(
             target_of(device), dtype, precision_of(dtype, device), rows, columns

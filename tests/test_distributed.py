@@ -18,6 +18,7 @@ from ranks import Ranks
 from bench import scaling
 from fused_infonce import GSInfoNCELoss, gs_infonce, info_nce
 from fused_infonce.distributed import GATHER_BYTES, choose_strategy
+from fused_infonce.function import SMALL_PRODUCT
 
 D, M = 12, 9
 UNEVEN = {1: [5], 2: [7, 4], 4: [5, 2, 1, 6]}
@@ -181,7 +182,7 @@ def test_half_precision_rows_travel_and_stay_as_exact(ranks, dtype, monkeypatch)
         for i in (1, 2):
             whole = torch.cat([torch.as_tensor(g[i]) for g in got]) / 4
             assert 1e-6 < relative_error(whole, want[i]) < 1e-2  # rounded, and no more than that
-    ranks.run(without_small_products, 1 << 24)
+    ranks.run(without_small_products, SMALL_PRODUCT)
 
 
 def without_small_products(group, size=0):
@@ -223,7 +224,7 @@ def test_the_kernels_behind_both_strategies(ranks, dtype):
             assert relative_error(torch.cat([torch.as_tensor(g[i]) for g in two]) / 2, want[i]) < limit
         assert relative_error(in_views([torch.as_tensor(g[3]) for g in two], [9, 9], 2) / 2, want[3]) < limit
         assert relative_error(sum(torch.as_tensor(g[4]) for g in two) / 2, want[4]) < 4 * limit
-    ranks.run(without_small_products, 1 << 24)
+    ranks.run(without_small_products, SMALL_PRODUCT)
 
 
 # ---------------------------------------------------------------------- averaging
