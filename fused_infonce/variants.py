@@ -109,8 +109,10 @@ def least_maximum(options: Options) -> float:
 
 def row_loss(total: Tensor, offset: Tensor | None, options: Options) -> Tensor:
     """log(1 + e^offset · total); decoupled without the 1, −∞ where there are no negatives. offset: None for 0."""
-    if options.decoupled:
-        return total.log() if offset is None else offset + total.log()
     if offset is None:
-        return total.log1p()
-    return torch.where(offset > 0, offset + (total + (-offset).exp()).log(), total.log1p())
+        return total.log() if options.decoupled else total.log1p()
+    log_ratios = offset + total.log()
+    if options.decoupled:
+        return log_ratios
+    # log(e^−offset + total) + offset would lose the digits of a small loss.
+    return torch.where(offset > 0, torch.logaddexp(torch.zeros_like(offset), log_ratios), total.log1p())
