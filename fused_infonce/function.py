@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from .arguments import Call
 from .operands import Accumulator, Precision, Scale
 from .options import Options
-from .sweep import Gradients, Needs, Sweep, finish
+from .sweep import Gradients, Needs, Sweep, Tape, finish
 from .torch_ops import TorchOps
 
 # Multiply-adds up to which products run in fp32, also for bf16 and fp16 inputs and under autocast: few errors
@@ -33,8 +34,15 @@ def loss_of(call: Call) -> Tensor:
     """The loss without gradients: one product."""
     sweep = sweep_of(call)
     if call.takes_one_sweep:  # no maxima to look for
-        return reduced(sweep.one_sweep(NOTHING_ASKED, call.kappa_bound or math.nan)[0], None, call.options)
-    return reduced(*sweep.losses(), call.options)
+        return reduced(_one_sweep(sweep, NOTHING_ASKED, call)[0], None, call.options)
+    return reduced(*losses_of(sweep), call.options)
+
+
+def _one_sweep(sweep: Sweep, needs: Needs, call: Call) -> tuple[Tensor, Tape, Tensor | None, Accumulator | None]:
+    """Losses in nats, (N, 1), and what ``finish`` makes gradients of."""
+    losses, tape, acc_rows, acc_columns = sweep.one_sweep(needs, call.kappa_bound or math.nan)
+    nothing = _nan_of_columns(sweep)
+    return losses if nothing is None else losses + nothing, tape, acc_rows, acc_columns
 
 
 def sweep_of(call: Call, ops: TorchOps | None = None) -> Sweep:
@@ -61,27 +69,33 @@ class _FusedInfoNCE(torch.autograd.Function):
     def forward(ctx, anchors, positives, negatives, queue, temperature, call: Call) -> Tensor:  # type: ignore[no-untyped-def]
         inputs = (anchors, positives, negatives, queue)
         ctx.needs = Needs(*ctx.needs_input_grad[:5])
-        ctx.ops, ctx.options = _ops(call), call.options
-        ctx.temperature = temperature
-        tau = temperature if isinstance(temperature, Tensor) else None
+        ctx.ops, ctx.options = _ops(call), _with_tensors(call.options)
+        ctx.temperature, tau = (None, temperature) if isinstance(temperature, Tensor) else (temperature, None)
         with as_a_kernel(anchors.device):
             sweep = sweep_of(call, ctx.ops)
-            # Large tensors go through save_for_backward: freed with the graph, and watched for changes in place.
+            # All that the backward reads goes through save_for_backward: it is freed with the graph, and autograd
+            # raises an error where a tensor of the caller's was changed in place in between.
             if call.takes_one_sweep:
-                row_loss, ctx.tape, acc_rows, acc = sweep.one_sweep(ctx.needs, call.kappa_bound or math.nan)
+                row_loss, ctx.tape, acc_rows, acc = _one_sweep(sweep, ctx.needs, call)
                 ctx.tape.units.detach()
                 acc_columns = (None, None) if acc is None else (acc.grad, acc.sums)
                 ctx.save_for_backward(*inputs, tau, acc_rows, *acc_columns)
                 column_loss = None
             else:
-                row_loss, column_loss = sweep.losses()
+                row_loss, column_loss = losses_of(sweep)
                 ctx.tape = None
-                ctx.save_for_backward(*inputs, tau, call.noise_rows, row_loss, column_loss)
+                given = call.noise_rows, *_tensors_of(call.options)
+                ctx.save_for_backward(*inputs, tau, row_loss, column_loss, *given)
             ctx.ops.release()
             return reduced(row_loss, column_loss, call.options)
 
     @staticmethod
     def backward(ctx, upstream: Tensor):  # type: ignore[no-untyped-def]
+        if torch._C._functorch.is_batchedtensor(upstream):
+            raise NotImplementedError(
+                "gs_infonce has no batched backward (is_grads_batched=True, vectorize=True, torch.func.vmap): "
+                "take one gradient at a time"
+            )
         saved = ctx.saved_tensors
         inputs, tau, kept = saved[:4], saved[4], saved[5:]
         ops, options = ctx.ops, ctx.options
@@ -96,30 +110,84 @@ class _FusedInfoNCE(torch.autograd.Function):
                 out = finish(ops, options, ctx.tape, acc_rows, acc_columns, ctx.needs, kappa, scale)
                 units.detach()
             else:
-                noise_rows, *losses = kept
-                sweep = Sweep(ops, options, kappa, inputs, noise_rows)
-                out = _two_sweep_gradients(sweep, ctx.needs, losses[0], losses[1], upstream)
+                row_loss, column_loss, noise_rows, *given = kept
+                sweep = Sweep(ops, _with_tensors(options, *given), kappa, inputs, noise_rows)
+                out = _two_sweep_gradients(sweep, ctx.needs, row_loss, column_loss, upstream)
             ops.release()
             grads = [*out.inputs, _of_temperature(out.kappa, kappa, temperature)]
         if torch.is_grad_enabled():
             present = [g for g in grads if g is not None]
-            graph = torch.zeros((), requires_grad=True)
-            marked = iter(_FirstDerivativeOnly.apply(graph, *present))  # type: ignore[no-untyped-call]
+            sources = [x for x in (upstream, *saved[:5]) if x is not None]
+            marked = iter(_FirstDerivativeOnly.apply(len(sources), *sources, *present))  # type: ignore[no-untyped-call]
             grads = [None if g is None else next(marked) for g in grads]
         return *grads, None
 
 
-def one_sweep_of(call: Call, needs: Needs) -> tuple[Tensor, list[Tensor | None]]:
-    """Losses in nats, (N, 1), and gradients of their sum or mean in the sums' dtype, the temperature's last."""
-    sweep = sweep_of(call)
-    ops, options = sweep.ops, call.options
-    losses, tape, acc_rows, acc_columns = sweep.one_sweep(needs, call.kappa_bound or math.nan)
+def _tensors_of(options: Options) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The caller's tensors among the options: ids, negative_ids and both sides of a guide."""
+    guide = None if options.similar is None else options.similar.guide
+    return options.ids, options.negative_ids, *(guide or (None, None))
+
+
+def _with_tensors(
+    options: Options,
+    ids: Tensor | None = None,
+    negative_ids: Tensor | None = None,
+    guide_rows: Tensor | None = None,
+    guide_columns: Tensor | None = None,
+) -> Options:
+    """The options with these in the place of their own; themselves where neither has any."""
+    given = (ids, negative_ids, guide_rows, guide_columns)
+    if all(x is None for x in (*given, *_tensors_of(options))):
+        return options
+    similar = options.similar
+    if similar is not None:
+        guide = None if guide_rows is None or guide_columns is None else (guide_rows, guide_columns)
+        similar = replace(similar, guide=guide)
+    return replace(options, ids=ids, negative_ids=negative_ids, similar=similar)
+
+
+def losses_of(sweep: Sweep) -> tuple[Tensor, Tensor | None]:
+    """The losses of two sweeps' first, (N, 1) each."""
+    row_loss, column_loss = sweep.losses()
+    nothing = _nan_of_columns(sweep)
+    if nothing is not None:
+        row_loss, column_loss = row_loss + nothing, None if column_loss is None else column_loss + nothing
+    return row_loss, column_loss
+
+
+def _nan_of_columns(sweep: Sweep) -> Tensor | None:
+    """NaN where some column holds one, else 0; None where the losses show it themselves.
+
+    Ids and a guide can mask a column in every row: it is hidden from the losses then, but not from the gradients,
+    whose products multiply it by 0.
+    """
+    options = sweep.options
+    if options.ids is None and (options.similar is None or options.similar.guide is None):
+        return None
+    nothing = sweep.operands.keys.sum(dtype=sweep.ops.precision.sums) * 0
+    return nothing if options.exchange is None else options.exchange.sum(nothing)
+
+
+def loss_and_gradients_of(call: Call, needs: Needs) -> tuple[Tensor, list[Tensor | None]]:
+    """A sum or mean, and its gradients in the sums' dtype and the inputs' shapes, the temperature's last."""
+    if call.takes_one_sweep:
+        sweep = sweep_of(call)
+        ops, options, sums = sweep.ops, call.options, sweep.ops.precision.sums
+        losses, tape, acc_rows, acc_columns = _one_sweep(sweep, needs, call)
+        scale = _scale(None, options)
+        out = finish(ops, options, tape, acc_rows, acc_columns, needs, sweep.kappa, scale, sums)
+        of_temperature = _of_temperature(out.kappa, sweep.kappa, call.temperature, sums)
+        return reduced(losses, None, options), [*out.inputs, of_temperature]
+    ops = _ops(call)
     sums = ops.precision.sums
-    out = finish(ops, options, tape, acc_rows, acc_columns, needs, sweep.kappa, _scale(None, options), sums)
-    of_temperature = None if out.kappa is None else (out.kappa * (-sweep.kappa * sweep.kappa)).to(sums)
-    if of_temperature is not None and isinstance(call.temperature, Tensor):
-        of_temperature = of_temperature.reshape(call.temperature.shape)
-    return losses, [*out.inputs, of_temperature]
+    inputs: Any = tuple(None if x is None else x.to(sums) for x in call.inputs)
+    call = replace(call, inputs=inputs)  # whose gradients are not rounded then
+    sweep = sweep_of(call, ops)
+    row_loss, column_loss = losses_of(sweep)
+    out = _two_sweep_gradients(sweep, needs, row_loss, column_loss, None)
+    of_temperature = _of_temperature(out.kappa, sweep.kappa, call.temperature, sums)
+    return reduced(row_loss, column_loss, call.options), [*out.inputs, of_temperature]
 
 
 def gradients_of(
@@ -132,10 +200,12 @@ def gradients_of(
 
 
 def _two_sweep_gradients(
-    sweep: Sweep, needs: Needs, row_loss: Tensor, column_loss: Tensor | None, upstream: Tensor
+    sweep: Sweep, needs: Needs, row_loss: Tensor, column_loss: Tensor | None, upstream: Tensor | None
 ) -> Gradients:
+    """upstream: None for 1, of a mean or sum."""
     options = sweep.options
     if options.reduction == "none":
+        assert upstream is not None
         weights = upstream.contiguous()[:, None]  # `loss.sum()` hands an expanded scalar back
         return sweep.gradients(needs, row_loss, column_loss, weights, Scale(None, options.gradient_factor))
     return sweep.gradients(needs, row_loss, column_loss, None, _scale(upstream, options))
@@ -145,26 +215,36 @@ def _scale(upstream: Tensor | None, options: Options) -> Scale:
     return Scale(upstream, options.gradient_factor)
 
 
-def _of_temperature(d_kappa: Tensor | None, kappa: float | Tensor, temperature: float | Tensor) -> Tensor | None:
-    """dτ = −κ² dκ, in the temperature's shape, dtype and place."""
+def _of_temperature(
+    d_kappa: Tensor | None, kappa: float | Tensor, temperature: float | Tensor, dtype: torch.dtype | None = None
+) -> Tensor | None:
+    """dτ = −κ² dκ, in the temperature's shape; in its dtype and place, or in ``dtype`` where it is."""
     if d_kappa is None or not isinstance(temperature, Tensor):
         return None
-    return (d_kappa * (-kappa * kappa)).to(temperature).reshape(temperature.shape)
+    of_tau = (d_kappa * (-kappa * kappa)).reshape(temperature.shape)
+    return of_tau.to(temperature) if dtype is None else of_tau.to(dtype)
+
+
+NO_SECOND_DERIVATIVE = (
+    "gs_infonce has no second derivative: its gradients are formed without a graph. "
+    'For double backward on small batches use backend="reference".'
+)
 
 
 class _FirstDerivativeOnly(torch.autograd.Function):
-    """Passes gradients on, and says why there is no derivative of them."""
+    """Passes gradients on, and says why there is no derivative of them with respect to what they are made of.
+
+    The upstream gradient and the inputs are arguments, so that no way to a second derivative goes past this node:
+    the engine runs only nodes that lead to what it was asked for.
+    """
 
     @staticmethod
-    def forward(ctx, graph: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
-        return tuple(g.clone() for g in grads)
+    def forward(ctx, sources: int, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
+        return tuple(g.clone() for g in tensors[sources:])
 
     @staticmethod
     def backward(ctx, *_: Tensor):  # type: ignore[no-untyped-def]
-        raise RuntimeError(
-            "gs_infonce has no second derivative: its gradients are formed without a graph. "
-            'For double backward on small batches use backend="reference".'
-        )
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
 def _kappa(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 
 import pytest
 import torch
@@ -112,14 +111,3 @@ def test_a_generator_breaks_the_graph_and_works():
     q, k = leaves()[:2]
     got = step(q, k)
     assert got == gs_infonce(q, k, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize(("symmetric", "learn"), list(itertools.product((False, True), repeat=2)))
-def test_opcheck(backend, symmetric, learn):
-    tau = torch.tensor(0.1, requires_grad=True) if learn else None
-    arguments = (
-        *leaves(), None, tau, None, None, None, None, 0.0 if learn else 0.05, 0.02, 0, 1.0, "sampled", 0.0,
-        symmetric, "mean", backend, None, learn, 0.2, 1.0, 0.0, 0.1, None, None, [True, True, True, False, learn],
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.fused_infonce.gs_infonce.default, arguments)

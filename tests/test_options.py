@@ -347,10 +347,9 @@ def test_auto_says_once_what_it_chose(caplog):
 def test_a_promised_bound_licenses_one_sweep_without_asking_the_device():
     """Only a device tensor's value is not read; "meta" stands for a device here."""
     tau = torch.empty((), device="meta")
-    assert arguments._kappa_bound(tau, None, ask=True) is None
-    assert arguments._kappa_bound(tau, 0.015, ask=True) == 1 / 0.015
-    assert arguments._kappa_bound(torch.tensor(0.5), 0.015, ask=True) == 2
-    assert arguments._kappa_bound(torch.tensor(0.5), 0.015, ask=False) == 1 / 0.015
+    assert arguments._kappa_bound(tau, None) is None
+    assert arguments._kappa_bound(tau, 0.015) == 1 / 0.015
+    assert arguments._kappa_bound(torch.tensor(0.5), 0.015) == 2
 
 
 @pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"noise": "expected"}], ids=str)
