@@ -91,7 +91,8 @@ class _FusedInfoNCE(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):  # type: ignore[no-untyped-def]
-        if torch._C._functorch.is_batchedtensor(upstream):
+        functorch = torch._C._functorch
+        if functorch.is_legacy_batchedtensor(upstream) or functorch.is_batchedtensor(upstream):
             raise NotImplementedError(
                 "gs_infonce has no batched backward (is_grads_batched=True, vectorize=True, torch.func.vmap): "
                 "take one gradient at a time"

@@ -126,7 +126,7 @@ class _SmoothingAmongRanks(torch.autograd.Function):
             weights = upstream * (exchange.size / smoothing.anchors if ctx.reduction == "mean" else exchange.size)
             wanted = [x for x, need in zip(leaves, needs, strict=True) if need]
             of_sums: Tensor
-            found: list[Tensor | None]
+            found: Any
             of_sums, *found = torch.autograd.grad(
                 terms, [sums, *wanted], weights.expand_as(terms), allow_unused=True
             )
