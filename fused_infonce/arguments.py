@@ -181,7 +181,7 @@ def _options(
     filter_threshold: Any,
 ) -> Options:
     """All that is neither a tensor nor drawn, checked."""
-    noise_weight = _finite("noise_weight", noise_weight)
+    noise_weight = finite("noise_weight", noise_weight)
     if noise_weight < 0:
         raise ValueError(f"noise_weight must be >= 0, not {noise_weight}")
     kind: NoiseKind = "given"
@@ -204,7 +204,7 @@ def _options(
                 f"workspace_bytes must be a positive number of bytes or None, not {workspace_bytes!r}"
             )
     N, H, _ = counts
-    own = _finite("hard_negative_weight", hard_negative_weight)
+    own = finite("hard_negative_weight", hard_negative_weight)
     if own and H % N:
         raise ValueError(
             f"negatives: {H} rows came, but with hard_negative_weight they must be a multiple of the {N} anchors, "
@@ -212,17 +212,17 @@ def _options(
         )
     if not isinstance(decoupled, bool):
         raise TypeError(f"decoupled must be True or False, not {decoupled!r}")
-    angular_margin = _finite("angular_margin", angular_margin)
+    angular_margin = finite("angular_margin", angular_margin)
     if not 0 <= angular_margin < math.pi:
         raise ValueError(f"angular_margin must be an angle in radians, 0 <= m < pi, not {angular_margin}")
-    hardness = _finite("hardness", hardness)
+    hardness = finite("hardness", hardness)
     if hardness < 0:
         raise ValueError(f"hardness must be >= 0, not {hardness}")
-    label_smoothing = _finite("label_smoothing", label_smoothing)
+    label_smoothing = finite("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be a share, 0 <= e < 1, not {label_smoothing}")
-    filter_margin = None if filter_margin is None else _finite("filter_margin", filter_margin)
-    filter_threshold = None if filter_threshold is None else _finite("filter_threshold", filter_threshold)
+    filter_margin = None if filter_margin is None else finite("filter_margin", filter_margin)
+    filter_threshold = None if filter_threshold is None else finite("filter_threshold", filter_threshold)
     filters = filter_margin is not None or filter_threshold is not None
     if label_smoothing and filters:
         raise ValueError(_SMOOTHING_IS_ALONE)
@@ -348,25 +348,10 @@ def _check_inputs(*inputs: Tensor | None) -> list[Tensor]:
     names = ("anchors", "positives", "negatives", "queue")
     present = [(name, x) for name, x in zip(names, inputs, strict=True) if x is not None or name in names[:2]]
     for name, x in present:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, not {type(x).__name__}")
-        if x.dtype not in _DTYPES:
-            raise TypeError(
-                f"{name} must be float64, float32, bfloat16 or float16, not {x.dtype}; convert it first"
-            )
-        _check_dense(name, x)
-        if x.ndim != 2 or 0 in x.shape:
-            remedy = ""
-            if x.ndim == 3 and name == "negatives":
-                remedy = "; for K of each anchor, (N, K, features), give negatives.transpose(0, 1).flatten(0, 1)"
-            raise ValueError(
-                f"{name} must be a matrix (rows, features) with at least one of each, not {_shape(x)}{remedy}"
-            )
+        check_matrix(name, x)
     anchors, positives = present[0][1], present[1][1]
     assert anchors is not None
     assert positives is not None
-    if anchors.device.type == "meta":
-        raise ValueError("anchors is on the meta device, where tensors have no values; move it to another")
     if anchors.shape[0] != positives.shape[0]:
         raise ValueError(
             f"positives must have one row for each of the {anchors.shape[0]} anchors, not {positives.shape[0]}; "
@@ -378,6 +363,24 @@ def _check_inputs(*inputs: Tensor | None) -> list[Tensor]:
             raise ValueError(f"{name} must have the anchors' {anchors.shape[1]} features, not {x.shape[1]}")
         _check_device(name, x, anchors.device)
     return [x for _, x in present if x is not None]
+
+
+def check_matrix(name: str, x: Any) -> None:
+    """TypeError or ValueError where it is not a matrix of floating-point numbers."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, not {type(x).__name__}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, not {x.dtype}; convert it first")
+    _check_dense(name, x)
+    if x.ndim != 2 or 0 in x.shape:
+        remedy = ""
+        if x.ndim == 3 and name == "negatives":
+            remedy = "; for K of each anchor, (N, K, features), give negatives.transpose(0, 1).flatten(0, 1)"
+        raise ValueError(
+            f"{name} must be a matrix (rows, features) with at least one of each, not {_shape(x)}{remedy}"
+        )
+    if x.device.type == "meta":
+        raise ValueError(f"{name} is on meta, but there tensors have no values; move it to another device")
 
 
 def _check_given(noise: Tensor, anchors: Tensor) -> Tensor:
@@ -392,7 +395,7 @@ def _check_given(noise: Tensor, anchors: Tensor) -> Tensor:
 
 def _check_temperature(temperature: Any, min_temperature: Any, device: torch.device) -> float | Tensor:
     """The temperature, a Python float if it is a number."""
-    if min_temperature is not None and not _finite("min_temperature", min_temperature) > 0:
+    if min_temperature is not None and not finite("min_temperature", min_temperature) > 0:
         raise ValueError(f"min_temperature must be > 0 or None, not {min_temperature}")
     if isinstance(temperature, Tensor):
         _check_dense("temperature", temperature)
@@ -404,7 +407,7 @@ def _check_temperature(temperature: Any, min_temperature: Any, device: torch.dev
         if temperature.device.type != "cpu":
             _check_device("temperature", temperature, device)
         return temperature
-    number = _finite("temperature", temperature)
+    number = finite("temperature", temperature)
     if not number > 0:
         raise ValueError(f"temperature must be > 0, not {temperature}")
     return number
@@ -498,7 +501,7 @@ def _check_dense(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be a dense tensor, not one of layout {x.layout}; call its to_dense()")
 
 
-def _finite(name: str, value: Any) -> float:
+def finite(name: str, value: Any) -> float:
     """A number of Python's or NumPy's as a float."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, not {type(value).__name__}")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .api import info_nce
-from .arguments import resolve
+from .arguments import check_matrix, finite, resolve
 from .function import sweep_of
 
 
@@ -20,7 +20,9 @@ def alignment(x: Tensor, y: Tensor, alpha: float = 2.0) -> Tensor:
     Hypersphere", ICML 2020. x, y: (N, D) floating point. Returns a differentiable 0-dim tensor; fp32, or fp64 for
     fp64 inputs.
     """
-    if x.shape != y.shape or x.ndim != 2:
+    check_matrix("x", x)
+    check_matrix("y", y)
+    if x.shape != y.shape:
         raise ValueError(
             f"x and y must be matrices of one shape (N, D), not {tuple(x.shape)} and {tuple(y.shape)}"
         )
@@ -39,8 +41,10 @@ def uniformity(x: Tensor, t: float = 2.0) -> Tensor:
     InfoNCE's ratios of x with itself at τ = 1/(2t), and computed through the same sweep: O(N·D) memory,
     differentiable once. Returns a 0-dim tensor; fp32, or fp64 for fp64 inputs.
     """
-    if x.ndim != 2 or x.shape[0] < 2:
+    check_matrix("x", x)
+    if x.shape[0] < 2:
         raise ValueError(f"x must be a matrix (N, D) with at least two rows, not {tuple(x.shape)}")
+    t = finite("t", t)
     if not t > 0:
         raise ValueError(f"t must be > 0, not {t}")
     N = x.shape[0]

@@ -188,7 +188,7 @@ def test_forward_mode_is_an_error(name, requires_grad):
     primal.requires_grad_(requires_grad)
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(primal, torch.ones_like(primal))
-        with pytest.raises(NotImplementedError, match="forward-mode differentiation.*reverse mode"):
+        with pytest.raises(NotImplementedError, match=r"forward-mode differentiation.*reverse mode"):
             call_with(name, dual, TANGENTS[name])
         with torch.no_grad(), pytest.raises(NotImplementedError, match="forward-mode"):
             call_with(name, dual, TANGENTS[name])
@@ -234,7 +234,7 @@ def transformed(transform, loss, x):
 
 
 @pytest.mark.parametrize("transform", ["grad", "vmap", "jvp", "vjp", "jacrev", "jacfwd", "hessian"])
-@pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"label_smoothing": 0.1, "reduction": "sum"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"label_smoothing": 0.1}], ids=str)
 def test_transforms_of_torch_func_say_what_is_supported(transform, options):
     p = rows(N, D, seed=1)
     message = "does not support torch.func's transforms.*torch.autograd.grad.*backend='reference'"
@@ -243,11 +243,11 @@ def test_transforms_of_torch_func_say_what_is_supported(transform, options):
         lambda q: info_nce(p, q, **options),
         lambda q: info_nce(p, p, queue=q, **options),
         lambda q: info_nce(p, p, temperature=q.square().sum(), **options),
-        GSInfoNCELoss(**options),
+        functools.partial(GSInfoNCELoss(**options), positives=p),
         uniformity,
     ):
         with pytest.raises(NotImplementedError, match=message):
-            transformed(transform, (lambda q, f=loss: f(q, p)) if isinstance(loss, GSInfoNCELoss) else loss, rows(N, D))
+            transformed(transform, loss, rows(N, D))
 
 
 def test_functional_call_is_no_transform():
@@ -283,14 +283,12 @@ WAYS = {
 }
 
 
-def tensors_of(way, dtype=torch.float64):
+def tensors_of(way):
     given = {name: make() for name, make in GIVEN.items()}
     if "smoothing" in way:
         given = {name: x for name, x in given.items() if name not in ("ids", "negative_ids", "guide")}
     if way == "two sweeps":
         given["temperature"] = torch.tensor(0.004, dtype=torch.float64)
-    cast = {name: x.to(dtype) for name, x in given.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
-    given |= cast
     for name in ("anchors", "positives", "negatives", "queue", "temperature"):
         given[name].requires_grad_()
     return given
@@ -327,7 +325,8 @@ def assert_watched_or_not_needed(way, call, without=()):
         try:
             got = gradients(loss, given)
         except RuntimeError as error:
-            assert "modified by an inplace operation" in str(error), name
+            if "modified by an inplace operation" not in str(error):
+                raise
         else:
             for a, b in zip(got, want, strict=True):
                 assert torch.equal(a, b), name
