@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.distributed import ProcessGroup
 
 from .arguments import resolve, resolve_among
 from .backends import Backend
 from .compiled import compiled_loss
-from .distributed import Strategy
+from .distributed import Group, Strategy, resolve_group
 from .function import fused_loss
 from .options import Reduction
 from .reference import reference_loss
@@ -38,7 +36,7 @@ def gs_infonce(
     negative_ids: Tensor | None = None,
     symmetric: bool = False,
     reduction: Reduction = "mean",
-    group: ProcessGroup | None = None,
+    group: Group = "local",
     strategy: Strategy = "auto",
     backend: Backend = "auto",
     workspace_bytes: int | None = None,
@@ -88,14 +86,16 @@ def gs_infonce(
         symmetric: mean of both directions (CLIP). Hard negatives and queue act in the anchor → positive direction
             only, noise in both.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (N,).
-        group: a process group (``torch.distributed.group.WORLD``): anchors, positives, negatives and queue are
+        group: ``"local"``: this process's rows; ``"world"``: those of every process of torch.distributed, which is
+            looked up at each call; or a process group. With a group anchors, positives, negatives and queue are
             this rank's rows, the columns are everyone's; how many may differ. Each rank gets the mean or sum over
             all ranks' anchors (``"none"``: of its own). Gradients are those of this global loss multiplied by the
             number of ranks: averaged over ranks, as DistributedDataParallel does, parameters get the gradient that
             one process would give them on all rows; a temperature's, too. ``ids`` are compared across ranks, an
             anchor's own hard negatives are its rank's, sampled noise is the same on all (rank 0's seed; a tensor
             of noise has to be). The upstream gradient of a mean or sum has to be the same on every rank, and
-            every rank has to call backward if one does.
+            every rank has to call backward if one does. None is local, too, with a warning before
+            ``init_process_group``: ``torch.distributed.group.WORLD`` is None until then.
         strategy: how ranks share columns, with the same result: ``"gather"`` holds all of them at once, ``"ring"``
             passes them round in less memory and always in two sweeps; ``"auto"`` gathers up to 4 GiB a rank.
         backend: ``"triton"`` (GPUs from compute capability 8.0, ROCm; no float64, D <= 8192), ``"torch"`` (any
@@ -125,12 +125,15 @@ def gs_infonce(
 
     Products run in the inputs' dtype, or in autocast's; for fp16 the gradient products in bf16. Sums, exponentials
     and the positives' cosines are fp32. Memory beyond inputs, gradients and one normalised copy of the rows is the
-    workspace. Deterministic. No second derivative. NaN or Inf in an input gives NaN. Under ``torch.compile`` the
-    loss is one operator of the graph; a ``generator`` or the reference breaks the graph.
+    workspace. Deterministic. NaN or Inf in an input gives NaN. Differentiable once, in reverse mode: a second
+    derivative, forward mode and torch.func's transforms raise an error; the reference supports them. Under
+    ``torch.compile`` and ``torch.export`` the loss is one operator of the graph, for any batch size, temperature
+    and number of noise vectors; a ``generator``, a ``guide``, a group or the reference breaks the graph.
 
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong kind; the message names it. With a group
             every rank raises, also where ranks disagree about features, dtype, options or wanted gradients.
+        NotImplementedError: forward-mode differentiation or a transform of torch.func.
     """
     return _loss(
         anchors,
@@ -175,7 +178,7 @@ def info_nce(
     negative_ids: Tensor | None = None,
     symmetric: bool = False,
     reduction: Reduction = "mean",
-    group: ProcessGroup | None = None,
+    group: Group = "local",
     strategy: Strategy = "auto",
     backend: Backend = "auto",
     workspace_bytes: int | None = None,
@@ -224,14 +227,15 @@ def info_nce(
 def _loss(
     *inputs: Tensor | None,
     generator: torch.Generator | None,
-    group: ProcessGroup | None,
+    group: Group,
     strategy: Strategy,
     guide: Sequence[Tensor] | None,
     **options: Any,
 ) -> Tensor:
     eager = _eager_loss
     if torch.compiler.is_compiling():
-        if generator is None and group is None and guide is None and options["backend"] != "reference":
+        local = group is None or group == "local"
+        if local and generator is None and guide is None and options["backend"] != "reference":
             return compiled_loss(*inputs, **options)  # type: ignore[arg-type]
         eager = _outside_compiler
     return eager(inputs, generator, group, strategy, guide, options)
@@ -240,13 +244,16 @@ def _loss(
 def _eager_loss(
     inputs: tuple[Tensor | None, ...],
     generator: torch.Generator | None,
-    group: ProcessGroup | None,
+    group: Group,
     strategy: Strategy,
     guide: Sequence[Tensor] | None,
     options: dict[str, Any],
 ) -> Tensor:
-    resolved = resolve if group is None else functools.partial(resolve_among, group, strategy)
-    call = resolved(*inputs, generator=generator, guide=guide, **options)  # type: ignore[arg-type]
+    ranks = resolve_group(group, stacklevel=5)
+    if ranks is None:
+        call = resolve(*inputs, strategy=strategy, generator=generator, guide=guide, **options)  # type: ignore[arg-type]
+    else:
+        call = resolve_among(ranks, strategy, *inputs, generator=generator, guide=guide, **options)
     loss = reference_loss(call) if call.backend == "reference" else fused_loss(call)
     asked = call.options
     if not asked.label_smoothing:

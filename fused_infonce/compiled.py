@@ -1,8 +1,10 @@
 """The loss under ``torch.compile``: a custom operator that the compiler sees as one piece, so no graph breaks.
 
-One operator gives the loss and what its backward needs. One sweep: the gradients themselves, in fp32, which the
-backward scales. Two sweeps: the losses of rows and columns, for a second operator to make gradients of. In eager
-an ``autograd.Function`` does the same with a quarter of the overhead.
+One operator gives the loss and what its backward needs: for a mean or sum of one direction the gradients
+themselves, in fp32, which the backward scales; else the losses of rows and columns, for a second operator to make
+gradients of. Which it is depends on no value and no size, so that one graph serves all of them: the way over the
+matrix is chosen where the operator runs. In eager an ``autograd.Function`` does the same with a quarter of the
+overhead.
 """
 
 from __future__ import annotations
@@ -14,10 +16,17 @@ from torch import Tensor
 
 from .arguments import Call, Traced, autocast_dtype, resolve
 from .backends import Backend
-from .function import as_a_kernel, gradients_of, losses_of, one_sweep_of, reduced
+from .function import (
+    NO_SECOND_DERIVATIVE,
+    as_a_kernel,
+    gradients_of,
+    loss_and_gradients_of,
+    losses_of,
+    reduced,
+)
 from .options import Reduction
 from .smoothing import smoothing_term
-from .sweep import Needs
+from .tiled.operands import NeedsGrad
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -54,33 +63,23 @@ def compiled_loss(
         seed = torch.randint(0, 2**62, (1,), device=anchors.device)
     tau = temperature if isinstance(temperature, Tensor) else None
     inputs = (anchors, positives, negatives, queue, tau)
-    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
-    results = torch.ops.fused_infonce.gs_infonce(
-        *inputs,
-        noise if given else None,
-        ids,
-        negative_ids,
-        seed,
-        0.0 if tau is not None else temperature,
-        min_temperature,
-        num_noise,
-        noise_weight,
-        "given" if given else noise,
-        hard_negative_weight,
-        symmetric,
-        reduction,
-        backend,
-        workspace_bytes,
-        decoupled,
-        angular_margin,
-        hardness,
-        label_smoothing,
-        filter_margin,
-        filter_threshold,
+    loss: Tensor = _operator(
+        (*inputs, noise if given else None, ids, negative_ids, seed),
+        (
+            None if tau is not None else temperature,
+            min_temperature,
+            noise_weight,
+            hard_negative_weight,
+            angular_margin,
+            hardness,
+            label_smoothing,
+            filter_margin,
+            filter_threshold,
+        ),
+        (num_noise, "given" if given else noise, symmetric, reduction, backend, workspace_bytes, decoupled),
         autocast_dtype(anchors.device.type),
-        needs,
+        [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs],
     )
-    loss: Tensor = results[0]
     if not label_smoothing:
         return loss
     return loss + smoothing_term(
@@ -94,145 +93,171 @@ def compiled_loss(
     )
 
 
-def _call(
-    anchors: Tensor,
-    positives: Tensor,
-    negatives: Tensor | None,
-    queue: Tensor | None,
-    tau: Tensor | None,
-    noise_rows: Tensor | None,
-    ids: Tensor | None,
-    negative_ids: Tensor | None,
-    seed: Tensor | None,
-    temperature: float,
-    min_temperature: float | None,
-    num_noise: int,
-    noise_weight: float,
-    noise: str,
-    hard_negative_weight: float,
-    symmetric: bool,
-    reduction: str,
-    backend: str,
-    workspace_bytes: int | None,
-    decoupled: bool,
-    angular_margin: float,
-    hardness: float,
-    label_smoothing: float,
-    filter_margin: float | None,
-    filter_threshold: float | None,
+# The operator's arguments, in this order.
+_TENSORS = ("anchors", "positives", "negatives", "queue", "tau", "noise_rows", "ids", "negative_ids", "seed")
+_NUMBERS = (
+    "temperature", "min_temperature", "noise_weight", "hard_negative_weight", "angular_margin", "hardness",
+    "label_smoothing", "filter_margin", "filter_threshold",
+)  # fmt: skip
+_PLAIN = {
+    "num_noise": "SymInt",
+    "noise": "str",
+    "symmetric": "bool",
+    "reduction": "str",
+    "backend": "str",
+    "workspace_bytes": "SymInt?",
+    "decoupled": "bool",
+}
+_SCHEMA = ", ".join(
+    [
+        "Tensor anchors, Tensor positives",
+        *(f"Tensor? {name}" for name in (*_TENSORS[2:], "varying")),
+        "str names_of_varying",
+        *(f"float? {name}" for name in _NUMBERS),
+        *(f"{kind} {name}" for name, kind in _PLAIN.items()),
+        "ScalarType? product_dtype, bool[] needs",
+    ]
+)
+_RESULTS = 6  # the loss and five more
+
+
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _operator(
+    tensors: tuple[Tensor | None, ...],
+    numbers: tuple[float | None, ...],
+    plain: tuple[Any, ...],
     product_dtype: torch.dtype | None,
     needs: list[bool],
-) -> tuple[Call, Needs]:
-    call = resolve(
-        anchors,
-        positives,
-        negatives,
-        queue=queue,
-        temperature=temperature if tau is None else tau,
-        min_temperature=min_temperature,
-        num_noise=num_noise,
-        noise_weight=noise_weight,
-        noise=noise if noise_rows is None else noise_rows,
-        generator=None,
-        hard_negative_weight=hard_negative_weight,
-        ids=ids,
-        negative_ids=negative_ids,
-        symmetric=symmetric,
-        reduction=reduction,  # type: ignore[arg-type]
-        backend=backend,  # type: ignore[arg-type]
-        workspace_bytes=workspace_bytes,
-        decoupled=decoupled,
-        angular_margin=angular_margin,
-        hardness=hardness,
-        label_smoothing=label_smoothing,
-        filter_margin=filter_margin,
-        filter_threshold=filter_threshold,
-        guide=None,
-        traced=Traced(seed, product_dtype),
+) -> Tensor:
+    """The operator's loss.
+
+    A number that was seen to change from call to call is a symbol here, and would be a constant of the graph as an
+    argument of the operator: it goes in as an element of a tensor on the CPU.
+    """
+    changing: dict[str, Any] = {
+        name: x for name, x in zip(_NUMBERS, numbers, strict=True) if isinstance(x, torch.SymFloat)
+    }
+    varying = None
+    if changing:
+        one = torch.ones((), dtype=torch.float64, device="cpu")
+        varying = torch.stack([one * x for x in changing.values()])
+    fixed = [None if isinstance(x, torch.SymFloat) else x for x in numbers]
+    results = torch.ops.fused_infonce.gs_infonce(
+        *tensors, varying, ",".join(changing), *fixed, *plain, product_dtype, needs
     )
-    return call, Needs(*needs)
+    loss: Tensor = results[0]
+    return loss
 
 
-_SCHEMA = (
-    "Tensor anchors, Tensor positives, Tensor? negatives, Tensor? queue, Tensor? tau, Tensor? noise_rows, "
-    "Tensor? ids, Tensor? negative_ids, Tensor? seed, float temperature, float? min_temperature, int num_noise, "
-    "float noise_weight, str noise, float hard_negative_weight, bool symmetric, str reduction, str backend, "
-    "int? workspace_bytes, bool decoupled, float angular_margin, float hardness, float label_smoothing, "
-    "float? filter_margin, float? filter_threshold, ScalarType? product_dtype, bool[] needs"
-)
-_TENSORS = 6  # a result and five more
+def _call(*args: Any) -> tuple[Call, NeedsGrad]:
+    """The operator's arguments as a call."""
+    tensors, (varying, changing) = args[: len(_TENSORS)], args[len(_TENSORS) : len(_TENSORS) + 2]
+    given = dict(zip(_TENSORS, tensors, strict=True))
+    values = args[len(_TENSORS) + 2 :]
+    options: dict[str, Any] = dict(zip((*_NUMBERS, *_PLAIN), values[:-2], strict=True))
+    if varying is not None:
+        options |= zip(changing.split(","), varying.tolist(), strict=True)
+    if given["tau"] is not None:
+        options["temperature"] = given["tau"]
+    if given["noise_rows"] is not None:
+        options["noise"] = given["noise_rows"]
+    call = resolve(
+        *tensors[:3],
+        queue=given["queue"],
+        ids=given["ids"],
+        negative_ids=given["negative_ids"],
+        generator=None,
+        traced=Traced(given["seed"], values[-2]),
+        **options,
+    )
+    return call, NeedsGrad(*values[-1])
+
+
+def _keeps_gradients(args: tuple[Any, ...]) -> bool:
+    """Whether the forward forms gradients: where one upstream number scales all, and symmetric's are not kept."""
+    plain = dict(zip(_PLAIN, args[-2 - len(_PLAIN) : -2], strict=True))
+    return plain["reduction"] != "none" and not plain["symmetric"] and any(args[-1])
 
 
 def _padded(tensors: list[Tensor | None], like: Tensor) -> Results:
     """As many tensors as the operators return; what is missing is empty. None may share its memory."""
-    present = [like.new_empty(0) if x is None else x if _is_whole(x) else x.clone() for x in tensors]
-    padded = [*present, *(like.new_empty(0) for _ in range(_TENSORS - len(present)))]
+    present = [like.new_empty(0) if x is None else x if _is_whole(x) else _copy(x) for x in tensors]
+    padded = [*present, *(like.new_empty(0) for _ in range(_RESULTS - len(present)))]
     return tuple(padded)  # type: ignore[return-value]
 
 
 def _is_whole(x: Tensor) -> bool:
-    return x.untyped_storage().nbytes() == x.numel() * x.element_size()
+    return x.is_contiguous() and x.untyped_storage().nbytes() == x.numel() * x.element_size()
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _forward(*args: Any) -> Results:
     call, needs = _call(*args)
     with as_a_kernel(call.inputs[0].device):
-        if call.takes_one_sweep and any(args[-1]):
-            losses, grads = one_sweep_of(call, needs)
-            return _padded([reduced(losses, None, call.options), *grads], call.inputs[0])
+        if _keeps_gradients(args):
+            loss, grads = loss_and_gradients_of(call, needs)
+            return _padded([loss, *grads], call.inputs[0])
         row_loss, column_loss = losses_of(call)
         loss = reduced(row_loss, column_loss, call.options)
         return _padded([loss, row_loss, column_loss], call.inputs[0])
 
 
 def _forward_fake(*args: Any) -> Results:
-    call, _ = _call(*args)
-    N, dtype = call.options.counts.positives, torch.promote_types(call.dtype, torch.float32)
-    like = call.inputs[0].new_empty((), dtype=dtype)
-    loss = like.new_empty(N) if call.options.reduction == "none" else like.new_empty(())
-    if call.takes_one_sweep and any(args[-1]):
-        wanted = zip((*call.inputs, args[4]), args[-1], strict=True)
-        grads = [like.new_empty(x.shape) if need and x is not None else None for x, need in wanted]
-        return _padded([loss, *grads], call.inputs[0])
-    columns = like.new_empty(N, 1) if call.options.symmetric else None
-    return _padded([loss, like.new_empty(N, 1), columns], call.inputs[0])
+    inputs, needs = args[:5], args[-1]
+    dtype = torch.float32
+    for x in inputs[:4]:
+        dtype = dtype if x is None else torch.promote_types(dtype, x.dtype)
+    anchors = inputs[0]
+    N, like = anchors.shape[0], anchors.new_empty((), dtype=dtype)
+    if _keeps_gradients(args):
+        grads = [like.new_empty(x.shape) if need else None for x, need in zip(inputs, needs, strict=True)]
+        return _padded([like, *grads], anchors)
+    plain = dict(zip(_PLAIN, args[-2 - len(_PLAIN) : -2], strict=True))
+    loss = like.new_empty(N) if plain["reduction"] == "none" else like
+    return _padded([loss, like.new_empty(N, 1), like.new_empty(N, 1) if plain["symmetric"] else None], anchors)
 
 
-def _backward_op(upstream: Tensor, row_loss: Tensor, column_loss: Tensor, *args: Any) -> Results:
-    call, needs = _call(*args)
+def _backward_op(upstream: Tensor, kept: list[Tensor], *args: Any) -> Results:
     with as_a_kernel(upstream.device):
-        column = column_loss if call.options.symmetric else None
-        return _padded(gradients_of(call, needs, row_loss, column, upstream), upstream)
+        if _keeps_gradients(args):
+            grads = [
+                (g * upstream).to(x) if need else None for g, x, need in zip(kept, args[:5], args[-1], strict=True)
+            ]
+            return _padded(grads, upstream)
+        call, needs = _call(*args)
+        row_loss, column_loss = kept[0], kept[1] if call.options.symmetric else None
+        return _padded(gradients_of(call, needs, row_loss, column_loss, upstream), upstream)
 
 
-def _backward_fake(upstream: Tensor, row_loss: Tensor, column_loss: Tensor, *args: Any) -> Results:
+def _backward_fake(upstream: Tensor, kept: list[Tensor], *args: Any) -> Results:
     wanted = zip(args[:5], args[-1], strict=True)
-    return _padded([torch.empty_like(x) if need and x is not None else None for x, need in wanted], upstream)
+    return _padded([x.new_empty(x.shape) if need else None for x, need in wanted], upstream)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
-    ctx.plain = inputs[9:]
-    ctx.save_for_backward(*inputs[:9], *output[1:])
+    tensors = inputs[: len(_TENSORS) + 1]
+    ctx.plain = inputs[len(tensors) :]
+    ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    inputs, kept = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
+    saved = ctx.saved_tensors
+    tensors, kept = saved[: len(_TENSORS) + 1], list(saved[len(_TENSORS) + 1 :])
     needs: list[bool] = ctx.plain[-1]
-    if _call(*inputs, *ctx.plain)[0].takes_one_sweep and any(needs):
-        grads = [
-            (g * upstream).to(x.dtype).reshape(x.shape) if need else None
-            for g, x, need in zip(kept, inputs[:5], needs, strict=True)
-        ]
-    else:
-        found = torch.ops.fused_infonce.gs_infonce_backward(
-            upstream.contiguous(), kept[0], kept[1], *inputs, *ctx.plain
-        )
-        grads = [g if need else None for g, need in zip(found[:5], needs, strict=True)]
-    return *grads, *[None] * (4 + len(ctx.plain))
+    found = torch.ops.fused_infonce.gs_infonce_backward(upstream.contiguous(), kept, *tensors, *ctx.plain)
+    grads = [g if need else None for g, need in zip(found[:5], needs, strict=True)]
+    return *grads, *[None] * (len(tensors) - 5 + len(ctx.plain))
 
 
-_RETURNS = ", ".join(["Tensor"] * _TENSORS)
+def _no_second_derivative(ctx: Any, *_: Tensor) -> Any:
+    raise RuntimeError(NO_SECOND_DERIVATIVE)
+
+
+_RETURNS = ", ".join(["Tensor"] * _RESULTS)
 _op = torch.library.custom_op(
     "fused_infonce::gs_infonce", _forward, mutates_args=(), schema=f"({_SCHEMA}) -> ({_RETURNS})"
 )
@@ -242,6 +267,7 @@ _backward_of = torch.library.custom_op(
     "fused_infonce::gs_infonce_backward",
     _backward_op,
     mutates_args=(),
-    schema=f"(Tensor upstream, Tensor row_loss, Tensor column_loss, {_SCHEMA}) -> ({_RETURNS})",
+    schema=f"(Tensor upstream, Tensor[] kept, {_SCHEMA}) -> ({_RETURNS})",
 )
 _backward_of.register_fake(_backward_fake)
+_backward_of.register_autograd(_no_second_derivative)  # which has the inputs as arguments, as it must have

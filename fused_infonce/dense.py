@@ -16,7 +16,7 @@ all of it. ``fused_infonce.tiled`` computes the same for batches whose logits do
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,9 +24,8 @@ from torch import Tensor
 from . import entry_terms, noise, variants
 from .arguments import Call
 from .entry_terms import EntryTerms, Limits
-from .operands import Precision
 from .options import Options
-from .sweep import Gradients, Needs, column_spans, wanted_columns
+from .tiled.operands import Gradients, NeedsGrad, Precision, column_spans, grad_range
 
 MAX_LOGITS = 1 << 19  # 2 MiB of fp32, about what a core's cache holds beside the operands of the products
 MAX_ELEMENTS = 1 << 22  # of all rows together; the noise vectors, too, are held at once
@@ -114,10 +113,18 @@ def losses(call: Call, kappa: float | Tensor, precision: Precision) -> tuple[Ten
         back_constant = None if constant is None else constant.T
         column_loss, back = _softmax(z_back.sub_((kappa * positive.value).T), back_constant, call, 0)
         column_loss = column_loss.T
+    if variants.can_hide_columns(options):
+        hidden = rows.centered[: options.counts.columns].sum() * 0  # NaN where a column is, masked in every row
+        row_loss, column_loss = row_loss + hidden, None if column_loss is None else column_loss + hidden
     slopes = (None, None) if positive is None else (positive.slope, positive.kappa_correction)
     grad_columns = rows.centered.to(precision.gradient)
-    kept = (rows.q, rows.inv_norm_q, rows.x, rows.inv_norm_x, grad_columns, rows.center)
-    return row_loss, column_loss, Residuals(*kept, *ahead, *back, *slopes)
+    return (
+        row_loss,
+        column_loss,
+        Residuals(
+            rows.q, rows.inv_norm_q, rows.x, rows.inv_norm_x, grad_columns, rows.center, *ahead, *back, *slopes
+        ),
+    )
 
 
 def _unit_rows(call: Call, precision: Precision) -> _Rows:
@@ -224,7 +231,7 @@ def _softmax(
 def gradients(
     kept: Residuals,
     options: Options,
-    needs: Needs,
+    needs: NeedsGrad,
     kappa: float | Tensor,
     upstream: Tensor | None,  # 0-dim, of the reduced loss, or (N,) of the rows' losses; None: 1
     dtypes: list[torch.dtype | None],  # of the four inputs
@@ -245,18 +252,18 @@ def gradients(
             v.addcmul_(G.sum(1, keepdim=True), kept.center)  # elsewhere these sums are 0
         out.anchors, dots = _through_norm(v, q, kept.inv_norm_anchors, dtypes[0])
         d_kappa = dots.sum()
-    wanted = wanted_columns(options.counts, needs.columns)
-    if wanted.stop:
-        v = _column_products(G[:, wanted], q, kept.grad_columns.dtype)
+    chosen = grad_range(options.counts, needs.columns)
+    if chosen.stop:
+        v = _column_products(G[:, chosen], q, kept.grad_columns.dtype)
         if needs.positives:
             if low_precision:
                 v[:N].addcmul_(of_positive, q, value=-1)
             if of_noise is not None:
                 v[:N] += of_noise
-        v, _ = _through_norm(v, x[wanted], kept.inv_norm_columns[wanted], None)
+        v, _ = _through_norm(v, x[chosen], kept.inv_norm_columns[chosen], None)
         for i, (name, columns) in enumerate(column_spans(options.counts), start=1):
             if name in needs.columns:
-                part = v[columns.start - wanted.start : columns.stop - wanted.start]
+                part = v[columns.start - chosen.start : columns.stop - chosen.start]
                 setattr(out, name, part.to(dtypes[i]))
     if needs.temperature and d_kappa is not None:
         if kept.kappa_correction is not None:

@@ -8,6 +8,7 @@ a column (ids, shifts, sums) is gathered by both. Nothing here waits for a devic
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+Group = ProcessGroup | Literal["local", "world"] | None
 Strategy = Literal["auto", "gather", "ring"]
 STRATEGIES = ("auto", "gather", "ring")
 GATHER_BYTES = 4 << 30  # "auto" gathers as long as that takes no more on each rank
@@ -50,12 +52,32 @@ class Facts:
     error: str | None = None  # why this rank cannot go on
 
 
-def check_group(group: Any) -> None:
+def resolve_group(group: Group, stacklevel: int = 3) -> ProcessGroup | None:
+    """The process group that is meant; None: this process alone.
+
+    ``"world"`` is looked up at each call. torch.distributed.group.WORLD is None before init_process_group, so a
+    None that comes before is reported: a loss that was meant for all processes would silently be local.
+    """
+    if group == "local":
+        return None
+    ready = dist.is_available() and dist.is_initialized()
+    if group is None:
+        if dist.is_available() and not ready:
+            warnings.warn(
+                "group is None before torch.distributed.init_process_group, as torch.distributed.group.WORLD is "
+                "until then: the loss is that of this process alone. Give group='world' for all processes, which "
+                "is looked up at each call, or group='local' (the default) for one.",
+                stacklevel=stacklevel,
+            )
+        return None
+    if group == "world" and ready:
+        group = dist.group.WORLD
     if not dist.is_available() or not isinstance(group, ProcessGroup):
         raise TypeError(
-            "group must be a process group this rank belongs to, such as torch.distributed.group.WORLD, or None, "
-            f"not {group!r}"
+            "group must be a process group this rank belongs to, such as torch.distributed.group.WORLD, or "
+            f"'local', or, once torch.distributed.init_process_group has been called, 'world'; not {group!r}"
         )
+    return group
 
 
 def agree(group: ProcessGroup, facts: Facts) -> list[Facts]:

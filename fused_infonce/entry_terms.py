@@ -1,7 +1,7 @@
 """Terms of single entries of the logits: which columns are masked for which rows, and log-weights.
 
-One value describes all of them. The operations below apply it to a tile of logits, in the units (a logarithm's base)
-of its numbers; the Triton kernels read the same fields.
+One value describes all of them. The operations below apply it to a tile of logits, whose logarithm's base is also
+that of the value's numbers; the Triton kernels read the same fields.
 """
 
 from __future__ import annotations

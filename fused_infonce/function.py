@@ -1,224 +1,281 @@
-"""The autograd function: which way over the matrix is taken, what is kept for the backward, what comes back."""
+"""The autograd function: which path over the logits is taken, what is kept for the backward, what comes back.
+
+``dense`` for a batch whose logits fit in one tensor; else ``tiled.one_pass`` where one upstream gradient serves
+all rows of one direction, or ``tiled.two_pass``.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import dense
 from .arguments import Call
-from .operands import Accumulator, Precision, Scale
 from .options import Options
-from .sweep import Gradients, Needs, Sweep, finish
-from .torch_ops import TorchOps
+from .tiled import one_pass, stats, two_pass
+from .tiled.backend import TileBackend, make_backend
+from .tiled.operands import Accumulator, Gradients, GradScale, NeedsGrad, Precision
+from .tiled.problem import TiledProblem
+from .tiled.torch_backend import TorchBackend
 
-# Multiply-adds up to which products run in fp32, also for bf16 and fp16 inputs and under autocast: rounding to bf16
-# would dominate such short sums, and fp32 is as fast there (64 × 64 × 1024 on a core with AMX: 0.9 of bf16's time;
-# 256 × 256 × 384: 1.4).
+# Multiply-adds up to which products run in fp32, also for bf16 and fp16 inputs and under autocast: rounding to
+# bf16 would dominate such short sums, and fp32 is about as fast there (64 × 64 × 1024 on a core with AMX takes 0.9
+# of bf16's time, 256 × 256 × 384 1.4 of it).
 SMALL_PRODUCT = 1 << 23
-NOTHING_ASKED = Needs(False, False, False, False, False)
 
 
 def fused_loss(call: Call) -> Tensor:
     """Losses of the rows (N,), or their sum or mean (0-dim), in nats; differentiable once."""
-    wanted = (*call.inputs, call.temperature)
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in wanted):
-        return _FusedInfoNCE.apply(*wanted, call)  # type: ignore[no-any-return, no-untyped-call]
+    differentiable = (*call.inputs, call.temperature)
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in differentiable):
+        return _FusedInfoNCE.apply(*differentiable, call)  # type: ignore[no-any-return, no-untyped-call]
     with as_a_kernel(call.inputs[0].device):
-        return loss_of(call)
-
-
-def loss_of(call: Call) -> Tensor:
-    """The loss without gradients: one product."""
-    if dense.fits(call):
-        return reduced(*_dense_losses(call)[:2], call.options)
-    sweep = sweep_of(call)
-    if call.takes_one_sweep:  # no maxima to look for
-        return reduced(sweep.one_sweep(NOTHING_ASKED, call.kappa_bound or math.nan)[0], None, call.options)
-    return reduced(*sweep.losses(), call.options)
-
-
-def sweep_of(call: Call, ops: TorchOps | None = None) -> Sweep:
-    """The call's operands, normalised, on its backend."""
-    ops = ops or _ops(call)
-    return Sweep(ops, call.options, _kappa(call.temperature, ops.precision.sums), call.inputs, call.noise_rows)
-
-
-def _dense_losses(call: Call) -> tuple[Tensor, Tensor | None, dense.Residuals]:
-    precision = _precision(call)
-    return dense.losses(call, _kappa(call.temperature, precision.sums), precision)
-
-
-def _precision(call: Call) -> Precision:
-    anchors, options, dtype = call.inputs[0], call.options, call.product_dtype
-    rows, columns = options.total("positives"), options.total("columns")
-    if rows * columns * anchors.shape[1] <= SMALL_PRODUCT:
-        dtype = dtype if dtype == torch.float64 else torch.float32
-    return Precision.of(dtype, anchors.device)
-
-
-def _ops(call: Call) -> TorchOps:
-    anchors, options = call.inputs[0], call.options
-    columns = options.total("columns")
-    precision, workspace_bytes = _precision(call), options.workspace_bytes
-    if call.backend == "triton":
-        from .triton_ops import TritonOps  # here, for Triton need not be installed
-
-        return cast(TorchOps, TritonOps(precision, anchors.device, workspace_bytes, anchors.shape[0], columns))
-    return TorchOps(precision, anchors.device, workspace_bytes)
+        if not dense.fits(call) and call.takes_one_pass:  # the fewest passes over the tiles
+            return reduced(
+                one_pass.one_pass(problem_of(call), NeedsGrad.none(), call.kappa_bound)[0], None, call.options
+            )
+        return reduced(*losses_of(call), call.options)
 
 
 class _FusedInfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, anchors, positives, negatives, queue, temperature, call: Call) -> Tensor:  # type: ignore[no-untyped-def]
         inputs = (anchors, positives, negatives, queue)
-        ctx.needs = Needs(*ctx.needs_input_grad[:5])
-        ctx.options, ctx.temperature = call.options, temperature
-        tau = temperature if isinstance(temperature, Tensor) else None
-        ctx.is_dense = dense.fits(call)
-        if ctx.is_dense:
-            ctx.dtypes = [None if x is None else x.dtype for x in inputs]
-            with as_a_kernel(anchors.device):
-                row_loss, column_loss, kept = _dense_losses(call)
-                ctx.save_for_backward(tau, *kept)
-                return reduced(row_loss, column_loss, call.options)
-        ctx.ops = _ops(call)
+        ctx.needs = NeedsGrad(*ctx.needs_input_grad[:5])
+        ctx.options = _with_tensors(call.options)
+        ctx.temperature, tau = (None, temperature) if isinstance(temperature, Tensor) else (temperature, None)
+        # All that the backward reads goes through save_for_backward: it is freed with the graph, and autograd
+        # raises an error where a tensor of the caller's was changed in place in between.
         with as_a_kernel(anchors.device):
-            sweep = sweep_of(call, ctx.ops)
-            # Large tensors go through save_for_backward: freed with the graph, and watched for changes in place.
-            if call.takes_one_sweep:
-                row_loss, ctx.tape, acc_rows, acc = sweep.one_sweep(ctx.needs, call.kappa_bound or math.nan)
-                ctx.tape.units.detach()
-                acc_columns = (None, None) if acc is None else (acc.grad, acc.sums)
-                ctx.save_for_backward(*inputs, tau, acc_rows, *acc_columns)
-                column_loss = None
+            tensors: tuple[Tensor | None, ...]
+            if dense.fits(call):
+                row_loss, column_loss, tensors = dense.losses(call, _kappa_of(call), _precision(call))
+                ctx.gradients = _dense_gradients
+            elif call.takes_one_pass:
+                ctx.backend, column_loss = _backend(call), None
+                row_loss, kept = one_pass.one_pass(problem_of(call, ctx.backend), ctx.needs, call.kappa_bound)
+                acc = kept.acc_columns
+                tensors = (kept.acc_rows, *((None, None) if acc is None else (acc.grad, acc.sums)))
+                ctx.kept, ctx.gradients = replace(kept, acc_rows=None, acc_columns=None), _one_pass_gradients
+                ctx.backend.release()
             else:
-                row_loss, column_loss = sweep.losses()
-                ctx.tape = None
-                ctx.save_for_backward(*inputs, tau, call.noise_rows, row_loss, column_loss)
-            ctx.ops.release()
+                ctx.backend = _backend(call)
+                row_loss, column_loss = two_pass.losses(problem_of(call, ctx.backend))
+                tensors = (row_loss, column_loss, call.noise_rows, *_tensors_of(call.options))
+                ctx.gradients = _two_pass_gradients
+                ctx.backend.release()
+            ctx.save_for_backward(*inputs, tau, *tensors)
             return reduced(row_loss, column_loss, call.options)
 
     @staticmethod
     def backward(ctx, upstream: Tensor):  # type: ignore[no-untyped-def]
+        functorch = torch._C._functorch
+        if functorch.is_legacy_batchedtensor(upstream) or functorch.is_batchedtensor(upstream):
+            raise NotImplementedError(
+                "gs_infonce has no batched backward (is_grads_batched=True, vectorize=True, torch.func.vmap): "
+                "take one gradient at a time"
+            )
         saved = ctx.saved_tensors
-        grads = _dense_backward(ctx, saved, upstream) if ctx.is_dense else _tiled_backward(ctx, saved, upstream)
+        temperature = ctx.temperature if saved[4] is None else saved[4]
+        with as_a_kernel(upstream.device):
+            grads: list[Tensor | None] = ctx.gradients(ctx, saved[:4], temperature, saved[5:], upstream)
         if torch.is_grad_enabled():
             present = [g for g in grads if g is not None]
-            graph = torch.zeros((), requires_grad=True)
-            marked = iter(_FirstDerivativeOnly.apply(graph, *present))  # type: ignore[no-untyped-call]
+            sources = [x for x in (upstream, *saved[:5]) if x is not None]
+            marked = iter(_FirstDerivativeOnly.apply(len(sources), *sources, *present))  # type: ignore[no-untyped-call]
             grads = [None if g is None else next(marked) for g in grads]
         return *grads, None
 
 
-def _dense_backward(ctx: Any, saved: tuple[Any, ...], upstream: Tensor) -> list[Tensor | None]:
-    temperature = ctx.temperature if saved[0] is None else saved[0]
-    kept = dense.Residuals(*saved[1:])
-    with as_a_kernel(upstream.device):
-        kappa = _kappa(temperature, kept.center.dtype)
-        out = dense.gradients(kept, ctx.options, ctx.needs, kappa, upstream, ctx.dtypes)
-        return [*out.inputs, _of_temperature(out.kappa, kappa, temperature)]
-
-
-def _tiled_backward(ctx: Any, saved: tuple[Any, ...], upstream: Tensor) -> list[Tensor | None]:
-    inputs, tau, kept = saved[:4], saved[4], saved[5:]
-    ops, options = ctx.ops, ctx.options
-    temperature = ctx.temperature if tau is None else tau
-    with as_a_kernel(upstream.device):
-        kappa = _kappa(temperature, ops.precision.sums)
-        if ctx.tape is not None:
-            acc_rows, grad, sums = kept
-            acc_columns = None if grad is None else Accumulator(grad, sums)
-            units = ctx.tape.units.attach([x for x in inputs if x is not None])
-            scale = _scale(upstream, options)
-            out = finish(ops, options, ctx.tape, acc_rows, acc_columns, ctx.needs, kappa, scale)
-            units.detach()
-        else:
-            noise_rows, *losses = kept
-            sweep = Sweep(ops, options, kappa, inputs, noise_rows)
-            out = _two_sweep_gradients(sweep, ctx.needs, losses[0], losses[1], upstream)
-        ops.release()
-        return [*out.inputs, _of_temperature(out.kappa, kappa, temperature)]
-
-
-def one_sweep_of(call: Call, needs: Needs) -> tuple[Tensor, list[Tensor | None]]:
-    """Losses in nats, (N, 1), and gradients of their sum or mean in the sums' dtype, the temperature's last."""
-    if dense.fits(call):
-        losses, _, kept = _dense_losses(call)
-        return losses, _dense_gradients(call, needs, kept, None, [kept.center.dtype] * 4)
-    sweep = sweep_of(call)
-    ops, options = sweep.ops, call.options
-    losses, tape, acc_rows, acc_columns = sweep.one_sweep(needs, call.kappa_bound or math.nan)
-    sums = ops.precision.sums
-    out = finish(ops, options, tape, acc_rows, acc_columns, needs, sweep.kappa, _scale(None, options), sums)
-    of_temperature = None if out.kappa is None else (out.kappa * (-sweep.kappa * sweep.kappa)).to(sums)
-    if of_temperature is not None and isinstance(call.temperature, Tensor):
-        of_temperature = of_temperature.reshape(call.temperature.shape)
-    return losses, [*out.inputs, of_temperature]
-
-
-def gradients_of(
-    call: Call, needs: Needs, row_loss: Tensor, column_loss: Tensor | None, upstream: Tensor
-) -> list[Tensor | None]:
-    """Gradients from the losses, which only two sweeps read; the temperature's last."""
-    if dense.fits(call):
-        dtypes = [None if x is None else x.dtype for x in call.inputs]
-        return _dense_gradients(call, needs, _dense_losses(call)[2], upstream, dtypes)
-    sweep = sweep_of(call)
-    out = _two_sweep_gradients(sweep, needs, row_loss, column_loss, upstream)
-    return [*out.inputs, _of_temperature(out.kappa, sweep.kappa, call.temperature)]
-
-
-def losses_of(call: Call) -> tuple[Tensor, Tensor | None]:
-    """Losses of rows and, where the loss is symmetric, of columns, for ``gradients_of``."""
-    return _dense_losses(call)[:2] if dense.fits(call) else sweep_of(call).losses()
+Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def _dense_gradients(
-    call: Call, needs: Needs, kept: dense.Residuals, upstream: Tensor | None, dtypes: list[torch.dtype | None]
+    ctx: Any, inputs: Inputs, temperature: float | Tensor, saved: tuple[Any, ...], upstream: Tensor
 ) -> list[Tensor | None]:
-    kappa = _kappa(call.temperature, kept.center.dtype)
-    out = dense.gradients(kept, call.options, needs, kappa, upstream, dtypes)
+    kept = dense.Residuals(*saved)
+    kappa, dtypes = _kappa(temperature, kept.center.dtype), [None if x is None else x.dtype for x in inputs]
+    out = dense.gradients(kept, ctx.options, ctx.needs, kappa, upstream, dtypes)
+    return [*out.inputs, _of_temperature(out.kappa, kappa, temperature)]
+
+
+def _one_pass_gradients(
+    ctx: Any, inputs: Inputs, temperature: float | Tensor, saved: tuple[Any, ...], upstream: Tensor
+) -> list[Tensor | None]:
+    acc_rows, grad, sums = saved
+    kept = replace(ctx.kept, acc_rows=acc_rows, acc_columns=None if grad is None else Accumulator(grad, sums))
+    kappa = _kappa(temperature, ctx.backend.precision.sums)
+    present = [x for x in inputs if x is not None]
+    scale = GradScale(upstream, ctx.options.gradient_factor)
+    out = one_pass.gradients(ctx.backend, ctx.options, kept, present, ctx.needs, kappa, scale)
+    ctx.backend.release()
+    return [*out.inputs, _of_temperature(out.kappa, kappa, temperature)]
+
+
+def _two_pass_gradients(
+    ctx: Any, inputs: Inputs, temperature: float | Tensor, saved: tuple[Any, ...], upstream: Tensor
+) -> list[Tensor | None]:
+    row_loss, column_loss, noise_rows, *given = saved
+    kappa = _kappa(temperature, ctx.backend.precision.sums)
+    problem = TiledProblem(ctx.backend, _with_tensors(ctx.options, *given), kappa, inputs, noise_rows)
+    out = _weighted_gradients(problem, ctx.needs, row_loss, column_loss, upstream)
+    ctx.backend.release()
+    return [*out.inputs, _of_temperature(out.kappa, kappa, temperature)]
+
+
+def _weighted_gradients(
+    problem: TiledProblem, needs: NeedsGrad, row_loss: Tensor, column_loss: Tensor | None, upstream: Tensor | None
+) -> Gradients:
+    """upstream: of the rows' losses or of the reduced one; None: 1, of a mean or sum."""
+    factor, weights = problem.options.gradient_factor, None
+    if problem.options.reduction == "none":
+        assert upstream is not None
+        weights = upstream.contiguous()[:, None]  # the backward of `loss.sum()` passes an expanded scalar
+        upstream = None
+    return two_pass.gradients(problem, needs, row_loss, column_loss, weights, GradScale(upstream, factor))
+
+
+# ---------------------------------------------------------------------- for the compiler's operators
+
+
+def losses_of(call: Call) -> tuple[Tensor, Tensor | None]:
+    """Losses of the rows and, where the loss is symmetric, of the columns, (N, 1) each."""
+    if dense.fits(call):
+        return dense.losses(call, _kappa_of(call), _precision(call))[:2]
+    return two_pass.losses(problem_of(call))
+
+
+def loss_and_gradients_of(call: Call, needs: NeedsGrad) -> tuple[Tensor, list[Tensor | None]]:
+    """A sum or mean, and its gradients in the sums' dtype and the inputs' shapes, the temperature's last."""
+    options, kappa, sums = call.options, _kappa_of(call), _precision(call).sums
+    column_loss = None
+    if dense.fits(call):
+        row_loss, column_loss, kept = dense.losses(call, kappa, _precision(call))
+        out = dense.gradients(kept, options, needs, kappa, None, [sums] * 4)
+    elif call.takes_one_pass:
+        problem = problem_of(call)
+        row_loss, residuals = one_pass.one_pass(problem, needs, call.kappa_bound)
+        present, scale = [x for x in call.inputs if x is not None], GradScale(None, options.gradient_factor)
+        out = one_pass.gradients(problem.backend, options, residuals, present, needs, kappa, scale, sums)
+    else:
+        inputs: Any = tuple(None if x is None else x.to(sums) for x in call.inputs)
+        problem = problem_of(replace(call, inputs=inputs), _backend(call))  # whose gradients are not rounded then
+        row_loss, column_loss = two_pass.losses(problem)
+        out = _weighted_gradients(problem, needs, row_loss, column_loss, None)
+    of_temperature = _of_temperature(out.kappa, kappa, call.temperature, sums)
+    return reduced(row_loss, column_loss, options), [*out.inputs, of_temperature]
+
+
+def gradients_of(
+    call: Call, needs: NeedsGrad, row_loss: Tensor, column_loss: Tensor | None, upstream: Tensor
+) -> list[Tensor | None]:
+    """Gradients in the inputs' dtypes, from the losses that ``losses_of`` returned; the temperature's last."""
+    kappa = _kappa_of(call)
+    if dense.fits(call):
+        kept = dense.losses(call, kappa, _precision(call))[2]
+        dtypes = [None if x is None else x.dtype for x in call.inputs]
+        out = dense.gradients(kept, call.options, needs, kappa, upstream, dtypes)
+    else:
+        out = _weighted_gradients(problem_of(call), needs, row_loss, column_loss, upstream)
     return [*out.inputs, _of_temperature(out.kappa, kappa, call.temperature)]
 
 
-def _two_sweep_gradients(
-    sweep: Sweep, needs: Needs, row_loss: Tensor, column_loss: Tensor | None, upstream: Tensor
-) -> Gradients:
-    options = sweep.options
-    if options.reduction == "none":
-        weights = upstream.contiguous()[:, None]  # `loss.sum()` hands an expanded scalar back
-        return sweep.gradients(needs, row_loss, column_loss, weights, Scale(None, options.gradient_factor))
-    return sweep.gradients(needs, row_loss, column_loss, None, _scale(upstream, options))
+def stats_of(call: Call) -> dict[str, Tensor]:
+    """The figures of ``contrastive_stats``; the call's backend must be torch's."""
+    backend = TorchBackend(_precision(call), call.inputs[0].device, call.options.workspace_bytes)
+    return stats.stats(problem_of(call, backend), backend)
 
 
-def _scale(upstream: Tensor | None, options: Options) -> Scale:
-    return Scale(upstream, options.gradient_factor)
+# ---------------------------------------------------------------------- a call's parts
 
 
-def _of_temperature(d_kappa: Tensor | None, kappa: float | Tensor, temperature: float | Tensor) -> Tensor | None:
-    """dτ = −κ² dκ, in the temperature's shape, dtype and place."""
+def problem_of(call: Call, backend: TileBackend | None = None) -> TiledProblem:
+    """The call's operands, normalised, on its backend."""
+    return TiledProblem(backend or _backend(call), call.options, _kappa_of(call), call.inputs, call.noise_rows)
+
+
+def _backend(call: Call) -> TileBackend:
+    anchors, options = call.inputs[0], call.options
+    return make_backend(
+        call.backend,
+        _precision(call),
+        anchors.device,
+        options.workspace_bytes,
+        len(anchors),
+        options.total("columns"),
+    )
+
+
+def _precision(call: Call) -> Precision:
+    anchors, options, dtype = call.inputs[0], call.options, call.product_dtype
+    size = options.total("positives") * options.total("columns") * anchors.shape[1]
+    if size <= SMALL_PRODUCT and dtype != torch.float64:
+        dtype = torch.float32
+    return Precision.of(dtype, anchors.device)
+
+
+def _kappa_of(call: Call) -> float | Tensor:
+    return _kappa(call.temperature, torch.float64 if call.product_dtype == torch.float64 else torch.float32)
+
+
+def _tensors_of(options: Options) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The caller's tensors among the options: ids, negative_ids and both sides of a guide."""
+    guide = None if options.similar is None else options.similar.guide
+    return options.ids, options.negative_ids, *(guide or (None, None))
+
+
+def _with_tensors(
+    options: Options,
+    ids: Tensor | None = None,
+    negative_ids: Tensor | None = None,
+    guide_rows: Tensor | None = None,
+    guide_columns: Tensor | None = None,
+) -> Options:
+    """The options with these in the place of their own; themselves where neither has any."""
+    given = (ids, negative_ids, guide_rows, guide_columns)
+    if all(x is None for x in (*given, *_tensors_of(options))):
+        return options
+    similar = options.similar
+    if similar is not None:
+        guide = None if guide_rows is None or guide_columns is None else (guide_rows, guide_columns)
+        similar = replace(similar, guide=guide)
+    return replace(options, ids=ids, negative_ids=negative_ids, similar=similar)
+
+
+def _of_temperature(
+    d_kappa: Tensor | None, kappa: float | Tensor, temperature: float | Tensor, dtype: torch.dtype | None = None
+) -> Tensor | None:
+    """dτ = −κ² dκ, in the temperature's shape; in its dtype and place, or in ``dtype`` where it is."""
     if d_kappa is None or not isinstance(temperature, Tensor):
         return None
-    return (d_kappa * (-kappa * kappa)).to(temperature).reshape(temperature.shape)
+    of_tau = (d_kappa * (-kappa * kappa)).reshape(temperature.shape)
+    return of_tau.to(temperature) if dtype is None else of_tau.to(dtype)
+
+
+NO_SECOND_DERIVATIVE = (
+    "gs_infonce has no second derivative: its gradients are formed without a graph. "
+    'For double backward on small batches use backend="reference".'
+)
 
 
 class _FirstDerivativeOnly(torch.autograd.Function):
-    """Passes gradients on, and says why there is no derivative of them."""
+    """Passes gradients on, and says why there is no derivative of them with respect to what they are made of.
+
+    The upstream gradient and the inputs are arguments, so that no way to a second derivative goes past this node:
+    the engine runs only nodes that lead to what it was asked for.
+    """
 
     @staticmethod
-    def forward(ctx, graph: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
-        return tuple(g.clone() for g in grads)
+    def forward(ctx, sources: int, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
+        return tuple(g.clone() for g in tensors[sources:])
 
     @staticmethod
     def backward(ctx, *_: Tensor):  # type: ignore[no-untyped-def]
-        raise RuntimeError(
-            "gs_infonce has no second derivative: its gradients are formed without a graph. "
-            'For double backward on small batches use backend="reference".'
-        )
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
 def _kappa(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from .api import gs_infonce
+from .arguments import check_choice, check_options
 from .backends import Backend
-from .distributed import Strategy
+from .distributed import STRATEGIES, Group, Strategy, resolve_group
 from .options import Reduction
 
 _VARIANTS = {
@@ -26,10 +27,11 @@ class GSInfoNCELoss(nn.Module):
 
     Args:
         temperature: τ, or its first value where it is learned.
-        learnable_temperature: hold log τ as a parameter (as CLIP does), clamped into ``temperature_range`` at each
-            call; its lower end is also the promise (``min_temperature``) that lets a device tensor take one sweep.
-            Where the clamp acts, the gradient of the temperature is 0.
-        temperature_range: smallest and largest τ of a learned temperature.
+        learnable_temperature: hold log τ as a parameter of shape (1,). Each call first sets a parameter that an
+            optimiser's step took out of ``temperature_range`` to the range's end (as CLIP's training loop does),
+            so that it comes back with the first gradient that points inside.
+        temperature_range: smallest and largest τ of a learned temperature. The smallest is also the promise
+            (``min_temperature``) that lets a device tensor take one sweep.
 
     The other arguments are those of :func:`gs_infonce`; ``queue``, ``ids``, ``negative_ids``, ``generator``,
     ``guide`` and ``noise`` given as a tensor belong to a batch and go to ``forward``.
@@ -47,7 +49,7 @@ class GSInfoNCELoss(nn.Module):
         hard_negative_weight: float = 0.0,
         symmetric: bool = False,
         reduction: Reduction = "mean",
-        group: ProcessGroup | None = None,
+        group: Group = "local",
         strategy: Strategy = "auto",
         backend: Backend = "auto",
         workspace_bytes: int | None = None,
@@ -59,20 +61,42 @@ class GSInfoNCELoss(nn.Module):
         filter_threshold: float | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-            raise TypeError(f"temperature must be a float, not {type(temperature).__name__}")
+        given: Any = temperature  # NumPy's numbers are floats, too
+        if isinstance(given, bool) or not isinstance(given, numbers.Real):
+            raise TypeError(f"temperature must be a float, not {type(given).__name__}")
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be a number > 0, not {temperature}")
-        low, high = temperature_range
-        if not 0 < low <= high < math.inf:
-            raise ValueError(
-                f"temperature_range must be (low, high) with 0 < low <= high, not {temperature_range}"
-            )
+        self.initial_temperature = float(temperature)
+        self.temperature_range = _checked_range(temperature_range)
+        low, high = self.temperature_range
+        if not isinstance(learnable_temperature, bool):
+            raise TypeError(f"learnable_temperature must be True or False, not {learnable_temperature!r}")
         if learnable_temperature and not low <= temperature <= high:
             raise ValueError(f"temperature {temperature} must lie in temperature_range {temperature_range}")
-        self.initial_temperature = temperature
-        self.temperature_range = (low, high)
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature))) if learnable_temperature else None
+        check_options(
+            num_noise=num_noise,
+            noise_weight=noise_weight,
+            noise=noise,
+            hard_negative_weight=hard_negative_weight,
+            symmetric=symmetric,
+            reduction=reduction,
+            backend=backend,
+            workspace_bytes=workspace_bytes,
+            decoupled=decoupled,
+            angular_margin=angular_margin,
+            hardness=hardness,
+            label_smoothing=label_smoothing,
+            filter_margin=filter_margin,
+            filter_threshold=filter_threshold,
+        )
+        check_choice("strategy", strategy, STRATEGIES)
+        # "world" may come before init_process_group; None is reported here, and not at each call.
+        if group not in ("local", "world"):
+            group = resolve_group(group) or "local"
+        if group != "local" and backend == "reference":
+            raise ValueError("backend='reference' takes one process's rows; use 'auto' or 'torch' with a group")
+        self.log_temperature = nn.Parameter(torch.empty(1)) if learnable_temperature else None
+        self.reset_parameters()
         self.num_noise = num_noise
         self.noise_weight = noise_weight
         self.noise = noise
@@ -90,13 +114,39 @@ class GSInfoNCELoss(nn.Module):
         self.filter_margin = filter_margin
         self.filter_threshold = filter_threshold
 
+    def reset_parameters(self) -> None:
+        """The first temperature again."""
+        if self.log_temperature is not None:
+            nn.init.constant_(self.log_temperature, math.log(self.initial_temperature))
+
     @property
     def temperature(self) -> float | Tensor:
         """τ as the loss uses it now: a float, or a 0-dim tensor with a graph to the parameter."""
-        if self.log_temperature is None:
+        log_tau = self.log_temperature
+        if log_tau is None:
             return self.initial_temperature
+        inside = log_tau.detach().clamp(*self._log_range)
+        tau: Tensor = (log_tau + (inside - log_tau.detach())).exp()  # the clamp has no part in the gradient
+        return tau.reshape(())
+
+    @property
+    def _log_range(self) -> tuple[float, float]:
         low, high = self.temperature_range
-        return self.log_temperature.clamp(math.log(low), math.log(high)).exp()
+        return math.log(low), math.log(high)
+
+    @torch.no_grad()
+    def _project(self) -> None:
+        """The parameter into its range: one that stays outside would only come back after as many steps."""
+        if self.log_temperature is not None:
+            self.log_temperature.clamp_(*self._log_range)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Also takes a 0-dim ``log_temperature``, which FSDP could not shard."""
+        key = prefix + "log_temperature"
+        held = state_dict.get(key)
+        if isinstance(held, Tensor) and held.ndim == 0:
+            state_dict[key] = held.reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(
         self,
@@ -111,6 +161,7 @@ class GSInfoNCELoss(nn.Module):
         generator: torch.Generator | None = None,
         guide: Sequence[Tensor] | None = None,
     ) -> Tensor:
+        self._project()
         return gs_infonce(
             anchors,
             positives,
@@ -151,3 +202,12 @@ class GSInfoNCELoss(nn.Module):
             f"{name}={getattr(self, name)!r}" for name, off in _VARIANTS.items() if getattr(self, name) != off
         ]
         return ", ".join(parts)
+
+
+def _checked_range(value: Any) -> tuple[float, float]:
+    if not isinstance(value, Sequence) or len(value) != 2 or not all(isinstance(x, numbers.Real) for x in value):
+        raise TypeError(f"temperature_range must be two numbers (low, high), not {value!r}")
+    low, high = value
+    if not 0 < low <= high < math.inf:
+        raise ValueError(f"temperature_range must be (low, high) with 0 < low <= high, not {value}")
+    return float(low), float(high)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .api import info_nce
-from .arguments import resolve
-from .function import sweep_of
+from .arguments import check_matrix, finite, resolve
+from .function import stats_of
 
 
 def alignment(x: Tensor, y: Tensor, alpha: float = 2.0) -> Tensor:
@@ -20,12 +20,16 @@ def alignment(x: Tensor, y: Tensor, alpha: float = 2.0) -> Tensor:
     Hypersphere", ICML 2020. x, y: (N, D) floating point. Returns a differentiable 0-dim tensor; fp32, or fp64 for
     fp64 inputs.
     """
-    if x.shape != y.shape or x.ndim != 2:
+    check_matrix("x", x)
+    check_matrix("y", y)
+    if x.shape != y.shape:
         raise ValueError(
             f"x and y must be matrices of one shape (N, D), not {tuple(x.shape)} and {tuple(y.shape)}"
         )
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     x, y = F.normalize(x.to(dtype), dim=1), F.normalize(y.to(dtype), dim=1)
+    if alpha == 2:  # the norm of equal rows has no second derivative, its square has
+        return (x - y).square().sum(1).mean()
     distances: Tensor = torch.linalg.vector_norm(x - y, dim=1)
     return distances.pow(alpha).mean()
 
@@ -34,11 +38,13 @@ def uniformity(x: Tensor, t: float = 2.0) -> Tensor:
     """log of the mean of e^(−t ‖x̂_i − x̂_j‖²) over pairs i < j of rows, normalised first; lower is better.
 
     Wang & Isola (ICML 2020). x: (N, D), N >= 2, no zero rows. Since ‖x̂_i − x̂_j‖² = 2 − 2 s_ij, it is the sum of
-    InfoNCE's ratios of x with itself at τ = 1/(2t), and computed through the same sweep: O(N·D) memory,
+    InfoNCE's ratios of x with itself at τ = 1/(2t), and computed through the same tiles: O(N·D) memory,
     differentiable once. Returns a 0-dim tensor; fp32, or fp64 for fp64 inputs.
     """
-    if x.ndim != 2 or x.shape[0] < 2:
+    check_matrix("x", x)
+    if x.shape[0] < 2:
         raise ValueError(f"x must be a matrix (N, D) with at least two rows, not {tuple(x.shape)}")
+    t = finite("t", t)
     if not t > 0:
         raise ValueError(f"t must be > 0, not {t}")
     N = x.shape[0]
@@ -99,4 +105,4 @@ def contrastive_stats(
         workspace_bytes=workspace_bytes,
     )
     with torch.autocast(anchors.device.type, enabled=False):
-        return sweep_of(call).stats()
+        return stats_of(call)

@@ -13,7 +13,9 @@ import math
 import torch
 from torch import Tensor
 
-NOISE_BLOCK = 1024  # rows that one seeded generator draws
+NOISE_BLOCK = 1024  # rows that are drawn at a time, and again alone
+_MIX = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of splitmix64 (Steele et al., 2014)
+_WORD = 2**64 - 1
 _TERMS = 2048  # of the series; enough for κ up to 1800
 
 
@@ -23,10 +25,11 @@ def draw_seed(generator: torch.Generator | None) -> Tensor:
     Nothing waits for a device: a device generator's state lives on the host.
     """
     if generator is None or generator.device.type == "cpu":
-        return torch.randint(0, 2**62, (1,), generator=generator)
+        return torch.randint(0, 2**62, (1,), generator=generator, device="cpu")
     state = generator.get_state().numpy().tobytes()
     torch.empty(1, device=generator.device).normal_(generator=generator)  # moves the state on
-    return torch.tensor([int.from_bytes(hashlib.blake2b(state, digest_size=8).digest(), "little") >> 2])
+    digest = hashlib.blake2b(state, digest_size=8).digest()
+    return torch.tensor([int.from_bytes(digest, "little") >> 2], device="cpu")
 
 
 def draw_device_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:
@@ -48,10 +51,25 @@ def sample_block(
     device: torch.device,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Rows [block·NOISE_BLOCK, …) of the ``num_noise`` standard normal vectors that ``seed`` stands for."""
+    """Rows [block·NOISE_BLOCK, …) of the ``num_noise`` standard normal vectors that ``seed`` stands for.
+
+    A generator on a CPU takes 32 bits of its seed, so two draw one half each: together they depend on all of it.
+    """
     rows = min(NOISE_BLOCK, num_noise - block * NOISE_BLOCK)
-    generator = torch.Generator(device).manual_seed(int(seed) ^ (block * 0x9E3779B97F4A7C15 & (2**62 - 1)))
-    return torch.randn(rows, D, generator=generator, dtype=dtype, device=device, out=out)
+    if out is None:
+        out = torch.empty(rows, D, dtype=dtype, device=device)
+    mixed = _mixed(int(seed), block)
+    for half, word in zip(out.view(-1).tensor_split(2), (mixed & 0xFFFFFFFF, mixed >> 32), strict=True):
+        half.normal_(generator=torch.Generator(device).manual_seed(word))
+    return out
+
+
+def _mixed(seed: int, block: int) -> int:
+    """64 bits that differ for every seed of a block: splitmix64, one to one in the seed."""
+    x = (seed + (block + 1) * _MIX[0]) & _WORD
+    x = ((x ^ x >> 30) * _MIX[1]) & _WORD
+    x = ((x ^ x >> 27) * _MIX[2]) & _WORD
+    return x ^ x >> 31
 
 
 def sample_all(seed: Tensor, num_noise: int, D: int, device: torch.device) -> Tensor:
@@ -88,5 +106,5 @@ def _series(kappa: Tensor, D: int) -> tuple[Tensor, Tensor]:
 def _series_of_float(kappa: float, D: int) -> tuple[float, float]:
     if not 0 < kappa < math.inf:  # a temperature that a tensor held: NaN out, as everywhere
         return math.nan, math.nan
-    log_c, rho = _series(torch.tensor(kappa, dtype=torch.float64), D)
+    log_c, rho = _series(torch.tensor(kappa, dtype=torch.float64, device="cpu"), D)
     return log_c.item(), rho.item()

@@ -73,7 +73,7 @@ def _direction(
         # the derivative is that at κ + β, of κ alone
         log_c, _ = log_mean_exp_cosine(kappa + options.hardness, q.shape[1])
         z = torch.cat([z, options.log_noise_weight + math.log(options.num_noise) + log_c - kappa * positive], 1)
-    z = z + 0 * kappa * positive  # NaN reaches a row whose every negative is masked, too
+    z = z + 0 * (kappa * positive + columns.sum())  # NaN reaches a row whose every negative is masked, too
     if options.decoupled:  # a row without negatives counts 0
         empty = (z == -math.inf).all(1, keepdim=True)
         return z.masked_fill(empty, 0).logsumexp(1).masked_fill(empty[:, 0], 0)
@@ -85,8 +85,8 @@ def _direction(
 def _too_similar(similar: Similar, s: Tensor, positive: Tensor, scores: Tensor | None) -> Tensor:  # (N, T)
     if scores is not None:
         s, positive = scores, scores.diagonal()[:, None]
-    limit = math.inf if similar.margin is None else positive + similar.margin
-    return s > torch.as_tensor(limit).clamp(max=math.inf if similar.threshold is None else similar.threshold)
+    limit = torch.full_like(positive, math.inf) if similar.margin is None else positive + similar.margin
+    return s > (limit if similar.threshold is None else limit.clamp(max=similar.threshold))
 
 
 def _pair_bias(options: Options, device: torch.device) -> Tensor:  # (N, N)
@@ -100,8 +100,8 @@ def _extra_bias(options: Options, device: torch.device) -> Tensor:  # (N, H + Q)
     N, H, Q = options.counts.positives, options.counts.negatives, options.counts.queue
     bias = torch.zeros(N, H + Q, dtype=torch.float64, device=device)
     if options.own_log_weight:
-        own = torch.arange(N)[:, None] == torch.arange(H)[None, :] % N
-        bias[:, :H].masked_fill_(own.to(device), options.own_log_weight)
+        own = torch.arange(N, device=device)[:, None] == torch.arange(H, device=device)[None, :] % N
+        bias[:, :H].masked_fill_(own, options.own_log_weight)
     if options.ids is not None and options.negative_ids is not None:
         bias[:, :H].masked_fill_(options.ids[:, None] == options.negative_ids[None, :], -math.inf)
     return bias

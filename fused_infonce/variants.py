@@ -93,6 +93,11 @@ def exponents_fit(options: Options, kappa_bound: float | None, limit: float) -> 
     return 2 * kappa_bound + options.hardness + exponent_range(options)[1] + options.log_columns <= limit
 
 
+def can_hide_columns(options: Options) -> bool:
+    """Whether a column that contains NaN can be masked in every row."""
+    return options.ids is not None or (options.similar is not None and options.similar.guide is not None)
+
+
 def similarity_limit(positive_score: Tensor, similar: Similar) -> Tensor:
     """The score above which a column does not count as a negative: min(score_ii + margin, threshold)."""
     if similar.margin is None:

@@ -55,7 +55,7 @@ class Objective(nn.Module):
             noise_weight=options.noise_weight,
             noise=options.noise,
             hard_negative_weight=options.hard_negative_weight,
-            group=group,
+            group="local" if group is None else group,
         )
         self.queue_size = options.queue_size // (dist.get_world_size(group) if group is not None else 1)
         self.register_buffer("queue", torch.empty(0, encoder.config.hidden_size))

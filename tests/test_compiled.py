@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 
 import pytest
 import torch
 from helpers import relative_error, rows
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from fused_infonce import GSInfoNCELoss, gs_infonce, info_nce
 
@@ -66,11 +67,104 @@ def test_inductor_and_a_model_with_the_module():
         assert relative_error(a, b) < 1e-5
 
 
-def test_other_batch_sizes():
-    step = torch.compile(lambda q, k: info_nce(q, k), fullgraph=True, backend="aot_eager", dynamic=True)
-    for n in (5, 9, 16):
+def graphs(function, calls, **options):
+    """How many graphs a compiler needs for these calls, each checked against eager."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, backend=counter, fullgraph=True, **options)
+    for call in calls:
+        got, want = compiled(*call), function(*call)
+        assert torch.allclose(got.detach(), want.detach(), rtol=1e-5)
+        if got.requires_grad:
+            inputs = [x for x in call if isinstance(x, torch.Tensor) and x.requires_grad]
+            for a, b in zip(*(torch.autograd.grad(y.sum(), inputs) for y in (got, want)), strict=True):
+                assert relative_error(a, b) < 1e-5
+    return counter.frame_count
+
+
+LEARNED = {"learnable_temperature": True, "num_noise": 0}
+SIZES = {
+    "one way": info_nce,
+    "no gradients": functools.partial(info_nce, reduction="sum"),
+    "symmetric": functools.partial(info_nce, symmetric=True),
+    "none": functools.partial(info_nce, reduction="none"),
+    "small temperature": functools.partial(info_nce, temperature=0.005),
+    "smoothing": functools.partial(info_nce, label_smoothing=0.1, symmetric=True),
+    "sampled": lambda q, k: gs_infonce(q, k, noise_weight=1e-12),  # drawn, but too light to be seen
+    "learned": GSInfoNCELoss(**LEARNED),
+    "learned, symmetric": GSInfoNCELoss(**LEARNED, symmetric=True),
+    "learned, expected": GSInfoNCELoss(learnable_temperature=True, noise="expected"),
+    "decoupled": functools.partial(info_nce, decoupled=True, hardness=1.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "dynamic"), [*((name, None) for name in SIZES), *((name, True) for name in list(SIZES)[:3])]
+)
+def test_two_graphs_serve_every_batch_size(name, dynamic):
+    batches = [
+        [rows(n, D, seed=n + s, dtype=torch.float32).requires_grad_(name != "no gradients") for s in (1, 2)]
+        for n in range(3, 19)
+    ]
+    assert graphs(SIZES[name], batches, dynamic=dynamic) <= 2
+
+
+def test_two_graphs_serve_every_number_of_hard_negatives():
+    batches = [[rows(m, D, seed=m, dtype=torch.float32) for m in (n, n, 2 * n)] for n in range(3, 13)]
+    assert graphs(functools.partial(info_nce, hard_negative_weight=0.5), batches) <= 2
+
+
+NUMBERS = {
+    "temperature": (0.05, 0.01),
+    "noise_weight": (0.5, 0.1),
+    "hard_negative_weight": (0.5, 0.1),
+    "angular_margin": (0.1, 0.01),
+    "hardness": (1.0, 0.1),
+    "filter_threshold": (0.5, 0.01),
+    "num_noise": (10, 1),
+    "workspace_bytes": (10_000, 100),
+    "min_temperature": (0.02, 0.001),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_two_graphs_serve_a_number_that_changes(name):
+    q, k, h = leaves()
+    start, step = NUMBERS[name]
+    options = {"noise": "expected", "num_noise": 5}
+
+    def loss(q, k, x):
+        return gs_infonce(q, k, h, **{**options, name: x})
+
+    assert graphs(loss, [(q, k, start + i * step) for i in range(10)]) <= 2
+
+
+def test_two_graphs_serve_several_numbers_at_once():
+    q, k, _ = leaves()
+
+    def loss(q, k, tau, smoothing, beta):
+        return info_nce(q, k, temperature=tau, label_smoothing=smoothing, hardness=beta)
+
+    assert graphs(loss, [(q, k, 0.05 + 0.01 * i, 0.1 + 0.05 * i, 0.5 + i) for i in range(8)]) <= 2
+
+
+class Exported(torch.nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.loss = GSInfoNCELoss(num_noise=0, **options)
+
+    def forward(self, q, k):
+        return self.loss(2 * q, k)
+
+
+@pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"learnable_temperature": True}], ids=str)
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_with_a_dynamic_batch(options, strict):
+    module, batch = Exported(**options), torch.export.Dim("batch")
+    q, k = (x.detach() for x in leaves()[:2])
+    program = torch.export.export(module, (q, k), dynamic_shapes=({0: batch}, {0: batch}), strict=strict)
+    for n in (2, 7, 30):
         q, k = rows(n, D, seed=1, dtype=torch.float32), rows(n, D, seed=2, dtype=torch.float32)
-        assert torch.allclose(step(q, k), info_nce(q, k), rtol=1e-6)
+        assert torch.allclose(program.module()(q, k), module(q, k), rtol=1e-6)
 
 
 def test_sampled_noise_is_fresh_and_reproducible():
@@ -114,12 +208,89 @@ def test_a_generator_breaks_the_graph_and_works():
     assert got == gs_infonce(q, k, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize(("symmetric", "learn"), list(itertools.product((False, True), repeat=2)))
-def test_opcheck(backend, symmetric, learn):
-    tau = torch.tensor(0.1, requires_grad=True) if learn else None
-    arguments = (
-        *leaves(), None, tau, None, None, None, None, 0.0 if learn else 0.05, 0.02, 0, 1.0, "sampled", 0.0,
-        symmetric, "mean", backend, None, learn, 0.2, 1.0, 0.0, 0.1, None, None, [True, True, True, False, learn],
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.fused_infonce.gs_infonce.default, arguments)
+# ---------------------------------------------------------------------- layouts and the operators themselves
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "column-major": lambda x: x.T.contiguous().T,
+    "sliced": lambda x: torch.cat([x, x + 1], 1)[:, : x.shape[1]],
+    "every other row": lambda x: torch.stack([x, x + 1], 1).flatten(0, 1)[::2],
+    "expanded": lambda x: x[:1].expand(x.shape),
+}
+WAYS = {
+    "one sweep": {},
+    "two sweeps": {"temperature": 0.004},
+    "symmetric": {"symmetric": True},
+    "none": {"reduction": "none"},
+}
+
+
+def operator_arguments(layout, way, backend="torch", learn=False, varying=False, needs_grad=True):
+    """Arguments of the operator in the order of its schema."""
+    options = {
+        "temperature": None if learn else 0.05, "min_temperature": None, "noise_weight": 1.0,
+        "hard_negative_weight": 0.0, "angular_margin": 0.2, "hardness": 1.0, "label_smoothing": 0.0,
+        "filter_margin": 0.1, "filter_threshold": None, "num_noise": 0, "noise": "sampled", "symmetric": False,
+        "reduction": "mean", "backend": backend, "workspace_bytes": None, "decoupled": learn, **WAYS[way],
+    }  # fmt: skip
+    tau = torch.tensor(options["temperature"] or 0.1, requires_grad=needs_grad) if learn else None
+    if learn:
+        options["temperature"] = None
+    numbers = torch.tensor([options["temperature"], 1.5], dtype=torch.float64) if varying else None
+    inputs = [LAYOUTS[layout](x.detach()).requires_grad_(needs_grad) for x in leaves()]
+    tensors = (*inputs, None, tau, None, torch.arange(N) // 2, None, None, numbers)
+    changing = "temperature,hardness" if varying else ""
+    return (*tensors, changing, *options.values(), None, [True, True, True, False, learn])
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck_of_the_loss(layout, way):
+    torch.library.opcheck(torch.ops.fused_infonce.gs_infonce.default, operator_arguments(layout, way))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck_of_the_backward(layout, way):
+    arguments = operator_arguments(layout, way, needs_grad=False)
+    loss, *kept = torch.ops.fused_infonce.gs_infonce(*arguments)
+    torch.library.opcheck(
+        torch.ops.fused_infonce.gs_infonce_backward.default, (torch.ones_like(loss), kept, *arguments)
+    )
+
+
+@pytest.mark.parametrize("way", ["one sweep", "symmetric"])
+@pytest.mark.parametrize(("backend", "varying"), [("triton", False), ("torch", True)])
+def test_opcheck_of_other_backends_and_changing_numbers(backend, varying, way):
+    for learn in (False, True):
+        if learn and varying:
+            continue
+        arguments = operator_arguments("contiguous", way, backend, learn, varying)
+        torch.library.opcheck(torch.ops.fused_infonce.gs_infonce.default, arguments)
+
+
+@pytest.fixture
+def _no_caches(monkeypatch):
+    """What an earlier run compiled proves nothing."""
+    monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+    monkeypatch.setattr(torch.compiler.config, "force_disable_caches", True)
+
+
+@pytest.mark.usefixtures("_no_caches")
+def test_inductor_with_every_layout_and_way():
+    """Gradients of the operator's own inputs, and of what comes before it."""
+
+    def step(q, k, h, factor):
+        losses = [gs_infonce(q, k + factor * q, h, num_noise=0, **options).mean() for options in WAYS.values()]
+        return torch.stack(losses)
+
+    compiled = torch.compile(step, fullgraph=True)
+    for make in LAYOUTS.values():
+        inputs = [make(x.detach()).requires_grad_() for x in leaves()]
+        factor = torch.tensor(2.0, requires_grad=True)
+        wanted = (*inputs, factor)
+        got, want = compiled(*wanted), step(*wanted)
+        assert torch.allclose(got.detach(), want.detach(), rtol=1e-5)
+        grads = [torch.autograd.grad(x.sum(), wanted) for x in (got, want)]
+        for a, b in zip(*grads, strict=True):
+            assert relative_error(a, b) < 1e-5

@@ -12,9 +12,10 @@ from helpers import loss_and_grads, relative_error, rows
 
 from bench.cases import naive
 from fused_infonce import arguments, gs_infonce, info_nce
-from fused_infonce.operands import Precision, Scale
-from fused_infonce.sweep import Needs, Sweep
-from fused_infonce.torch_ops import TorchOps
+from fused_infonce.tiled import two_pass
+from fused_infonce.tiled.operands import GradScale, NeedsGrad, Precision
+from fused_infonce.tiled.problem import TiledProblem
+from fused_infonce.tiled.torch_backend import TorchBackend
 
 N, D, H, Q, M = 37, 24, 74, 11, 19
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5}
@@ -192,11 +193,11 @@ def test_a_temperature_on_the_device_scales_the_queries(product, options):
     )
     found = []
     for kappa in (20.0, torch.tensor(20.0)):
-        ops = TorchOps(Precision.of(product, inputs[0].device), inputs[0].device, None)
-        sweep = Sweep(ops, call.options, kappa, call.inputs, call.noise_rows)
-        losses = sweep.losses()
-        needs = Needs(True, True, False, False, True)
-        out = sweep.gradients(needs, *losses, None, Scale(None, 1.0))
+        ops = TorchBackend(Precision.of(product, inputs[0].device), inputs[0].device, None)
+        problem = TiledProblem(ops, call.options, kappa, call.inputs, call.noise_rows)
+        losses = two_pass.losses(problem)
+        needs = NeedsGrad(True, True, False, False, True)
+        out = two_pass.gradients(problem, needs, *losses, None, GradScale(None, 1.0))
         found.append([x for x in (*losses, out.anchors, out.positives, out.kappa) if x is not None])
     for a, b in zip(*found, strict=True):
         assert relative_error(a, b) < (1e-6 if product == torch.float32 else 2e-2)
@@ -347,10 +348,9 @@ def test_auto_says_once_what_it_chose(caplog):
 def test_a_promised_bound_licenses_one_sweep_without_asking_the_device():
     """Only a device tensor's value is not read; "meta" stands for a device here."""
     tau = torch.empty((), device="meta")
-    assert arguments._kappa_bound(tau, None, ask=True) is None
-    assert arguments._kappa_bound(tau, 0.015, ask=True) == 1 / 0.015
-    assert arguments._kappa_bound(torch.tensor(0.5), 0.015, ask=True) == 2
-    assert arguments._kappa_bound(torch.tensor(0.5), 0.015, ask=False) == 1 / 0.015
+    assert arguments._kappa_bound(tau, None) is None
+    assert arguments._kappa_bound(tau, 0.015) == 1 / 0.015
+    assert arguments._kappa_bound(torch.tensor(0.5), 0.015) == 2
 
 
 @pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"noise": "expected"}], ids=str)

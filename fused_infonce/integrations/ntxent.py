@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..api import info_nce
+from ..distributed import Group
 
 
 class FusedNTXentLoss(nn.Module):
@@ -33,9 +34,9 @@ class FusedNTXentLoss(nn.Module):
         if out0.shape != out1.shape:
             raise ValueError(f"out1 must have the shape of out0, {tuple(out0.shape)}, not {tuple(out1.shape)}")
         ids = torch.arange(len(out0), device=out0.device)
-        group = None
+        group: Group = "local"
         if self.gather_distributed and dist.is_initialized() and dist.get_world_size() > 1:
-            group = dist.group.WORLD
+            group = "world"
             ids = ids + (dist.get_rank() << 40)  # ids that differ from rank to rank
         # Column i is row i's other view, and column i ± N row i itself: of the same id, it is masked.
         anchors, positives = torch.cat([out0, out1]), torch.cat([out1, out0])

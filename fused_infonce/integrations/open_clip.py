@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..api import info_nce
+from ..distributed import Group
 
 
 class FusedClipLoss(nn.Module):
@@ -57,7 +57,7 @@ class FusedClipLoss(nn.Module):
         temperature = 1 / logit_scale
         if isinstance(temperature, Tensor) and temperature.dtype in (torch.float16, torch.bfloat16):
             temperature = 1 / logit_scale.float()  # type: ignore[union-attr]
-        group = dist.group.WORLD if self.world_size > 1 else None
+        group: Group = "world" if self.world_size > 1 else "local"
         loss = info_nce(image_features, text_features, temperature=temperature, symmetric=True, group=group)
         if isinstance(logit_bias, Tensor) and logit_bias.requires_grad:
             loss = loss + 0 * logit_bias.sum()  # a gradient of 0, for optimisers that expect one

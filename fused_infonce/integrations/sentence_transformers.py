@@ -21,6 +21,7 @@ from sentence_transformers.util import cos_sim
 from torch import Tensor
 
 from ..api import gs_infonce
+from ..distributed import Group
 
 
 class _Fused:
@@ -84,14 +85,14 @@ class _Fused:
             ids = own
             negative_ids = torch.cat([own.new_full((sum(map(len, negatives)),), -1), own])
             negatives = [*negatives, queries]
-        group = None
+        group: Group = "local"
         if (
             self.gather_across_devices
             and dist.is_available()
             and dist.is_initialized()
             and dist.get_world_size() > 1
         ):
-            group = dist.group.WORLD
+            group = "world"
             if "query_to_query" in self.directions and ids is not None and negative_ids is not None:
                 step = dist.get_rank() << 40  # ids that differ from rank to rank
                 ids, negative_ids = ids + step, torch.where(negative_ids < 0, negative_ids, negative_ids + step)

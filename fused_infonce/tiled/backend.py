@@ -14,8 +14,16 @@ import torch
 from torch import Tensor
 
 from .operands import (
-    Accumulator, Columns, GradScale, NormalizedBatch, NormalizedRows, Operands, Precision, RowDenominator,
-    RowGradArgs, RowStats,
+    Accumulator,
+    Columns,
+    GradScale,
+    NormalizedBatch,
+    NormalizedRows,
+    Operands,
+    Precision,
+    RowDenominator,
+    RowGradArgs,
+    RowStats,
 )  # fmt: skip
 
 
@@ -27,9 +35,9 @@ class OnePassRows(Protocol):
     ) -> tuple[Tensor, Tensor | None]:
         """E_ij = 2^(q_i·k_j + b_ij − row_shift_i) of some rows, (C, T); their sums are kept.
 
-        queries: (N, D), all of them. is_last_block: no more columns follow, so α_i is known afterwards. Also returns
-        a factor (C, 1) by which everything that was summed of these rows before must be multiplied (their maximum
-        has grown); None: 1.
+        queries: (N, D), all of them. is_last_block: no more columns follow, so α_i is known afterwards. The second
+        result is a factor (C, 1) by which the caller must multiply what it has summed of these rows before: their
+        maximum has grown. None: 1.
         """
 
     def weighted_anchors(self, rows: slice) -> Tensor:
@@ -46,7 +54,9 @@ class TileBackend(Protocol):
 
     precision: Precision
     device: torch.device
-    supports_row_maximum: bool  # whether one pass may take a row's maximum as its offset (its tiles hold whole rows)
+    supports_row_maximum: (
+        bool  # whether one pass may take a row's maximum as its offset (its tiles hold whole rows)
+    )
     workspace_elements: int  # of the gradient dtype, for a tile and the weighted anchors beside it
     max_chunk_rows: int
     chunk_multiple: int  # chunks of rows are multiples of it where the workspace holds as many
@@ -66,7 +76,8 @@ class TileBackend(Protocol):
         anchors: Tensor,  # (N, D)
         columns: list[Tensor],  # positives (N, D), and what else is given
         scale_log2: float | Tensor,
-        centers: tuple[Tensor, Tensor] | None,  # of anchors and columns, (D,) each; None: means of this call's rows
+        centers: tuple[Tensor, Tensor]
+        | None,  # of anchors and columns, (D,) each; None: means of this call's rows
     ) -> tuple[NormalizedBatch, Operands]:
         """Norms, centres and operands. scale_log2: the factor of s_ij in exponents of base 2."""
 
@@ -82,7 +93,7 @@ class TileBackend(Protocol):
         """½‖q̂_i − k̂_i‖², which is 1 − s_ii to its last digits, (N, 1)."""
 
     def unit_rows(self, x: Tensor, center: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x̂ − center in the product dtype and in the gradient dtype, (n, D) each; may share memory with the next."""
+        """x̂ − center in the product and in the gradient dtype, (n, D) each; the next call may overwrite them."""
 
     def sampled_noise(
         self, seed: Tensor, rows: slice, num_noise: int, D: int, center: Tensor | None
@@ -112,7 +123,7 @@ class TileBackend(Protocol):
     ) -> None:
         """Adds the ratios of a tile with the corner (i0, j0) to running maxima and sums, in place.
 
-        The rows' exponent z_ij is q_i·k_j + b_ij − row_shift_i, the columns' q_i·k_j + row_bias_i − column_shift_j.
+        The rows' exponent is q_i·k_j + b_ij − row_shift_i, the columns' q_i·k_j + row_bias_i − column_shift_j.
         """
 
     def weighted_ratios(

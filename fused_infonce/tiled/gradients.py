@@ -8,7 +8,14 @@ from torch import Tensor
 from ..options import Options
 from .backend import TileBackend
 from .operands import (
-    Accumulator, GradScale, Gradients, NeedsGrad, NormalizedBatch, RowGradArgs, column_spans, grad_range,
+    Accumulator,
+    Gradients,
+    GradScale,
+    NeedsGrad,
+    NormalizedBatch,
+    RowGradArgs,
+    column_spans,
+    grad_range,
 )  # fmt: skip
 from .problem import shift_slice
 

@@ -19,8 +19,16 @@ from ..options import Options
 from .backend import OnePassRows, TileBackend
 from .gradients import finish_sides
 from .operands import (
-    Accumulator, GradScale, Gradients, NeedsGrad, NormalizedBatch, NormalizedRows, RowDenominator, RowGradArgs,
-    RowStats, grad_range,
+    Accumulator,
+    Gradients,
+    GradScale,
+    NeedsGrad,
+    NormalizedBatch,
+    NormalizedRows,
+    RowDenominator,
+    RowGradArgs,
+    RowStats,
+    grad_range,
 )  # fmt: skip
 from .problem import LOG2_E, TiledProblem
 from .ranks import all_columns
@@ -76,7 +84,8 @@ def one_pass(
     if acc is not None and every.exchange is not None:
         acc = every.return_to_owners(acc).part(grad_range(problem.options.counts, needs.columns))
     stats = rows_state.stats()
-    return stats.losses, OnePassResiduals(
+    losses, hidden = stats.losses, problem.hidden_nan()
+    return losses if hidden is None else losses + hidden, OnePassResiduals(
         [rows.inv_norm for rows in (batch.anchors, *batch.columns)], batch.center_q, batch.center_k, stats, rho,
         problem.positive if problem.options.angular_margin else None, acc_rows, acc,
     )  # fmt: skip
@@ -93,14 +102,12 @@ def _add_noise(problem: TiledProblem, rows_state: OnePassRows, acc_rows: Tensor 
             del tile  # the next one may take other memory
 
 
-def _row_denominator(
-    problem: TiledProblem, kappa_bound: float | None
-) -> tuple[RowDenominator, float | Tensor]:
+def _row_denominator(problem: TiledProblem, kappa_bound: float | None) -> tuple[RowDenominator, float | Tensor]:
     """What a row's sum is added to, and ρ of expected noise."""
     options, decoupled, constant = problem.options, problem.options.decoupled, problem.log_constant()
     log_T, rho = (None, 0.0) if constant is None else constant
     on_diagonal = not options.angular_margin
-    if kappa_bound is None or not options.fits_one_sweep(kappa_bound):
+    if kappa_bound is None or not options.fits_known_offset(kappa_bound):
         shift = problem.row_shift_log2
         return RowDenominator(shift, None, True, log_T, 0.0, options, on_diagonal), rho
     offset: Tensor | None = None

@@ -101,6 +101,17 @@ class TiledProblem:
         log_T, rho = variants.log_expected_noise(self.options, self.kappa_given, self.positive.value, self.D)
         return log_T, rho
 
+    def hidden_nan(self) -> Tensor | None:
+        """NaN where some column contains one, else 0; None where the losses show it themselves.
+
+        Ids and a guide can mask a column in every row: that hides it from the losses, but not from the gradients,
+        whose products multiply it by 0.
+        """
+        if not variants.can_hide_columns(self.options):
+            return None
+        hidden = self.operands.keys.sum(dtype=self.backend.precision.sums) * 0
+        return hidden if self.exchange is None else self.exchange.sum(hidden)
+
     def column_direction(self, loss: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """Of the columns' z_ij − loss_j = q_i·k_j + row_bias_i − column_shift_j, in base 2: the row bias (N, 1),
         and by rank the column shift (N,).

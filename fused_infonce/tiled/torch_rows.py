@@ -6,7 +6,7 @@ All passes go over slices of rows that stay in a cache, in place where possible.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..entry_terms import apply_to_columns_, apply_to_rows_, guide_scores, mask_
 from .operands import Accumulator, Columns
-from .problem import row_slices, shift_slice
+from .problem import row_slices
 from .torch_memory import COLUMN_MAJOR_MIN_ROWS
 from .torch_rows import TorchRows
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -12,8 +10,16 @@ from ..kernels.common import precision_of
 from ..kernels.settings import Settings, Tile, cdiv, default_settings, target_of
 from .backend import OnePassRows
 from .operands import (
-    Accumulator, Columns, GradScale, NormalizedBatch, NormalizedRows, Operands, Precision, RowDenominator,
-    RowGradArgs, RowStats,
+    Accumulator,
+    Columns,
+    GradScale,
+    NormalizedBatch,
+    NormalizedRows,
+    Operands,
+    Precision,
+    RowDenominator,
+    RowGradArgs,
+    RowStats,
 )  # fmt: skip
 
 DEFAULT_WORKSPACE = 256 << 20
@@ -108,7 +114,9 @@ class TritonBackend:
         N, D = anchors.shape
         queries = self._rows(N, D, self.precision.product)
         keys, grad_keys = self._copies(sum(x.shape[0] for x in columns), D)
-        center_q = (self.empty(D) if centers is None else centers[0]) if self.precision.low_precision_products else None
+        center_q = (
+            (self.empty(D) if centers is None else centers[0]) if self.precision.low_precision_products else None
+        )
         center_k = self.empty(D) if centers is None else centers[1]
         r_q, r_k, shift, cosines, chords = self.empty(5, N, 1).unbind()
         normalise.normalise_pairs(

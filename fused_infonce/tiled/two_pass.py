@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import variants
 from .gradients import finish_sides
-from .operands import Accumulator, GradScale, Gradients, NeedsGrad, RowGradArgs
+from .operands import Accumulator, Gradients, GradScale, NeedsGrad, RowGradArgs
 from .problem import LOG2_E, TiledProblem
 from .ranks import grad_ranges, iter_ranks
 
@@ -28,7 +28,8 @@ def losses(problem: TiledProblem) -> tuple[Tensor, Tensor | None]:
     least = variants.least_maximum(options)
     row = start(problem)
     columns: list[Running] = []
-    row_bias, column_shift = problem.row_shift_log2, []
+    row_bias: Tensor = problem.row_shift_log2
+    column_shift: list[Tensor] = []
     if symmetric:
         row_bias, column_shift = problem.column_direction()
         columns = [
@@ -49,10 +50,13 @@ def losses(problem: TiledProblem) -> tuple[Tensor, Tensor | None]:
                 backend.add_ratios(
                     queries[rows], owned.block(block), rows.start, block.start, shift[rows], part, other, least
                 )
+    hidden = problem.hidden_nan()
+    row_loss = log_of(problem, row)
+    row_loss = row_loss if hidden is None else row_loss + hidden
     if not symmetric:
-        return log_of(problem, row), None
-    column = columns[0] if problem.exchange is None else problem.exchange.merged(columns)
-    return log_of(problem, row), log_of(problem, column)
+        return row_loss, None
+    column_loss = log_of(problem, columns[0] if problem.exchange is None else problem.exchange.merged(columns))
+    return row_loss, column_loss if hidden is None else column_loss + hidden
 
 
 def start(problem: TiledProblem) -> Running:
@@ -182,7 +186,8 @@ def _column_gradients(
     """Adds the part of all ranks' columns to the accumulators."""
     backend, symmetric = problem.backend, column_loss is not None
     shift = problem.row_shift_log2 + row_loss * LOG2_E
-    row_bias, column_shift, column_weights = shift, [], None
+    row_bias, column_weights = shift, None
+    column_shift: list[Tensor] = []
     if column_loss is not None:
         row_bias, column_shift = problem.column_direction(column_loss)
         column_weights = None if weights is None else problem.of_positives(weights[:, 0])
