@@ -16,7 +16,7 @@ all of it. ``fused_infonce.tiled`` computes the same for batches whose logits do
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
