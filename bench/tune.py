@@ -111,8 +111,9 @@ def workspace(case: Case, device: str) -> Search:
 
         return lambda: run_step(loss, batch, case, device)
 
-    file = "triton_ops.py" if device == "cuda" and importlib.util.find_spec("triton") else "torch_ops.py"
-    place = f"DEFAULT_WORKSPACE in fused_infonce/{file}, or workspace_bytes= of a call"
+    place = "CPU_WORKSPACE_BYTES in fused_infonce/tiled/torch_memory.py, or workspace_bytes= of a call"
+    if device == "cuda" and importlib.util.find_spec("triton"):
+        place = "DEFAULT_WORKSPACE in fused_infonce/tiled/triton_backend.py, or workspace_bytes= of a call"
     return Search("workspace_bytes", place, sizes[: enough + 1], step)
 
 

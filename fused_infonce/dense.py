@@ -108,7 +108,7 @@ def losses(call: Call, kappa: float | Tensor, precision: Precision) -> tuple[Ten
     z, z_back = _with_entry_terms(z, rows, options, scale, positive_logit, cosine)
     row_loss, ahead = _softmax(z.sub_(shift), constant, call, 1)
     column_loss: Tensor | None = None
-    back: tuple[Tensor | None, ...] = (None,) * 4
+    back: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = (None, None, None, None)
     if z_back is not None and positive is not None:
         back_constant = None if constant is None else constant.T
         column_loss, back = _softmax(z_back.sub_((kappa * positive.value).T), back_constant, call, 0)
