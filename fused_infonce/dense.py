@@ -216,7 +216,7 @@ def _softmax(
             offset = torch.maximum(offset, constant)
             constant = constant - offset.clamp(min=variants.least_maximum(options))
         z.sub_(offset.clamp_(min=variants.least_maximum(options)))
-    ratios = z.exp_()
+    ratios = z.exp_() if offset is None else variants.flush_tiny_(z.exp_())
     total = ratios.sum(dim, keepdim=True)
     if constant is not None:
         constant = constant.exp()
