@@ -9,7 +9,7 @@ REQUIREMENTS := pyproject.toml setup.py constraints.txt
 .PHONY: demo test lint clean
 
 demo: $(VENV)/demo.done
-	$(BIN)/python -m simcse.train
+	$(BIN)/python -m simcse.train --output_dir runs/demo --overwrite_output_dir
 
 test: $(VENV)/test.done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder

@@ -1,3 +1,6 @@
-from bench.cli import main
+from simcse.errors import exit_cleanly
 
-main()
+with exit_cleanly("python -m bench"):  # the imports take seconds, and Ctrl-C has to be clean in them too
+    from bench.cli import main
+
+    main()

@@ -1,393 +1,281 @@
-"""``python -m bench``: every benchmark, or one of them, and the report."""
+"""``python -m bench``: all benchmarks, or one of them, and the report."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
-from itertools import product
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import plots, report, results, study, suites, tables, train, tune
-from bench.candidates import Candidate, load
-from bench.cases import DTYPES, REGIMES, WAYS, Case
-from bench.machine import describe
-from bench.results import Results, Row
+from bench import report, results, suites, train, tune
+from bench.candidates import load
+from bench.cases import DTYPES, MODES, Case
+from bench.registry import Candidate
+from bench.results import Results, Row, describe
 from bench.runner import Runner
-from bench.suites import Entry
+from fused_infonce.testing import REGIMES
+from simcse import errors
+from simcse.files import output_file, output_folder
 
 JOBS = {
-    "loss": "time of the loss, forward and backward, against bare matrix products and what else there is",
+    "loss": "time of the loss, forward and backward, against bare matrix products and other implementations",
     "memory": "peak memory of the loss beyond its inputs",
-    "accuracy": "error of loss and gradients against float64 at four stages of training",
+    "accuracy": "error of loss and gradients against float64 in several regimes",
     "train": "steps of simcse.train against those of sentence-transformers' trainer",
     "tune": "the fastest settings on this machine, and where to put them",
-    "study": "trainings over batch, loss and seed: do larger batches hurt, and does noise mend it",
 }
-MEASURED = ("loss", "memory", "accuracy", "train")  # by a bare ``python -m bench``
+MEASURED = ("loss", "memory", "accuracy", "train")  # by ``python -m bench`` without a subcommand
 EPILOG = """\
 examples:
   python -m bench --quick                      all of it on small sizes, within 5 minutes on 2 cores
   python -m bench --out bench/results --readme README.md    what the README shows (an hour on 2 cores)
   python -m bench loss --n 4096 --d 768 --dtype bf16 --candidates ours-torch naive st-mnrl
   python -m bench loss --also my_losses.py     your own loss beside the others (see docs/benchmarks.md)
-  python -m bench study --train_file wiki.txt.gz --sts_data sts.tsv --out runs/study    run again, it goes on
   python -m bench report bench/results         tables and pictures anew
 """
-LONGEST_TRAINING = 1800.0  # seconds
 LIMITS = {"quick": 30.0, "standard": 120.0, "paper": 600.0}  # seconds without a sign of life
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the arguments)\n")
+class Parser(errors.Parser):
+    """Checks that values are positive and that files exist."""
+
+    def check_positive(self, args: argparse.Namespace, *names: str) -> None:
+        for name in names:
+            value = getattr(args, name, None)
+            for x in value if isinstance(value, list) else [value]:
+                if x is not None and not x > 0:
+                    self.error(f"--{name} must be positive, not {x}")
+
+    def check_file(self, args: argparse.Namespace, name: str, content: str) -> None:
+        file = getattr(args, name, None)
+        if file and not Path(file).is_file():
+            self.error(f"--{name} {file} does not exist; give a file of {content}")
+
+
+class _Console(Console):
+    """Prints text as it is, not as markup: reasons and file names have brackets."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # the error at hand: exit_cleanly ends the command
+
+
+def console() -> Console:
+    width = None if sys.stdout.isatty() else 160
+    # The file is named because the standard output may be redirected while a progress bar is shown.
+    return _Console(file=sys.stdout, width=width, markup=False, emoji=False, highlight=False)
+
+
+@contextmanager
+def user_errors(parser: Parser, folder: Path, remedy: str) -> Iterator[None]:
+    """Ends a command as ``exit_cleanly`` does, and says what an interruption leaves."""
+    with errors.exit_cleanly(parser.prog):
+        try:
+            yield
+        except KeyboardInterrupt:
+            kept = f"what was measured is kept: {remedy.format(folder)}"
+            print(f"\n{parser.prog}: interrupted; {kept}", file=sys.stderr)
+            raise SystemExit(130) from None
+
+
+def check_outputs(folder: Path, names: Iterable[str], readme: Path | None) -> None:
+    """Raises UserError where a result could not be written."""
+    if readme is not None:
+        report.around_marks(readme)
+        output_file("--readme", str(readme))
+    if output_folder("--out", str(folder)).is_dir():
+        for name in names:
+            output_file("--out", str(folder / name))
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = _parser()
-    args = parser.parse_args(argv)
+    parser = make_parser()
+    with errors.exit_cleanly(parser.prog):
+        args = parser.parse_args(argv)
     args.command_line = sys.argv[1:] if argv is None else argv
-    # The file is named, or progress would follow the standard output that a study takes from its trainings.
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160)
-    folder = Path(getattr(args, "out", None) or Path("runs/bench") / datetime.now().strftime("%Y%m%d-%H%M%S"))
-    try:
-        if args.job == "report":
-            _report(parser, Path(args.folder), args.readme)
-            return
-        _check(parser, args)
-        known = _load(parser, args.also)
-        for job in [args.job] if args.job else MEASURED:
-            console.rule(f"{job}: {JOBS[job]}")
-            if job == "train":
-                _train(args, folder, known, console)
-            elif job == "tune":
-                _tune(args, folder, known, console)
-            elif job == "study":
-                _study(parser, args, folder, known, console)
-            else:
-                _measure(parser, job, args, folder, known, console)
-        _report(parser, folder, args.readme)
-    except KeyboardInterrupt:
-        kept = f"what was measured is kept: python -m bench report {folder} makes its tables"
-        print(f"\n{parser.prog}: interrupted; {kept}", file=sys.stderr)
-        raise SystemExit(130) from None
-    except report.NoMarks as error:
-        parser.error(str(error))
-    except OSError as error:
-        parser.error(f"cannot read or write {error.filename}: {error.strerror}")
+    made = args.folder if args.job == "report" else args.out
+    folder = Path(made or Path("runs/bench") / datetime.now().strftime("%Y%m%d-%H%M%S"))
+    with user_errors(parser, folder, "python -m bench report {} makes its tables"):
+        if args.job != "report":
+            check_outputs(folder, (*(f"{job}.json" for job in JOBS), "report.md"), args.readme)
+            known = _check(parser, args)
+            for job in [args.job] if args.job else MEASURED:
+                out = console()
+                out.rule(f"{job}: {JOBS[job]}")
+                measure = {"train": _train, "tune": _tune}.get(job, _measure)
+                measure(args, Results(job, folder, **_head(args, known)), known, out)
+        documents = results.read(folder) if folder.is_dir() else {}
+        if not documents:
+            parser.error(f"{folder} contains no results; python -m bench --out {folder} makes them")
+        report.write(documents, report.sections(documents), folder, args.readme)
+        print(f"{folder}: results (.json), pictures (.png) and all tables (report.md)")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def make_parser() -> Parser:
+    parser = Parser(
         prog="python -m bench",
-        description="How fast, how lean, how exact: on this machine, against the machine and what else there is. "
-        "Without a subcommand: loss, memory, accuracy and train, then the report.",
+        description="Measures time, memory and accuracy of the loss on this machine, against bare\n"
+        "matrix products and other implementations. Without a subcommand: loss, memory,\n"
+        "accuracy and train, then the report.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    common = argparse.ArgumentParser(add_help=False)
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     size = common.add_mutually_exclusive_group()
-    size.add_argument("--suite", choices=suites.SUITES, default=argparse.SUPPRESS, help="default: standard")
-    size.add_argument(
-        "--quick", dest="suite", action="store_const", const="quick", default=argparse.SUPPRESS, help="small sizes"
-    )
-    also = {"metavar": "FILE", "help": "a Python file with more candidates", "default": argparse.SUPPRESS}
-    common.add_argument("--also", **also)  # type: ignore[arg-type]
-    for flag, kind, text in (
-        ("--readme", Path, "file whose section between the marks is replaced by the results"),
-        ("--out", str, "folder for the results (default: runs/bench/DATE-TIME)"),
-        ("--seconds", float, "that each candidate is timed for, at least 5 runs"),
-        ("--limit", float, "seconds after which one run is given up as too slow"),
-    ):
-        common.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text)
-    device = {"choices": ("cpu", "cuda"), "help": "default: cuda where there is one", "default": argparse.SUPPRESS}
-    common.add_argument("--device", **device)  # type: ignore[arg-type]
+    size.add_argument("--suite", choices=suites.SUITES, help="default: standard")
+    size.add_argument("--quick", dest="suite", action="store_const", const="quick", help="small sizes")
+    common.add_argument("--also", metavar="FILE", help="a Python file with more candidates")
+    readme = "file whose section between the marks is replaced by the results"
+    common.add_argument("--readme", type=Path, help=readme)
+    common.add_argument("--out", help="folder for the results (default: runs/bench/DATE-TIME)")
+    common.add_argument("--seconds", type=float, help="that each candidate is timed for, at least 5 turns")
+    common.add_argument("--limit", type=float, help="seconds after which one run is given up as too slow")
+    common.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU")
     cases = argparse.ArgumentParser(add_help=False)
     cases.add_argument("--n", type=int, nargs="+", help="anchors, instead of the suite's cases")
     cases.add_argument("--d", type=int, nargs="+", help="features (default: 768)")
-    cases.add_argument(
-        "--dtype", choices=list(DTYPES), nargs="+", help="of the products (default: what the machine has)"
-    )
-    cases.add_argument("--way", choices=WAYS, nargs="+", help="default: one-way")
+    dtype = "of the products (default: those that the machine multiplies without emulation)"
+    for flags, choices, text in (
+        (("--dtype",), DTYPES, dtype),
+        (("--mode", "--way"), MODES, "default: one-way"),
+        (("--regime",), REGIMES, "default: middle; accuracy: all"),
+    ):
+        listed = f"{', '.join(choices)}: {text}"
+        cases.add_argument(*flags, choices=list(choices), nargs="+", metavar="NAME", help=listed)
     cases.add_argument("--candidates", nargs="+", metavar="NAME", help="only these")
-    jobs = parser.add_subparsers(dest="job", metavar="SUBCOMMAND")
+    jobs = parser.add_subparsers(dest="job", metavar="SUBCOMMAND", parser_class=Parser)
     for job, text in JOBS.items():
         parents = [common, cases] if job in ("loss", "memory", "accuracy") else [common]
         made = jobs.add_parser(job, parents=parents, help=text, description=text[0].upper() + text[1:] + ".")
         if job == "train":
-            made.add_argument("--train_file", help="sentences, one a line (default: those in the package)")
-            made.add_argument("--model", default="minilm", help="encoder, as simcse.train takes it")
-            made.add_argument("--batch", type=int, nargs="+", help="sentences a batch, instead of the suite's")
+            made.add_argument("--train_file", help="text, one sentence per line (default: the package's)")
+            made.add_argument("--model", help="encoder, as simcse.train takes it (default: minilm)")
+            made.add_argument("--batch", type=int, nargs="+", help="sentences per batch, instead of the suite's")
             made.add_argument("--steps", type=int, help="that are timed, instead of the suite's")
-        if job == "study":
-            _study_flags(made)
     found = jobs.add_parser("report", help="tables and pictures of results", description="Tables and pictures.")
     found.add_argument("folder", nargs="?", default="bench/results", help="default: %(default)s")
-    text = "file whose section between the marks is replaced by the results"
-    found.add_argument("--readme", type=Path, default=argparse.SUPPRESS, help=text)
-    # Before and after the subcommand: python -m bench --quick, python -m bench loss --quick.
+    found.add_argument("--readme", type=Path, default=argparse.SUPPRESS, help=readme)
+    # The common flags stand before or after the subcommand: python -m bench --quick, python -m bench loss --quick.
     for action in common._actions:
-        if action.dest != "help":
-            parser._add_action(action)
-    defaults = {"suite": "standard"} | dict.fromkeys(("also", "out", "seconds", "limit", "device", "readme"))
-    parser.set_defaults(**defaults)
+        parser._add_action(action)
+    optional = ("also", "out", "seconds", "limit", "device", "readme", "n", "d", "dtype", "mode", "regime")
+    optional += ("candidates", "train_file", "model", "batch", "steps")
+    parser.set_defaults(suite="standard", **dict.fromkeys(optional))
     return parser
 
 
-def _study_flags(made: argparse.ArgumentParser) -> None:
-    made.add_argument("--train_file", help="sentences, as simcse.train takes them (default: those in the package)")
-    made.add_argument("--sts_data", help="graded pairs, as simcse.evaluate takes them (default: the package's)")
-    made.add_argument("--model", default="minilm", help="encoder, as simcse.train takes it (default: %(default)s)")
-    for flag, kind, default, text in (
-        ("--sentences", int, 65536, "that every training sees"),
-        ("--batch", int, [64, 256, 1024, 4096], "sentences a batch"),
-        ("--seeds", int, [1, 2, 3], "that each training is repeated with"),
-        ("--learning_rate", float, [3e-5], "of AdamW at its peak"),
-        ("--mini_batch", int, 512, "sentences that are embedded at a time"),
-        ("--evaluations", int, 10, "during a training, of which the best is kept"),
-    ):
-        several = "+" if isinstance(default, list) else None
-        shown = " ".join(map(str, default)) if isinstance(default, list) else default
-        made.add_argument(flag, type=kind, nargs=several, default=default, help=f"{text} (default: {shown})")
-
-
-def _load(parser: argparse.ArgumentParser, also: str | None) -> dict[str, Candidate]:
-    try:
-        return load(also)
-    except Exception as error:
-        parser.error(f"--also {also} cannot be run: {type(error).__name__}: {error}")
-
-
-def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def _check(parser: Parser, args: argparse.Namespace) -> dict[str, Candidate]:
+    """Fills in the device, the seconds and the limit. Returns the candidates."""
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error(
-            "--device cuda: torch sees no CUDA device here; leave it out, or install a CUDA build of torch"
-        )
-    for name in ("seconds", "limit", "steps", "sentences", "mini_batch", "evaluations"):
-        value = getattr(args, name, None)
-        if value is not None and not value > 0:
-            parser.error(f"--{name} {value}: a positive number is wanted")
-    for name in ("n", "d", "batch", "learning_rate"):
-        values = getattr(args, name, None)
-        if values and not min(values) > 0:
-            parser.error(f"--{name} {min(values)}: a positive number is wanted")
-    for name, text in (("train_file", "sentences, one a line"), ("sts_data", "graded pairs")):
-        file = getattr(args, name, None)
-        if file and not Path(file).is_file():
-            parser.error(f"--{name} {file}: there is no such file; give one of {text}")
-    if args.job == "study" and args.device == "cpu" and torch.cuda.is_available():
-        parser.error("--device cpu: trainings take the GPU that torch sees; hide it with CUDA_VISIBLE_DEVICES=")
-    if args.job == "study" and args.sentences < max(args.batch):
-        parser.error(f"--sentences {args.sentences}: fewer than a batch of {max(args.batch)}; raise it")
-    if args.readme is not None:
-        report.around_marks(args.readme)
-
-
-def _device(args: argparse.Namespace) -> str:
-    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _results(
-    job: str, args: argparse.Namespace, folder: Path, known: dict[str, Candidate], **more: Any
-) -> Results:
-    device = _device(args)
-    limit = args.limit or (LIMITS[args.suite] if device == "cpu" else LIMITS["paper"])  # kernels compile, and tune
-    settings = {"seconds": args.seconds or suites.SECONDS[args.suite], "limit": limit}
-    command = "python -m bench " + " ".join(args.command_line)
-    facts = {"suite": args.suite, "device": device, "settings": settings | more}
-    return Results(job, folder, command=command, **facts, **describe(device, known))
-
-
-def _measure(
-    parser: argparse.ArgumentParser,
-    job: str,
-    args: argparse.Namespace,
-    folder: Path,
-    known: dict[str, Candidate],
-    console: Console,
-) -> None:
-    only = tuple(getattr(args, "candidates", None) or ()) or None
-    for name in only or ():
+        parser.error("--device cuda: torch sees no CUDA device; leave it out, or install a CUDA build of torch")
+    parser.check_positive(args, "seconds", "limit", "steps", "n", "d", "batch")
+    parser.check_file(args, "train_file", "one sentence per line")
+    try:
+        known = load(args.also)
+    except Exception as error:
+        parser.error(f"--also {args.also} cannot be run: {type(error).__name__}: {error}")
+    for name in args.candidates or ():
         if name not in known:
             parser.error(f"--candidates {name} is unknown; known are {', '.join(known)}")
-    if job != "accuracy" and not getattr(args, "dtype", None) and "bf16" not in suites.dtypes_for(_device(args)):
-        console.print("this CPU has no bf16 instructions: fp32 alone (--dtype bf16 emulates it)", style="dim")
-    entries = list(_entries(parser, job, args))
-    total = sum(len(entry.cases) for entry in entries)
-    told: set[tuple[str, str]] = set()
-    found = _results(job, args, folder, known)
-    with _progress(console) as progress:
-        task = progress.add_task(job, total=total)
-
-        def done(case: Case, rows: list[Row]) -> None:
-            console.print(tables.one_case(job, case, rows).rich())
-            reasons: dict[str, list[str]] = {}
-            for row in rows:
-                news = (row["candidate"], row.get("reason", ""))
-                if row["status"] == "skipped" and news not in told:
-                    told.add(news)
-                    reasons.setdefault(news[1], []).append(news[0])
-            if reasons:
-                text = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
-                console.print(f"skipped   {text}", style="dim", highlight=False)
-            progress.advance(task)
-
-        Runner(
-            job,
-            found,
-            known,
-            device=_device(args),
-            seconds=found.document["settings"]["seconds"],
-            limit=found.document["settings"]["limit"],
-            also=str(Path(args.also).resolve()) if args.also else None,
-            tell=lambda text: progress.update(task, description=text),
-            done=done,
-        ).run(entries, only)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.seconds = args.seconds or suites.SECONDS[args.suite]
+    # Kernels compile and tune themselves on a GPU.
+    args.limit = args.limit or LIMITS[args.suite if args.device == "cpu" else "paper"]
+    return known
 
 
-def _entries(parser: argparse.ArgumentParser, job: str, args: argparse.Namespace) -> Iterator[Entry]:
-    own = {name: getattr(args, name, None) for name in ("n", "d", "dtype", "way")}
-    if not any(own.values()):
-        yield from getattr(suites, job)(args.suite, _device(args))
-        return
-    grid = suites.grid(
-        sorted(own["n"] or [1024]),
-        own["d"] or [768],
-        own["dtype"] or suites.dtypes_for(_device(args)),
-        own["way"] or ["one-way"],
-    )
-    if job == "accuracy":
-        grid = tuple(Case(c.N, c.D, c.way, c.dtype, regime=r) for c, r in product(grid, REGIMES))
-    yield Entry(grid)
+def _head(args: argparse.Namespace, known: dict[str, Candidate]) -> dict[str, Any]:
+    return {
+        "command": " ".join(["python -m bench", *args.command_line]),
+        "suite": args.suite,
+        "device": args.device,
+        "settings": {"seconds": args.seconds, "limit": args.limit},
+        **describe(args.device, known.values()),
+    }
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
+@contextmanager
+def progress_bar(out: Console, total: int | None) -> Iterator[Callable[..., None]]:
+    """Gives a function of a description; it counts on with ``advance=1``."""
+    columns = [
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
+    ]
+    with Progress(*columns, TimeElapsedColumn(), console=out, transient=True) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda text=None, advance=0: progress.update(task, description=text, advance=advance)
+
+
+def _measure(args: argparse.Namespace, found: Results, known: dict[str, Candidate], out: Console) -> None:
+    job = found.document["job"]
+    if job != "accuracy" and not args.dtype and "bf16" not in suites.dtypes_for(args.device):
+        out.print("this CPU has no bf16 instructions: fp32 only (--dtype bf16 emulates it)", style="dim")
+    entries = list(_entries(job, args))
+    reported: set[tuple[str, str]] = set()
+    with progress_bar(out, sum(len(entry.cases) for entry in entries)) as update:
+
+        def done(case: Case, rows: list[Row]) -> None:
+            out.print(report.case_table(job, rows).rich(case.label))
+            for row in rows:
+                news = (row["candidate"], row.get("reason", ""))
+                if row["status"] == "skipped" and news not in reported:
+                    reported.add(news)
+                    out.print(f"skipped   {': '.join(news)}", style="dim", highlight=False)
+            update(advance=1)
+
+        also = str(Path(args.also).resolve()) if args.also else None
+        only = tuple(args.candidates) if args.candidates else None
+        Runner(found, known, also=also, progress=update, done=done).run(entries, only)
+
+
+def _entries(job: str, args: argparse.Namespace) -> Iterator[suites.Entry]:
+    if not (args.n or args.d or args.dtype or args.mode or args.regime):
+        yield from getattr(suites, job)(args.suite, args.device)
+        return
+    dtypes = args.dtype or suites.dtypes_for(args.device)
+    regimes = args.regime or (REGIMES if job == "accuracy" else ["middle"])
+    cases = suites.grid(
+        sorted(args.n or [1024]), args.d or [768], dtypes, args.mode or ["one-way"], regimes=regimes
     )
+    yield suites.Entry(cases)
 
 
-def _train(args: argparse.Namespace, folder: Path, known: dict[str, Candidate], console: Console) -> None:
-    device = _device(args)
-    plan = suites.train(args.suite, device)
-    file = getattr(args, "train_file", None)
+def _train(args: argparse.Namespace, found: Results, known: dict[str, Candidate], out: Console) -> None:
+    plan = suites.train(args.suite, args.device)
     spec = {
-        "model": getattr(args, "model", "minilm"),
-        "train_file": str(Path(file).resolve()) if file else None,
-        "steps": getattr(args, "steps", None) or plan.steps,
+        "model": args.model or "minilm",
+        "train_file": str(Path(args.train_file).resolve()) if args.train_file else None,
+        "steps": args.steps or plan.steps,
         "mini_batch": plan.mini_batch,
-        "device": device,
+        "device": args.device,
     }
-    batches = sorted(getattr(args, "batch", None) or plan.batches)
-    found = _results("train", args, folder, known, **spec)
-    # fp16 needs a loss scaler, and a CPU without bf16 emulates it.
-    dtypes = [name for name in suites.dtypes_for(device) if name != "fp16"]
-    gave_up: dict[tuple[str, str], str] = {}
-    with _progress(console) as progress:
-        task = progress.add_task("train", total=len(batches) * len(train.WAYS) * len(dtypes))
-        for dtype, batch, way in product(dtypes, batches, train.WAYS):
-            one = {"way": way, "batch": batch, "dtype": dtype}
-            progress.update(task, description=f"train  {dtype}, batch {batch}  {way}")
-            if (way, dtype) in gave_up:
-                row = spec | one | {"status": gave_up[way, dtype], "reason": "at a smaller batch already"}
-            else:
-                row = train.measure(spec | one, LONGEST_TRAINING)
-            if row["status"] in ("out of memory", "too slow", "skipped"):
-                gave_up[way, dtype] = row["status"]
-            found.add([row])
-            if row["status"] != "ok":
-                console.print(f"{way}, {dtype}, batch {batch}: {row['status']} ({row['reason']})", style="dim")
-            progress.advance(task)
-    found.close()
-    console.print(tables.train("steps of training", found.rows).rich())
+    found.document["settings"] |= spec
+    # fp16 needs a loss scaler.
+    dtypes = [name for name in suites.dtypes_for(args.device) if name != "fp16"]
+    batches = sorted(args.batch or plan.batches)
+    with progress_bar(out, len(batches) * len(train.TRAINERS) * len(dtypes)) as update:
+        train.run(found, spec, dtypes, batches, update)
+    print_sections(found, out)
 
 
-def _tune(args: argparse.Namespace, folder: Path, known: dict[str, Candidate], console: Console) -> None:
-    device = _device(args)
-    found = _results("tune", args, folder, known)
-    clock = tune.clock_for(device)
-    for (N, D), dtype in product(suites.TUNE[args.suite], suites.dtypes_for(device)):
-        case = Case(N, D, dtype=dtype)
-        for one in tune.searches(case, device):
-            ranked: list[Any] = []
-            with _progress(console) as progress:
-                task = progress.add_task(f"{case.label}  {one.what}", total=tune.ROUNDS)
-                for turn, found_so_far in tune.search(one.settings, one.step, clock):
-                    progress.update(task, completed=turn)
-                    ranked = found_so_far
-            if not ranked:
-                console.print(f"{case.label}: no {one.what} of {one.settings} could be run")
-                continue
-            found.add([{"search": one.what, "case": case.label, "setting": str(s), "ms": ms} for s, ms in ranked])
-            lines = [
-                [str(s), tables.number(ms["median"]), f"{tables.number(ms['p20'])}–{tables.number(ms['p80'])}"]
-                for s, ms in ranked
-            ]
-            console.print(tables.Table(case.label, [one.what, "ms", "20–80 %"], lines).rich())
-            console.print(f"put [bold]{one.what} = {ranked[0][0]}[/] into {one.where}\n")
-    found.close()
+def _tune(args: argparse.Namespace, found: Results, known: dict[str, Candidate], out: Console) -> None:
+    with progress_bar(out, None) as update:
+        for advice in tune.run(found, args.suite, args.device, update):
+            out.print(advice, highlight=False)
+    print_sections(found, out)
 
 
-def _study(
-    parser: argparse.ArgumentParser,
-    args: argparse.Namespace,
-    folder: Path,
-    known: dict[str, Candidate],
-    console: Console,
-) -> None:
-    device = _device(args)
-    plan = study.Plan(
-        train_file=args.train_file,
-        sts_data=args.sts_data,
-        model=args.model,
-        sentences=args.sentences,
-        batches=sorted(args.batch),
-        seeds=args.seeds,
-        learning_rates=args.learning_rate,
-        mini_batch=args.mini_batch,
-        evaluations=args.evaluations,
-        bf16="bf16" in suites.dtypes_for(device),
-    )
-    before = results.read(folder).get("study", {"rows": []})
-    if before["rows"] and before["study"] != plan.settings:
-        parser.error(f"{folder} holds a study of {before['study']}, not of {plan.settings}; choose another --out")
-    found = _results("study", args, folder, known)
-    found.document["study"] = plan.settings
-    found.rows.extend(row for row in before["rows"] if row["status"] == "ok")
-    with _progress(console) as progress:
-        task = progress.add_task("study", total=1 + plan.trainings)
-
-        def done(row: Row) -> None:
-            scores = " ".join(
-                f"{name} {row[name]:.2f}" for name in ("dev", "average") if row.get(name) is not None
-            )
-            told = scores if row["status"] == "ok" else f"{row['status']} ({row['reason']})"
-            console.print(f"{row['loss']}, batch {row['batch']}, seed {row['seed']}: {told}", highlight=False)
-            progress.advance(task)
-
-        study.run(plan, found, lambda text: progress.update(task, description=text), done)
-    found.close()
-    console.print(tables.study("the same number of sentences", found.rows).rich())
-
-
-def _report(parser: argparse.ArgumentParser, folder: Path, readme: Path | None) -> None:
-    documents = results.read(folder) if folder.is_dir() else {}
-    if not documents:
-        parser.error(f"{folder} holds no results; python -m bench --out {folder} makes them")
-    plots.draw(documents, folder)
-    text = report.whole(documents, folder)
-    (folder / "report.md").write_text(text, encoding="utf-8")
-    if readme is not None:
-        report.put_between_marks(readme, report.section(documents, folder, readme))
-    print(f"{folder}: results (.json), pictures (.png) and all tables (report.md)")
+def print_sections(found: Results, out: Console) -> None:
+    for section in report.sections({found.document["job"]: found.document}):
+        out.print(section.table.rich(section.title))
+    for row in found.rows:
+        if row.get("status", "ok") != "ok":
+            what = ", ".join(str(row[name]) for name in ("trainer", "dtype", "batch"))
+            out.print(f"{what}: {row['status']} ({row['reason']})", style="dim")

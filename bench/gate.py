@@ -1,4 +1,4 @@
-"""No time without a right answer: loss and gradients against float64 before anything is timed."""
+"""The gate: a candidate is timed only if its loss and gradients agree with float64."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bench.candidates import Candidate, Unsupported, first_line
-from bench.cases import TEMPERATURE, Batch, Case, Loss, errors, make_batch, result_of, run_step
+from bench.cases import TEMPERATURE, Batch, Case, Loss, make_batch, result_of, run_step
+from bench.registry import Candidate, Unsupported, first_line
+from fused_infonce.testing import Result, relative_errors
 
-# Relative errors that are let pass, of the loss and of each gradient. A logit of
-# 1/τ = 20 that is rounded to bf16 is off by up to 0.06, its ratio by 6 %, which the usual ways do under autocast;
-# 5e-3 lets tf32 pass in fp32. The error is printed beside each time.
+# Largest relative errors of the loss and of each gradient at τ = 0.05; they grow with 1/τ, as logits do. A logit
+# of 20 that is rounded to bf16 is off by up to 0.06, its ratio by 6 %, as in the standard implementation under
+# autocast; 5e-3 lets tf32 pass in fp32. The error is printed beside each time.
 TOLERANCE = {"fp32": 5e-3, "bf16": 0.1, "fp16": 2e-2}
-NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # as the system and CUDA's libraries say it
+NO_MEMORY = (
+    "can't allocate memory",
+    "out of memory",
+    "ALLOC_FAILED",
+)  # messages of the system and CUDA's libraries
 # Multiply-adds of the float64 answer's matrix product; larger cases are checked at fewer rows.
 BUDGET = {"cpu": 4096**2 * 768, "cuda": 32768**2 * 768}
 
 
-class Wrong(Exception):  # noqa: N818 (no error: a result)
+class Wrong(Exception):  # noqa: N818 (a result, not an error)
     """An answer is off."""
 
     def __init__(self, found: dict[str, float]) -> None:
@@ -30,18 +34,18 @@ class Wrong(Exception):  # noqa: N818 (no error: a result)
 
 
 class Gate:
-    """The gate's inputs and answers for a case, shared by its candidates."""
+    """Holds the inputs and exact answers of a case, which its candidates share."""
 
     def __init__(self, case: Case, device: str) -> None:
         columns = case.N + case.noise + case.negatives
-        share = (BUDGET.get(device, BUDGET["cuda"]) / (case.N * columns * case.D)) ** 0.5
+        share = (BUDGET[device] / (case.N * columns * case.D)) ** 0.5
         self.case = case if share >= 1 else case.at(max(64, int(case.N * share) // 64 * 64))
         self.full, self.device = case, device
         self.batch: Batch | None = None
-        self.answers: dict[str, dict[str, Tensor]] = {}
+        self.answers: dict[str, Result] = {}
 
     def check(self, candidate: Candidate, loss: Loss) -> dict[str, Any]:
-        """Relative errors and the number of rows they were measured at; Wrong where one is too large."""
+        """Returns relative errors and the rows they were measured at; raises Wrong where one is too large."""
         if candidate.loss != "InfoNCE":
             return {}
         if self.batch is None:
@@ -50,22 +54,23 @@ class Gate:
             self.answers[candidate.expects] = candidate.answer(self.batch, self.case)
         if self.case != self.full:
             loss = candidate.loss_for(self.case)
+        temperature = self.case.temperature
         got = result_of(loss, self.batch, self.case, self.device)
-        found = errors(got, self.answers[candidate.expects], TEMPERATURE)
-        tolerance = TOLERANCE[self.case.dtype]
-        if not all(value <= tolerance for value in found.values()):  # NaN is not <=
+        found = relative_errors(got, self.answers[candidate.expects], temperature)
+        tolerance = TOLERANCE[self.case.dtype] * max(1, TEMPERATURE / temperature)
+        if not all(value <= tolerance for value in found.values()):  # also rejects NaN
             raise Wrong(found)
         if self.case.noise and candidate.expects == "sampled":
             value = float(run_step(loss, make_batch(self.case, self.device), self.case, self.device))
             off = abs(value / float(got["loss"]) - 1)
-            # Four times the relative deviation of a row's sum over noise: e^(κ cos) varies by e^(κ²/D).
-            if not off <= 4 * (math.expm1(1 / TEMPERATURE**2 / self.case.D) / self.case.noise) ** 0.5:
+            # Four relative standard deviations of a row's sum over noise: e^(κ cos) varies by e^(κ²/D).
+            if not off <= 4 * (math.expm1(1 / temperature**2 / self.case.D) / self.case.noise) ** 0.5:
                 raise Wrong({"loss with its own noise": off})
         return {"errors": found, "checked_at": self.case.N}
 
 
 def outcome(error: Exception) -> dict[str, Any]:
-    """What a candidate that gave no result is shown as."""
+    """Returns the status and reason that are recorded for a candidate that gave no result."""
     if isinstance(error, Unsupported):
         return {"status": "skipped", "reason": str(error)}
     if isinstance(error, Wrong):

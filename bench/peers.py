@@ -1,8 +1,8 @@
-"""Published packages as candidates, each in the best way that its own documentation gives.
+"""Published packages as candidates, each called as its documentation recommends.
 
-Cross entropy over a linear layer (Liger, Cut Cross-Entropy, quack) is InfoNCE where the layer's weight is the
-normalised positives and the target the row's number; those normalise and scale in torch, inside of the timing.
-What a package cannot do, or cannot do here, is a reason, not an error.
+Cross entropy over a linear layer (torch, Liger, Cut Cross-Entropy, quack) is InfoNCE where the layer's weight is
+the normalised positives and the target is the row's index; normalisation and temperature are plain torch and part
+of the timing. What a package cannot compute, or not on this machine, is recorded as a reason, not raised.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.candidates import EVERY, Unsupported, candidate
-from bench.cases import TEMPERATURE, Batch, Case, Loss
+from bench.cases import Batch, Case, Loss
+from bench.registry import ALL_MODES, Unsupported, candidate
 
-CACHED_ROWS = 1024  # its mini batch; larger is faster, says its documentation
+CACHED_ROWS = 1024  # rows of a mini batch: its documentation says that larger ones are faster
 
 
 def _needs_cuda() -> None:
@@ -25,31 +25,31 @@ def _needs_cuda() -> None:
 
 
 def _unit(batch: Batch, case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """q̂/τ and k̂ in the products' dtype, and the targets."""
-    q = (F.normalize(batch.q, dim=1) / TEMPERATURE).to(case.product_dtype)
+    """Returns q̂/τ and k̂ in the dtype of the products, and the targets."""
+    q = (F.normalize(batch.q, dim=1) / case.temperature).to(case.product_dtype)
     k = F.normalize(batch.k, dim=1).to(case.product_dtype)
     return q, k, torch.arange(len(q), device=q.device)
 
 
-@candidate("st-mnrl", ways=EVERY, negatives=True, package="sentence-transformers")
+@candidate("st-mnrl", modes=ALL_MODES, negatives=True, package="sentence-transformers")
 def _mnrl(case: Case) -> Loss:
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-    loss = MultipleNegativesRankingLoss(None, scale=1 / TEMPERATURE, **_directions(case))
+    loss = MultipleNegativesRankingLoss(None, scale=1 / case.temperature, **_directions(case))
     return _outside_autocast(lambda batch: loss.compute_loss_from_embeddings(_columns(batch), None))
 
 
-@candidate("st-cached-mnrl", ways=EVERY, negatives=True, package="sentence-transformers")
+@candidate("st-cached-mnrl", modes=ALL_MODES, negatives=True, package="sentence-transformers")
 def _cached_mnrl(case: Case) -> Loss:
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
     rows = min(case.N, CACHED_ROWS)
     model = torch.nn.Sequential(torch.nn.Identity())
     loss = CachedMultipleNegativesRankingLoss(
-        model, scale=1 / TEMPERATURE, mini_batch_size=rows, **_directions(case)
+        model, scale=1 / case.temperature, mini_batch_size=rows, **_directions(case)
     )
 
-    # As its own training step does: a backward for each mini batch, gradients added up in the embeddings.
+    # Its training step also calls backward for each mini batch and adds the gradients up in the embeddings.
     def run(batch: Batch) -> Tensor:
         return loss.calculate_loss([[x] for x in _columns(batch)], with_backward=case.gradients)
 
@@ -57,13 +57,13 @@ def _cached_mnrl(case: Case) -> Loss:
 
 
 def _directions(case: Case) -> dict[str, Any]:
-    if case.way != "symmetric":
+    if case.mode != "symmetric":
         return {}
     return {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
 
 
 def _outside_autocast(loss: Loss) -> Loss:
-    """As sentence-transformers' trainer calls a loss under ``bf16=True``: the encoder alone is under autocast."""
+    """Calls the loss as sentence-transformers' trainer does under ``bf16=True``: only the encoder is autocast."""
 
     def run(batch: Batch) -> Tensor:
         with torch.autocast(batch.q.device.type, enabled=False):
@@ -76,20 +76,20 @@ def _columns(batch: Batch) -> list[Tensor]:
     return [batch.q, batch.k] if batch.negatives is None else [batch.q, batch.k, batch.negatives]
 
 
-@candidate("open-clip", ways=("symmetric",), package="open-clip-torch")
+@candidate("open-clip", modes=("symmetric",), package="open-clip-torch")
 def _open_clip(case: Case) -> Loss:
     from open_clip.loss import ClipLoss
 
     loss = ClipLoss()
-    return lambda batch: loss(F.normalize(batch.q, dim=1), F.normalize(batch.k, dim=1), 1 / TEMPERATURE)
+    return lambda batch: loss(F.normalize(batch.q, dim=1), F.normalize(batch.k, dim=1), 1 / case.temperature)
 
 
 @candidate("pml-ntxent", package="pytorch-metric-learning")
 def _ntxent(case: Case) -> Loss:
     from pytorch_metric_learning.losses import NTXentLoss, SelfSupervisedLoss
 
-    loss = SelfSupervisedLoss(NTXentLoss(temperature=TEMPERATURE), symmetric=False)
-    # Under autocast its sums of exponentials are in bf16, and wrong.
+    loss = SelfSupervisedLoss(NTXentLoss(temperature=case.temperature), symmetric=False)
+    # Under autocast it sums exponentials in bf16, and the result is wrong.
     return _outside_autocast(lambda batch: loss(batch.q, batch.k))
 
 
@@ -97,7 +97,16 @@ def _ntxent(case: Case) -> Loss:
 def _info_nce_pytorch(case: Case) -> Loss:
     from info_nce import info_nce
 
-    return lambda batch: info_nce(batch.q, batch.k, temperature=TEMPERATURE)
+    return lambda batch: info_nce(batch.q, batch.k, temperature=case.temperature)
+
+
+@candidate("torch-linear-ce")
+def _torch_linear_cross_entropy(case: Case) -> Loss:
+    """torch's chunked cross entropy over a linear layer, which does not store the matrix of logits."""
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        raise Unsupported("needs torch 2.13")
+    options = torch.nn.LinearCrossEntropyOptions()
+    return _outside_autocast(lambda batch: F.linear_cross_entropy(*_unit(batch, case), options=options))
 
 
 @candidate("liger", package="liger-kernel")
@@ -138,7 +147,7 @@ def _cce_exact(case: Case) -> Loss:
     return _cut_cross_entropy(case, filter_eps=None)
 
 
-@candidate("quack", ways=("one-way",), package="quack-kernels")  # its forward forms the gradients, always
+@candidate("quack", modes=("one-way",), package="quack-kernels")  # its forward always computes the gradients
 def _quack(case: Case) -> Loss:
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
@@ -155,29 +164,29 @@ def _inf_cl(case: Case) -> Loss:
     from inf_cl import cal_inf_loss
 
     _needs_cuda()
-    head = min(256, case.D & -case.D)  # the largest power of 2 that divides D, as its kernels want
+    head = min(256, case.D & -case.D)  # its kernels need the largest power of 2 that divides D
     if head < 16:
         raise Unsupported("D must be a multiple of 16")
 
     def run(batch: Batch) -> Tensor:
         q, k = F.normalize(batch.q, dim=1), F.normalize(batch.k, dim=1)
-        with torch.autocast(q.device.type, enabled=False):  # its kernels take fp32, and use tf32
-            return cal_inf_loss(q.float() / TEMPERATURE, k.float(), head_dim=head)
+        with torch.autocast(q.device.type, enabled=False):  # its kernels take fp32 rows and multiply in tf32
+            return cal_inf_loss(q.float() / case.temperature, k.float(), head_dim=head)
 
     return run
 
 
-@candidate("memeff", ways=("symmetric",), package="memeff")
+@candidate("memeff", modes=("symmetric",), package="memeff")
 def _memeff(case: Case) -> Loss:
     from memeff import MemoryEfficientCLIPLoss
 
     _needs_cuda()
     # stable=True, its default, scales the gradients by another factor.
-    loss = MemoryEfficientCLIPLoss(temperature=TEMPERATURE, stable=False)
+    loss = MemoryEfficientCLIPLoss(temperature=case.temperature, stable=False)
     return lambda batch: loss(batch.q.to(case.product_dtype), batch.k.to(case.product_dtype))
 
 
-@candidate("siglip-kernel", ways=("symmetric",), package="siglip-kernel", loss="sigmoid")
+@candidate("siglip-kernel", modes=("symmetric",), package="siglip-kernel", loss="sigmoid")
 def _siglip(case: Case) -> Loss:
     from siglip_kernel import fused_siglip_loss
 

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
-import torch
-
-from bench.cases import REGIMES, WAYS, Case, Way
+from bench.cases import MODES, Case, Mode
+from fused_infonce.testing import REGIMES, has_bf16_instructions
 
 SUITES = ("quick", "standard", "paper")
 OURS_AND_NAIVE = ("ours-torch", "ours-triton", "naive")
@@ -16,7 +15,7 @@ OURS_AND_NAIVE = ("ours-torch", "ours-triton", "naive")
 
 @dataclass(frozen=True)
 class Entry:
-    """Some cases and who is measured on them: None is everyone."""
+    """Some cases and the candidates that are measured on them; None means all."""
 
     cases: tuple[Case, ...]
     candidates: tuple[str, ...] | None = None
@@ -24,46 +23,51 @@ class Entry:
 
 
 def dtypes_for(device: str) -> tuple[str, ...]:
-    """What this machine has instructions for: products in any other dtype are emulated, and slow for everyone."""
+    """Returns the dtypes that this machine multiplies without emulation."""
     if device == "cuda":
         return ("fp32", "bf16", "fp16")
-    has = torch.cpu.get_capabilities()
-    return ("fp32", "bf16") if has.get("avx512_bf16") or has.get("amx_bf16") or has.get("bf16") else ("fp32",)
+    return ("fp32", "bf16") if has_bf16_instructions() else ("fp32",)
 
 
 def grid(
     Ns: Iterable[int],
     Ds: Iterable[int],
     dtypes: Iterable[str],
-    ways: Iterable[Way] = ("one-way",),
+    modes: Iterable[Mode] = ("one-way",),
     noise: int = 0,
     negatives: int = 0,
+    regimes: Iterable[str] = ("middle",),
 ) -> tuple[Case, ...]:
-    """Cases by growing N, so that what has run out of memory is not tried at more; noise and negatives a row."""
+    """Returns cases by growing N, so that a candidate that ran out of memory is not tried at larger ones.
+
+    ``noise`` and ``negatives`` are numbers per anchor.
+    """
     return tuple(
-        Case(N, D, way, dtype, noise=noise * N, negatives=negatives * N)
-        for D, way, dtype, N in product(Ds, ways, dtypes, Ns)
+        Case(N, D, mode, dtype, noise=noise * N, negatives=negatives * N, regime=regime)
+        for D, mode, dtype, regime, N in product(Ds, modes, dtypes, regimes, Ns)
     )
 
 
 def loss(suite: str, device: str) -> Iterator[Entry]:
     slow = ("ours-reference", "naive-compile")
-    of_the_wait = ("simcse-broadcast", "pml-ntxent")  # N·N·D and N·N·N: at many rows minutes a call
+    cubic = ("simcse-broadcast", "pml-ntxent")  # N·N·D and N·N·N elements: minutes per call at many rows
     dtypes = dtypes_for(device)
     if suite == "quick":
         yield Entry(grid([64], [384], dtypes), without=slow)
-        slow += of_the_wait
+        slow += cubic
         yield Entry(grid([1024], [384], dtypes), without=slow)
         yield Entry(grid([512], [384], dtypes[:1], ["symmetric", "forward"]), without=slow)
         yield Entry(grid([256], [384], dtypes[:1], noise=3, negatives=1), without=slow)
+        yield Entry(grid([512], [384], dtypes[:1], regimes=["retrieval"]), without=slow)
     elif suite == "standard" and device == "cpu":
         yield Entry(grid([64, 256], [384, 768, 1024], dtypes), without=("ours-reference",))
-        yield Entry(grid([1024, 4096], [768], dtypes), without=("ours-reference", *of_the_wait))
-        slow += of_the_wait
+        yield Entry(grid([1024, 4096], [768], dtypes), without=("ours-reference", *cubic))
+        slow += cubic
         yield Entry(grid([1024], [128, 384, 1024, 4096], dtypes), without=slow)
         yield Entry(grid([2048], [768], dtypes, ["symmetric", "forward"]), without=slow)
         yield Entry(grid([64, 1024], [768], dtypes, noise=3), without=slow)
         yield Entry(grid([64, 1024], [768], dtypes, negatives=1), without=slow)
+        yield Entry(grid([1024, 4096], [768], dtypes, regimes=["retrieval"]), without=slow)
         yield Entry(grid([2048, 4096, 8192, 16384], [256], dtypes), candidates=OURS_AND_NAIVE)
     elif suite == "standard":
         yield Entry(grid([64, 256, 1024, 4096, 32768, 65536], [768], ["bf16"]))
@@ -72,14 +76,16 @@ def loss(suite: str, device: str) -> Iterator[Entry]:
         yield Entry(grid([4096], [768], ["fp32", "fp16"]))
         yield Entry(grid([4096], [768], ["bf16"], noise=3))
         yield Entry(grid([4096], [768], ["bf16"], negatives=1))
+        yield Entry(grid([4096, 32768], [768], ["bf16"], regimes=["retrieval"]))
         yield Entry(grid([2048, 8192, 16384], [768], ["bf16"]), candidates=OURS_AND_NAIVE)
         yield Entry(grid([1048576], [768], ["bf16"]), candidates=("ours-triton",))
     else:
         Ns = [4**n for n in range(3, 11)]  # 64 … 1,048,576
         for D in (128, 384, 768, 1024, 4096):
-            yield Entry(grid(Ns, [D], dtypes, WAYS))
+            yield Entry(grid(Ns, [D], dtypes, MODES))
             yield Entry(grid(Ns, [D], dtypes, noise=3))
             yield Entry(grid(Ns, [D], dtypes, negatives=1))
+            yield Entry(grid(Ns, [D], dtypes, regimes=["retrieval"]))
 
 
 def memory(suite: str, device: str) -> Iterator[Entry]:
@@ -95,16 +101,15 @@ def memory(suite: str, device: str) -> Iterator[Entry]:
         yield Entry(grid([65536, 131072], [768], ["bf16"], ["symmetric", "forward"]), candidates=OURS_AND_NAIVE)
         yield Entry(grid([1048576], [768], ["bf16"]), candidates=("ours-triton",))
     else:
-        yield Entry(grid([4**n for n in range(5, 11)], [128, 768, 4096], dtypes, WAYS))
+        yield Entry(grid([4**n for n in range(5, 11)], [128, 768, 4096], dtypes, MODES))
 
 
 def accuracy(suite: str, device: str) -> Iterator[Entry]:
-    """In bf16 on any machine: what is emulated gives the same digits."""
-    N = 256 if suite == "quick" else 512  # what stores N·N·D or N·N·N takes part
-    ways: tuple[Way, ...] = ("one-way",) if suite == "quick" else ("one-way", "symmetric")
+    """Includes bf16 on every machine: emulation gives the same digits."""
+    N = 256 if suite == "quick" else 512  # small enough for the candidates that store N·N·D or N·N·N elements
+    modes: tuple[Mode, ...] = ("one-way",) if suite == "quick" else ("one-way", "symmetric")
     dtypes = dict.fromkeys([*dtypes_for(device), "bf16"])
-    cases = tuple(Case(N, 768, way, dtype, regime=regime) for way, dtype, regime in product(ways, dtypes, REGIMES))
-    yield Entry(cases, without=("ours-expected", "naive-compile"))
+    yield Entry(grid([N], [768], dtypes, modes, regimes=REGIMES), without=("ours-expected", "naive-compile"))
 
 
 @dataclass(frozen=True)
@@ -122,9 +127,9 @@ def train(suite: str, device: str) -> Training:
     return Training((64, 256, 1024, 4096, 16384, 65536), 64, 10)
 
 
-# How long each candidate is timed at each case, in seconds.
+# Seconds that each candidate is timed for at each case.
 SECONDS = {"quick": 0.3, "standard": 3.0, "paper": 5.0}
-# N and D that ``tune`` searches at.
+# (N, D) that ``tune`` searches at.
 TUNE = {
     "quick": ((1024, 384),),
     "standard": ((1024, 384), (4096, 768), (16384, 256)),

@@ -11,9 +11,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.candidates import Unsupported, load
+from bench.candidates import load
 from bench.cases import make_batch, run_step
 from bench.gate import Gate
+from bench.registry import Unsupported
 from bench.suites import loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,7 +1,7 @@
-"""Steps of the trainers: sentences a second and peak memory, ours against sentence-transformers'.
+"""Steps of the trainers: sentences per second and peak memory, ours against sentence-transformers'.
 
-The same encoder, sentences, batch, length, precision and optimiser; unsupervised SimCSE, where a sentence is its
-own positive. Each run is a process of its own: ``python -m bench.train '{...}'`` prints its row.
+Both take the same encoder, sentences, batch, length, precision and optimiser, for unsupervised SimCSE, where a
+sentence is its own positive. Each run is a process of its own: ``python -m bench.train '{...}'`` prints its row.
 """
 
 from __future__ import annotations
@@ -13,21 +13,45 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from bench.worker import ROOT, environment
+from bench.results import ROOT, Results, Row
+from bench.runner import GIVE_UP
+from bench.worker import environment
+from simcse.errors import exit_cleanly
 
 WARM_UP = 1  # steps that are not timed
 LOSS_CALLS = 5  # of the loss alone
-LENGTH = 32  # tokens a sentence is cut to
+LENGTH = 32  # tokens per sentence
 LEARNING_RATE = 3e-5
-# way → whether it splits the encoder's pass into mini batches
-WAYS = {"simcse.train": False, "st-mnrl": False, "simcse.train, mini batches": True, "st-cached-mnrl": True}
+LIMIT_SECONDS = 1800.0  # of one training
+# trainer → whether it splits the encoder's pass into mini batches
+TRAINERS = {"simcse.train": False, "st-mnrl": False, "simcse.train, mini batches": True, "st-cached-mnrl": True}
 
 
-def measure(spec: dict[str, Any], limit: float) -> dict[str, Any]:
-    """A row of the results: one trainer, batch and precision, in a fresh process."""
+def run(
+    found: Results, spec: dict[str, Any], dtypes: list[str], batches: list[int], progress: Callable[[str], None]
+) -> None:
+    """Measures every trainer; one that ran out of memory or time is not tried at larger batches."""
+    gave_up: dict[tuple[str, str], str] = {}
+    for dtype, batch, trainer in product(dtypes, batches, TRAINERS):
+        one = spec | {"trainer": trainer, "batch": batch, "dtype": dtype}
+        progress(f"train  {dtype}, batch {batch}  {trainer}")
+        if (trainer, dtype) in gave_up:
+            row = one | {"status": gave_up[trainer, dtype], "reason": "already at a smaller batch"}
+        else:
+            row = measure(one, LIMIT_SECONDS)
+        if row["status"] in (*GIVE_UP, "skipped"):
+            gave_up[trainer, dtype] = row["status"]
+        found.add([row])
+    found.close()
+
+
+def measure(spec: dict[str, Any], limit: float) -> Row:
+    """Returns the row of one trainer, batch and precision, measured in a fresh process."""
     command = [sys.executable, "-m", "bench.train", json.dumps(spec)]
     try:
         env = environment(spec["device"])
@@ -45,19 +69,20 @@ def measure(spec: dict[str, Any], limit: float) -> dict[str, Any]:
 # ------------------------------------------------------------------ inside of the process
 
 
-def child(spec: dict[str, Any]) -> dict[str, Any]:
+def child(spec: dict[str, Any]) -> Row:
     import torch
 
     from bench.gate import outcome
-    from bench.memory import MIB, begin_peak, status
+    from bench.measure import MIB, summary
     from bench.worker import limit_memory
+    from fused_infonce.testing import begin_peak, process_memory
 
     on_gpu = spec["device"] == "cuda"
     if not on_gpu:
         limit_memory()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            make = _simcse if spec["way"].startswith("simcse.train") else _sentence_transformers
+            make = _simcse if spec["trainer"].startswith("simcse.train") else _sentence_transformers
             trainer = make(spec, _sentences(spec), Path(folder))
             clock = _clock(on_gpu)
             trainer.add_callback(clock)
@@ -65,9 +90,7 @@ def child(spec: dict[str, Any]) -> dict[str, Any]:
             trainer.train()
         except Exception as error:
             return outcome(error)
-        peak = torch.cuda.max_memory_allocated() if on_gpu else status("VmHWM")
-    from bench.timing import summary
-
+        peak = torch.cuda.max_memory_allocated() if on_gpu else process_memory("VmHWM")
     ms = summary(clock.milliseconds[WARM_UP:])
     found = {
         "status": "ok",
@@ -75,21 +98,21 @@ def child(spec: dict[str, Any]) -> dict[str, Any]:
         "sentences_per_second": 1e3 * spec["batch"] / ms["median"],
         "mib": (peak - before) / MIB,
     }
-    with contextlib.suppress(Exception):  # the steps were measured, whatever becomes of this
+    with contextlib.suppress(Exception):  # the steps are measured even if this fails
         found["loss_share"] = _loss_alone(spec, trainer.model) / ms["median"]
     return found
 
 
 def _loss_alone(spec: dict[str, Any], model: Any) -> float:
-    """Milliseconds of the loss for vectors of a batch, forward and backward: the median of some calls."""
+    """Returns the median milliseconds of the loss on vectors of a batch, forward and backward."""
     from bench.candidates import load
     from bench.cases import Case, make_batch, run_step
-    from bench.tune import clock_for
+    from bench.measure import clock_for
 
-    ours = spec["way"].startswith("simcse.train")
+    ours = spec["trainer"].startswith("simcse.train")
     D = model.encoder.config.hidden_size if ours else model.get_embedding_dimension()
     case, known = Case(spec["batch"], D, dtype=spec["dtype"]), load()
-    name = ("ours-triton" if spec["device"] == "cuda" else "ours-torch") if ours else spec["way"]
+    name = ("ours-triton" if spec["device"] == "cuda" else "ours-torch") if ours else spec["trainer"]
     loss = known[name].loss_for(case)
     batch, clock = make_batch(case, spec["device"]), clock_for(spec["device"])
     run_step(loss, batch, case, spec["device"])
@@ -97,17 +120,17 @@ def _loss_alone(spec: dict[str, Any], model: Any) -> float:
 
 
 def _sentences(spec: dict[str, Any]) -> list[str]:
-    """As many as the steps take, from the file, over again where it has fewer."""
+    """Returns as many sentences as the steps take, repeated where the file has fewer."""
     from simcse.dataset import shipped
     from simcse.table import read_table
 
     some = [row[0] for row in read_table(spec["train_file"] or shipped("sentences.txt")).rows]
-    wanted = spec["batch"] * (WARM_UP + spec["steps"])
-    return (some * -(-wanted // len(some)))[:wanted]
+    count = spec["batch"] * (WARM_UP + spec["steps"])
+    return (some * -(-count // len(some)))[:count]
 
 
 def _simcse(spec: dict[str, Any], sentences: list[str], folder: Path) -> Any:
-    from bench.candidates import Unsupported
+    from bench.registry import Unsupported
     from simcse.errors import UserError
     from simcse.train import prepare
 
@@ -129,7 +152,7 @@ def _simcse(spec: dict[str, Any], sentences: list[str], folder: Path) -> Any:
         "disable_tqdm": "true",
         "bf16": "true" if spec["dtype"] == "bf16" else "false",
     }
-    if WAYS[spec["way"]]:
+    if TRAINERS[spec["trainer"]]:
         flags["mini_batch_size"] = spec["mini_batch"]
     try:
         return prepare([part for name, value in flags.items() for part in (f"--{name}", str(value))])
@@ -161,7 +184,7 @@ def _sentence_transformers(spec: dict[str, Any], sentences: list[str], folder: P
         modules=[transformer, Pooling(encoder.config.hidden_size, pooling_mode="cls")],
         device=None if spec["device"] == "cuda" else "cpu",
     )
-    if WAYS[spec["way"]]:
+    if TRAINERS[spec["trainer"]]:
         loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=spec["mini_batch"])
     else:
         loss = MultipleNegativesRankingLoss(model)
@@ -186,7 +209,7 @@ def _clock(on_gpu: bool) -> Any:
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
-        """Milliseconds from one step's end to the next's: encoder, loss, optimiser and loading."""
+        """Records the milliseconds from the end of one step to the next: encoder, loss, optimiser and loading."""
 
         def __init__(self) -> None:
             self.milliseconds: list[float] = []
@@ -206,6 +229,7 @@ def _clock(on_gpu: bool) -> Any:
 
 
 if __name__ == "__main__":
-    found = child(json.loads(sys.argv[1]))
-    print()
-    print(json.dumps(found))
+    with exit_cleanly("bench.train"):
+        found = child(json.loads(sys.argv[1]))
+        print()
+        print(json.dumps(found))

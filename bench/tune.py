@@ -1,13 +1,12 @@
-"""Which settings are the fastest on this machine, and where to put them.
+"""Finds the fastest settings of this machine, and says where to put them.
 
-A search is a list of settings and a function that makes the step to time from one. The workspace is the first;
-others join it in ``searches``.
+A search is a list of settings and a function that makes a step to time from one of them. ``kernel_searches`` and
+``tiles`` are the only places of the benchmarks that import internals of the package.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -15,46 +14,89 @@ from typing import Any
 
 import torch
 
-from bench.cases import TEMPERATURE, Case, make_batch, run_step
-from bench.timing import Step, summary
+from bench.cases import Case, make_batch, run_step
+from bench.measure import Step, clock_for, summary
+from bench.results import Results
+from bench.suites import TUNE, dtypes_for
 from fused_infonce import info_nce
 
 ROUNDS = 5
-WITHIN = 1.25  # a setting that was never within this factor of the best is left out of later rounds
+WITHIN = 1.25  # of the best: a setting whose times all exceed it is left out of later rounds
 
 
 @dataclass(frozen=True)
 class Search:
     what: str
-    where: str  # the place in the source that takes the answer
+    where: str  # where the answer belongs
     settings: list[Any]
-    step: Callable[[Any], Step]  # what is timed for a setting; whatever it raises leaves the setting out
+    step: Callable[[Any], Step]  # makes what is timed; a setting for which it raises is left out
+
+
+def run(found: Results, suite: str, device: str, progress: Callable[[str], None]) -> Iterator[str]:
+    """Yields a line of advice after each search."""
+    for (N, D), dtype in product(TUNE[suite], dtypes_for(device)):
+        case = Case(N, D, dtype=dtype)
+        for one in searches(case, device):
+            progress(f"{case.label}  {one.what}")
+            *_, (_, ranked) = search(one.settings, one.step, clock_for(device))
+            found.add([{"search": one.what, "case": case.label, "setting": str(s), "ms": ms} for s, ms in ranked])
+            best = f"put {one.what} = {ranked[0][0]} into {one.where}" if ranked else f"no {one.what} could be run"
+            yield f"{case.label}: {best}"
+    found.close()
 
 
 def searches(case: Case, device: str) -> list[Search]:
-    """What can be set, for a case on this machine."""
+    """Returns the searches of a case on this machine."""
     found = [workspace(case, device)]
     if device == "cuda" and importlib.util.find_spec("triton") is not None:
-        found += kernels(case, device, tiles())
+        found += kernel_searches(case, device, tiles())
     return found
 
 
-def tiles() -> list[Any]:
-    """Tiles of products that this GPU may like; those that spill or do not fit drop out when they are tried."""
-    from fused_infonce.kernels.settings import Tile
+def workspace(case: Case, device: str) -> Search:
+    """Returns the search of ``workspace_bytes``: powers of 2 from 4 MiB to the whole matrix (at most 1 GiB)."""
+    batch = make_batch(case, device)
+    whole = 16 * case.N * case.N  # bytes: fp32 entries, and the scratch of elementwise passes
+    sizes = [2**n for n in range(22, 31)]
+    enough = next((i for i, size in enumerate(sizes) if size >= whole), len(sizes) - 1)
 
-    has_tma = torch.version.hip is None and torch.cuda.get_device_capability() >= (9, 0)
-    loads = [(False, False), *([(True, False), (True, True)] if has_tma else [])]  # tma, warp_specialize
-    grid = product((64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4), loads)
-    return [
-        Tile(m, n, k, warps, stages, tma=tma, warp_specialize=specialised)
-        for m, n, k, warps, stages, (tma, specialised) in grid
-        if m * n <= 4096 * warps
-    ]
+    def step(size: int) -> Step:
+        def loss(batch: Any) -> torch.Tensor:
+            return info_nce(batch.q, batch.k, temperature=case.temperature, workspace_bytes=size)
+
+        return lambda: run_step(loss, batch, case, device)
+
+    place = "workspace_bytes= of a call, or DEFAULT_WORKSPACE of the backend in fused_infonce"
+    return Search("workspace_bytes", place, sizes[: enough + 1], step)
 
 
-def kernels(case: Case, device: str, candidates: list[Any]) -> list[Search]:
-    """Settings of the three kernels that multiply, each timed alone on a chunk of rows as the sweep makes it."""
+def search(
+    settings: list[Any], step: Callable[[Any], Step], clock: Callable[[Step], float], rounds: int = ROUNDS
+) -> Iterator[tuple[int, list[tuple[Any, dict[str, Any]]]]]:
+    """Yields after each round its number and the settings with their times, the fastest first.
+
+    ``clock`` gives the milliseconds of one call. The settings take turns; those far from the best are left out of
+    the next round, and a setting that raises takes no part.
+    """
+    steps: list[tuple[Any, Step, list[float]]] = []
+    for setting in settings:
+        try:
+            made = step(setting)
+            made()  # compiles, and faults its memory in
+        except Exception:
+            continue
+        steps.append((setting, made, []))
+    for turn in range(1, rounds + 1):
+        for _, made, times in steps:
+            times.append(clock(made))
+        best = min((min(times) for _, _, times in steps), default=0.0)
+        steps = [entry for entry in steps if min(entry[2]) <= WITHIN * best]
+        ranked = [(setting, summary(times)) for setting, _, times in steps]
+        yield turn, sorted(ranked, key=lambda entry: entry[1]["median"])
+
+
+def kernel_searches(case: Case, device: str, candidates: list[Any]) -> list[Search]:
+    """Returns searches of the three kernels that multiply, each timed alone on a chunk of rows."""
     from fused_infonce.kernels import products, ratios, similarity
     from fused_infonce.kernels.common import NOTHING_SPECIAL
     from fused_infonce.kernels.settings import default_settings, target_of
@@ -98,60 +140,15 @@ def kernels(case: Case, device: str, candidates: list[Any]) -> list[Search]:
     ]
 
 
-def workspace(case: Case, device: str) -> Search:
-    """``workspace_bytes``, from 4 MiB in powers of 2 to what holds the whole matrix (at most 1 GiB)."""
-    batch = make_batch(case, device)
-    whole = 16 * case.N * case.N  # a tile of 4 bytes an entry, and the scratch of elementwise passes
-    sizes = [2**n for n in range(22, 31)]
-    enough = next((i for i, size in enumerate(sizes) if size >= whole), len(sizes) - 1)
+def tiles() -> list[Any]:
+    """Returns tiles to try on this GPU; those that spill or do not fit drop out when they are tried."""
+    from fused_infonce.kernels.settings import Tile
 
-    def step(size: int) -> Step:
-        def loss(batch: Any) -> torch.Tensor:
-            return info_nce(batch.q, batch.k, temperature=TEMPERATURE, workspace_bytes=size)
-
-        return lambda: run_step(loss, batch, case, device)
-
-    place = "CPU_WORKSPACE_BYTES in fused_infonce/tiled/torch_memory.py, or workspace_bytes= of a call"
-    if device == "cuda" and importlib.util.find_spec("triton"):
-        place = "DEFAULT_WORKSPACE in fused_infonce/tiled/triton_backend.py, or workspace_bytes= of a call"
-    return Search("workspace_bytes", place, sizes[: enough + 1], step)
-
-
-def search(
-    settings: list[Any], step: Callable[[Any], Step], clock: Callable[[Step], float], rounds: int = ROUNDS
-) -> Iterator[tuple[int, list[tuple[Any, dict[str, Any]]]]]:
-    """After each round the settings with their times, the fastest first; ``clock``: milliseconds of one call.
-
-    All settings are measured in turn; what is far from the best is left out of the next round. A setting that
-    raises does not take part.
-    """
-    steps: list[tuple[Any, Step, list[float]]] = []
-    for setting in settings:
-        try:
-            made = step(setting)
-            made()  # compiles, and faults its memory in
-        except Exception:
-            continue
-        steps.append((setting, made, []))
-    for turn in range(1, rounds + 1):
-        for _, made, times in steps:
-            times.append(clock(made))
-        best = min((min(times) for _, _, times in steps), default=0.0)
-        steps = [entry for entry in steps if min(entry[2]) <= WITHIN * best]
-        ranked = [(setting, summary(times)) for setting, _, times in steps]
-        yield turn, sorted(ranked, key=lambda entry: entry[1]["median"])
-
-
-def clock_for(device: str) -> Callable[[Step], float]:
-    """Milliseconds of one call: the wall's on a CPU, by CUDA events with a flushed L2 cache on a GPU."""
-    if device == "cpu":
-
-        def wall(step: Step) -> float:
-            start = time.perf_counter()
-            step()
-            return 1e3 * (time.perf_counter() - start)
-
-        return wall
-    from triton.testing import do_bench
-
-    return lambda step: float(do_bench(step, warmup=25, rep=100, return_mode="median"))
+    has_tma = torch.version.hip is None and torch.cuda.get_device_capability() >= (9, 0)
+    loads = [(False, False), *([(True, False), (True, True)] if has_tma else [])]  # tma, warp_specialize
+    grid = product((64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4), loads)
+    return [
+        Tile(m, n, k, warps, stages, tma=tma, warp_specialize=specialised)
+        for m, n, k, warps, stages, (tma, specialised) in grid
+        if m * n <= 4096 * warps
+    ]

@@ -1,7 +1,9 @@
 """InfoNCE and GS-InfoNCE over cosine similarities without the N×M matrix, and their metrics."""
 
+from . import _checkout  # noqa: F401 (before whatever imports the kernels)
 from .api import gs_infonce, info_nce
 from .loss import GSInfoNCELoss
 from .metrics import alignment, contrastive_stats, uniformity
 
 __all__ = ["GSInfoNCELoss", "alignment", "contrastive_stats", "gs_infonce", "info_nce", "uniformity"]
+__version__ = "0.1.0"  # pyproject.toml reads it from here

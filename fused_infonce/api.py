@@ -117,8 +117,9 @@ def gs_infonce(
         filter_threshold: columns with s_ij > filter_threshold are no negatives either. A filter compares scores as
             the products round them; it has no derivative and leaves noise alone.
         guide: embeddings of the same rows by another model, (n, G) for each input given, in their order: their
-            cosines are what a filter compares (``filter_margin`` then is 0 where no filter is given). Costs a
-            second product a sweep; not with a group.
+            cosines are what a filter compares (``filter_margin`` then is 0 where no filter is given). GISTEmbed
+            contrasts anchors and positives among themselves too, which this does not. Costs a second product a
+            sweep; not with a group.
 
     Returns:
         The loss in nats: 0-dim, or (N,) with ``reduction="none"``; float32, float64 for float64 inputs.

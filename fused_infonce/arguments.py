@@ -367,6 +367,8 @@ def _check_inputs(*inputs: Tensor | None) -> list[Tensor]:
         if x.shape[1] != anchors.shape[1]:
             raise ValueError(f"{name} must have the anchors' {anchors.shape[1]} features, not {x.shape[1]}")
         _check_device(name, x, anchors.device)
+    if anchors.device.type == "meta":
+        raise ValueError("anchors is on meta, where tensors have no values; move it to another device")
     return [x for _, x in present if x is not None]
 
 
@@ -384,8 +386,6 @@ def check_matrix(name: str, x: Any) -> None:
         raise ValueError(
             f"{name} must be a matrix (rows, features) with at least one of each, not {_shape(x)}{remedy}"
         )
-    if x.device.type == "meta":
-        raise ValueError(f"{name} is on meta, but there tensors have no values; move it to another device")
 
 
 def _check_given(noise: Tensor, anchors: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 def _missing_for_triton(device: torch.device, dtype: torch.dtype, D: int) -> str | None:
     if not _has_triton():
-        return "Triton is not installed (pip install 'fused-infonce[triton]')"
+        return "Triton is not installed (pip install triton)"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
         return "the Triton kernels need tensors on a GPU, these are on the CPU"
     if device.type not in ("cuda", "cpu"):

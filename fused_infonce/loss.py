@@ -125,20 +125,22 @@ class GSInfoNCELoss(nn.Module):
         log_tau = self.log_temperature
         if log_tau is None:
             return self.initial_temperature
-        inside = log_tau.detach().clamp(*self._log_range)
-        tau: Tensor = (log_tau + (inside - log_tau.detach())).exp()  # the clamp has no part in the gradient
-        return tau.reshape(())
+        inside: Tensor = _IntoRange.apply(log_tau, *self._log_range)  # type: ignore[no-untyped-call]
+        return inside.exp().reshape(())
 
     @property
     def _log_range(self) -> tuple[float, float]:
         low, high = self.temperature_range
         return math.log(low), math.log(high)
 
-    @torch.no_grad()
     def _project(self) -> None:
-        """The parameter into its range: one that stays outside would only come back after as many steps."""
-        if self.log_temperature is not None:
-            self.log_temperature.clamp_(*self._log_range)
+        """The parameter into its range: one that stays outside would only come back after as many steps.
+
+        Through ``data``: a graph that was made since the optimiser's step has seen the same value. An exported
+        program has no optimiser, and its temperature is clamped all the same.
+        """
+        if self.log_temperature is not None and not torch.compiler.is_exporting():
+            self.log_temperature.data.clamp_(*self._log_range)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Also takes a 0-dim ``log_temperature``, which FSDP could not shard."""
@@ -202,6 +204,23 @@ class GSInfoNCELoss(nn.Module):
             f"{name}={getattr(self, name)!r}" for name, off in _VARIANTS.items() if getattr(self, name) != off
         ]
         return ", ".join(parts)
+
+
+class _IntoRange(torch.autograd.Function):
+    """Clamps; leaves out only the part of the gradient that would take the value further outside.
+
+    The projection holds the parameter inside by itself, but for FSDP, which lets a forward change a copy.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward((x > high).to(x.dtype) - (x < low).to(x.dtype))
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (outside,) = ctx.saved_tensors
+        return upstream.masked_fill(outside * upstream < 0, 0), None, None
 
 
 def _checked_range(value: Any) -> tuple[float, float]:

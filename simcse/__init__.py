@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["SimCSE"]
+__all__ = ["SimCSE", "__version__"]
 
 
 def __getattr__(name: str) -> Any:  # `import simcse` takes no seconds
@@ -10,4 +10,12 @@ def __getattr__(name: str) -> Any:  # `import simcse` takes no seconds
         from simcse.tool import SimCSE
 
         return SimCSE
+    if name == "__version__":  # that of the distribution, which holds both packages
+        from fused_infonce import __version__
+
+        return __version__
     raise AttributeError(f"module 'simcse' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,6 +1,7 @@
 """The flags of ``python -m simcse.train``: ours, and every one of ``transformers.TrainingArguments``."""
 
 import difflib
+import sys
 import warnings
 from argparse import SUPPRESS, Action, HelpFormatter
 from dataclasses import dataclass, field
@@ -10,19 +11,34 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
-from simcse.errors import UserError
+from simcse.errors import Parser, UserError
 from simcse.model import PoolerType
 from simcse.recipes import RECIPES
 
 POOLERS = (
     "'cls': last-layer [CLS] through an MLP; 'cls_before_pooler': last-layer [CLS] as it is; 'avg': mean "
-    "over tokens, last layer; 'avg_top2': last two layers; 'avg_first_last': embedding layer and last."
+    "over tokens, last layer; 'avg_top2': last two layers; 'avg_first_last': first and last layer."
 )
 
 
 def flag(default: Any, help: str, **options: Any) -> Any:
     """A dataclass field that is a flag; ``options`` go to argparse."""
     return field(default=default, metadata={"help": help, **options})
+
+
+STORED_POOLER = (
+    "what the folder was saved with; [CLS] for a model with 'simcse' in its name, as published; else avg"
+)
+
+
+def pooler_flag(default: str) -> Any:
+    """``--pooler_type``, as the reference's training script has it, or ``--pooler``, as its evaluation has it."""
+    return flag(None, f"The sentence vector. {POOLERS} Default: {default}.", aliases=["--pooler"])
+
+
+def column_names(text: str | None) -> list[str] | None:
+    """``--columns a,b`` as a list."""
+    return None if text is None else [name.strip() for name in text.split(",")]
 
 
 @dataclass
@@ -33,9 +49,8 @@ class ModelArguments:
         "minilm",
         "A model folder, a name on the Hugging Face hub, or 'minilm', the encoder of the extra 'demo'.",
     )
-    pooler_type: PoolerType | None = flag(  # noqa: RUF009 (a field, as its neighbours)
-        None,
-        f"The sentence vector. {POOLERS} Default: what the folder was saved with, else cls_before_pooler.",
+    pooler_type: PoolerType | None = pooler_flag(  # noqa: RUF009 (a field, as its neighbours)
+        "what simcse saved the folder with, else cls_before_pooler"
     )
     mlp_only_train: bool | None = flag(
         None,
@@ -51,7 +66,7 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise ValueError(f"--dropout is {self.dropout}; wanted is a number from 0 to below 1, 0.1 is usual")
+            raise ValueError(f"--dropout must be at least 0 and below 1 (typically 0.1), not {self.dropout}")
 
 
 @dataclass
@@ -63,6 +78,11 @@ class DataArguments:
         "Training data, UTF-8: .txt (a sentence a line), .csv, .tsv (with a header), .jsonl, each also .gz, "
         ".parquet, or a hub dataset 'owner/name'. One column: each sentence is encoded twice; two: pairs; "
         "three or more: a pair and its hard negatives. Default: the sentences in the package.",
+    )
+    columns: str | None = flag(
+        None,
+        "Names of the columns to train on, divided by commas: anchor, positive, hard negatives. Default: all, in "
+        "their order.",
     )
     strict_data: bool = flag(False, "Stop at rows that cannot be used. Default: report them and go on without.")
     sts_data: str | None = flag(
@@ -77,7 +97,7 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         if self.max_seq_length < 3:
-            raise ValueError(f"--max_seq_length {self.max_seq_length} leaves no room for a word; 32 is usual")
+            raise ValueError(f"--max_seq_length must be at least 3 (typically 32), not {self.max_seq_length}")
 
 
 @dataclass
@@ -107,7 +127,11 @@ class LossArguments:
         "Sentences that are embedded at a time (gradient caching): memory follows it, while the loss sees the "
         "whole batch. Costs a second forward pass. Default: the whole batch.",
     )
-    do_mlm: bool = flag(False, "Also train a masked language model, with a head that is not saved.")
+    do_mlm: bool = flag(
+        False,
+        "Also train a masked language model. Its head starts from the model's pretrained one, where there is one, "
+        "is not tied to the input embeddings, and is not saved.",
+    )
     mlm_weight: float = flag(0.1, "Weight of the masked language model's loss.")
     mlm_probability: float = flag(0.15, "Share of the tokens that are masked for it.")
     num_noise: int = flag(
@@ -122,21 +146,21 @@ class LossArguments:
 
     def __post_init__(self) -> None:
         if not self.temp > 0:
-            raise ValueError(f"--temp is {self.temp}; wanted is a positive number, 0.05 is usual")
+            raise ValueError(f"--temp must be positive (typically 0.05), not {self.temp}")
         if self.num_noise < 0 or not self.noise_weight >= 0:
             raise ValueError(
-                f"--num_noise is {self.num_noise} and --noise_weight {self.noise_weight}; wanted is 0 or more"
+                f"--num_noise and --noise_weight must be at least 0, not {self.num_noise} and {self.noise_weight}"
             )
         if self.learn_temperature and not 0.015 <= self.temp <= 1:
-            raise ValueError(f"--learn_temperature starts at --temp, {self.temp}; wanted is 0.015 to 1")
+            raise ValueError(f"with --learn_temperature, --temp must be from 0.015 to 1, not {self.temp}")
         if self.queue_size < 0:
-            raise ValueError(f"--queue_size is {self.queue_size}; wanted is 0 or more")
+            raise ValueError(f"--queue_size must be at least 0, not {self.queue_size}")
         if self.mini_batch_size is not None and self.mini_batch_size < 1:
-            raise ValueError(f"--mini_batch_size is {self.mini_batch_size}; wanted is 1 or more")
+            raise ValueError(f"--mini_batch_size must be at least 1, not {self.mini_batch_size}")
         if not 0 < self.mlm_probability <= 1 or not self.mlm_weight >= 0:
             raise ValueError(
-                f"--mlm_probability is {self.mlm_probability} and --mlm_weight {self.mlm_weight}; wanted is "
-                "above 0 to 1, and 0 or more"
+                "--mlm_probability must be above 0 and at most 1, and --mlm_weight at least 0, not "
+                f"{self.mlm_probability} and {self.mlm_weight}"
             )
 
 
@@ -150,7 +174,16 @@ class SimCSETrainingArguments(TrainingArguments):
         None, f"Published hyper-parameters, which any other flag overrides: {', '.join(RECIPES)}."
     )
 
-    output_dir: str = flag("runs/simcse", "Folder for the best model, the checkpoints, the log and the plot.")
+    output_dir: str = flag(
+        "runs/simcse",
+        "Folder for the best model, the checkpoints, the log and the plot. A folder that holds files is refused, "
+        "unless the run in it is resumed.",
+    )
+    overwrite_output_dir: bool = flag(
+        False,
+        "Use an --output_dir that holds files: what an earlier run wrote there is deleted; other files stay, "
+        "unless the run writes a file of the same name.",
+    )
     per_device_train_batch_size: int = flag(64, "Sentences a batch on each device; the others are its negatives.")
     per_device_eval_batch_size: int = flag(64, "Sentences a batch at evaluation.")
     learning_rate: float = flag(3e-5, "AdamW's peak learning rate.")
@@ -160,7 +193,9 @@ class SimCSETrainingArguments(TrainingArguments):
     eval_steps: float | None = flag(0.1, "Evaluate every so many steps; below 1: a share of all steps.")
     eval_on_start: bool = flag(True, "Evaluate before the first step.")
     save_strategy: str = flag(
-        "best", "When to write a checkpoint: 'best' (when the score improves), 'steps', 'epoch', 'no'."
+        "best",
+        "When to write a checkpoint: 'best' (when the score improves), 'steps' (every --save_steps) or 'epoch' "
+        "(with --load_best_model_at_end also when the score improves), 'no'.",
     )
     save_total_limit: int | None = flag(2, "Checkpoints to keep; the best is always among them.")
     load_best_model_at_end: bool = flag(True, "End with the best checkpoint, not the last.")
@@ -185,9 +220,15 @@ class SimCSETrainingArguments(TrainingArguments):
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         if "no" in (self.eval_strategy, self.save_strategy):
             self.load_best_model_at_end = False  # there is no best checkpoint to load
+        if self.disable_tqdm is None and not sys.stderr.isatty():
+            self.disable_tqdm = True  # a bar that is drawn again and again fills a log file
+        # transformers demands that checkpoints and evaluations fall together, so that the best is among the
+        # checkpoints. Here an evaluation that is the best so far writes one, whatever the strategies are.
+        load_best, self.load_best_model_at_end = self.load_best_model_at_end, False
         super().__post_init__()
+        self.load_best_model_at_end = load_best
         checks = {
-            "learning_rate": (self.learning_rate >= 0, "0 or more; 3e-5 is usual"),
+            "learning_rate": (self.learning_rate >= 0, "0 or more (typically 3e-5)"),
             "train_sampling_strategy": (
                 self.train_sampling_strategy in ("random", "sequential"),
                 "random or sequential",
@@ -196,12 +237,14 @@ class SimCSETrainingArguments(TrainingArguments):
             "fp16_full_eval": (not self.fp16_full_eval, "False: evaluation is in fp32"),
             "per_device_train_batch_size": (self.per_device_train_batch_size > 0, "1 or more"),
             "per_device_eval_batch_size": (self.per_device_eval_batch_size > 0, "1 or more"),
+            "label_smoothing_factor": (self.label_smoothing_factor == 0, "0: labels are not smoothed here"),
             "gradient_accumulation_steps": (self.gradient_accumulation_steps > 0, "1 or more"),
             "num_train_epochs": (self.num_train_epochs > 0 or self.max_steps > 0, "a positive number"),
+            "max_steps": (self.max_steps > 0 or self.max_steps == -1, "1 or more, or -1 for --num_train_epochs"),
         }
-        for name, (good, wanted) in checks.items():
+        for name, (good, expected) in checks.items():
             if not good:
-                raise ValueError(f"--{name} is {getattr(self, name)}; wanted is {wanted}")
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be {expected}")
 
 
 def parse(dataclasses: Any, program: str, description: str, argv: list[str] | None = None) -> tuple[Any, ...]:
@@ -214,21 +257,19 @@ def parse(dataclasses: Any, program: str, description: str, argv: list[str] | No
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
-    try:
-        *parsed, rest = parser.parse_args_into_dataclasses(
-            argv, return_remaining_strings=True, look_for_args_file=False
-        )
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{error} (--help lists the flags)") from None
+    _, rest = parser.parse_known_args(argv)
     if rest:
         known = [option for action in parser._actions for option in action.option_strings]
         near = difflib.get_close_matches(rest[0].split("=")[0], known, n=1)
         hint = f"is it {near[0]}? " if near else ""
         raise UserError(f"unknown argument {rest[0]}; {hint}--help lists the flags")
-    return tuple(parsed)
+    try:
+        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{error} (--help lists the flags)") from None
 
 
-class _Parser(HfArgumentParser):
+class _Parser(Parser, HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the flags)")
 

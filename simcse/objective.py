@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import BaseModelOutput
 
 from fused_infonce import GSInfoNCELoss, contrastive_stats
 from simcse.arguments import LossArguments
-from simcse.model import SentenceEncoder
+from simcse.model import SentenceEncoder, load_masked_lm
 
 PARTS_A_TRIM = 8  # more would let the heap grow further, fewer cost time: at every part a fifth
 
@@ -115,7 +116,9 @@ class Objective(nn.Module):
 
     def extra_state(self) -> dict[str, Tensor]:
         """Weights and memory beside the encoder's, which its own folder holds."""
+        names = {name for name, _ in itertools.chain(self.named_parameters(), self.named_buffers())}
         state = {name: value for name, value in self.state_dict().items() if not name.startswith("encoder.")}
+        state = {name: value for name, value in state.items() if name in names}  # what two names share, once
         return {name: value.contiguous() for name, value in state.items() if value.numel()}
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
@@ -132,24 +135,30 @@ class Objective(nn.Module):
 
 
 class MLMHead(nn.Module):
-    """Hidden states → logits over the vocabulary, with the encoder's own input embeddings as the last matrix."""
+    """Hidden states → logits over the vocabulary: the head of the checkpoint's masked language model.
+
+    As in the reference it starts from the pretrained weights, and its last matrix from the input embeddings where
+    the checkpoint shares the two; it is trained apart from them. ``missing`` names the weights that the checkpoint
+    does not hold, which start anew.
+    """
 
     def __init__(self, encoder: SentenceEncoder):
         super().__init__()
-        embeddings = encoder.backbone.get_input_embeddings().weight  # (vocabulary, E)
-        self.transform = nn.Sequential(
-            nn.Linear(encoder.config.hidden_size, embeddings.shape[1]),
-            nn.GELU(),
-            nn.LayerNorm(embeddings.shape[1]),
-        )
-        self.bias = nn.Parameter(torch.zeros(embeddings.shape[0]))
-        self._embeddings = [embeddings]  # in a list, so that it is not a second parameter
+        self.model, self.missing = load_masked_lm(encoder)
+        setattr(self.model, self.model.base_model_prefix, _HiddenStates())  # the encoder is the backbone
 
     def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Sum of the cross-entropies where ``labels`` is not −100."""
         chosen = labels != -100
-        logits = F.linear(self.transform(hidden[chosen]), self._embeddings[0], self.bias)
+        logits = self.model(inputs_embeds=hidden[chosen]).logits
         return F.cross_entropy(logits.float(), labels[chosen], reduction="sum")
+
+
+class _HiddenStates(nn.Module):
+    """Stands for the backbone of a masked language model that is given its hidden states."""
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutput:
+        return BaseModelOutput(last_hidden_state=inputs_embeds)
 
 
 @functools.cache

@@ -10,6 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from simcse.files import replaced
+
 
 def plot_path(points: list[dict[str, Any]], title: str, path: str | Path, best_step: int | None = None) -> None:
     """Write a PNG of ``points`` (each with ``step``, ``alignment``, ``uniformity``), joined by step.
@@ -44,7 +46,7 @@ def plot_path(points: list[dict[str, Any]], title: str, path: str | Path, best_s
     axes.set_xlabel("uniformity   (← better)")
     axes.set_ylabel("alignment   (better ↓)")
     axes.set_title(title)
-    figure.savefig(path, dpi=150)
+    _write(figure, path)
 
 
 def plot_densities(cosines: Sequence[float], grades: Sequence[float], title: str, path: str | Path) -> None:
@@ -94,4 +96,9 @@ def _save(figure: Figure, axes: Any, title: str, path: str | Path) -> None:
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
     axes.set_title(title)
-    figure.savefig(path, dpi=150)
+    _write(figure, path)
+
+
+def _write(figure: Figure, path: str | Path) -> None:
+    with replaced(path) as unfinished:
+        figure.savefig(unfinished, dpi=150, format="png")

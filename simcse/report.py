@@ -63,7 +63,7 @@ def training_card(about: str, points: list[dict[str, Any]], state: Any) -> str:
     best = next((point for point in points if point["step"] == state.best_global_step), points[-1])
     lines = [f"| watched pairs | step {points[0]['step']} | step {best['step']} |", "|---|---|---|"]
     for metric, (name, form, _) in METRICS.items():
-        if metric in best:
+        if metric in points[0] and metric in best:
             lines.append(f"| {name} | {points[0][metric]:{form}} | {best[metric]:{form}} |")
     return about + "\n" + "\n".join(lines) + "\n"
 
@@ -72,7 +72,7 @@ def closing_table(title: str, before: dict[str, Any], after: dict[str, Any]) -> 
     """Before → after for each metric, and which way is better."""
     rows = [(title, f"step {before['step']}", f"step {after['step']}", "change", "better")]
     for metric, (name, form, better) in METRICS.items():
-        if metric in before:
+        if metric in before and metric in after:
             old, new = before[metric], after[metric]
             rows.append((name, f"{old:{form}}", f"{new:{form}}", f"{new - old:+{form}}", better))
     return table(rows)

@@ -8,7 +8,9 @@ from simcse.errors import UserError, exit_cleanly
 with exit_cleanly("simcse.search"):
     from transformers.utils import logging
 
-    from simcse.arguments import flag, parse
+    from simcse.arguments import STORED_POOLER, flag, parse, pooler_flag
+    from simcse.files import output_folder
+    from simcse.model import PoolerType
     from simcse.report import table
     from simcse.tool import SimCSE
 
@@ -18,18 +20,22 @@ DESCRIPTION = "Print the sentences that are closest to a query, by cosine simila
 @dataclass
 class SearchArguments:
     model_name_or_path: str = flag("minilm", "A model folder, a name on the hub, or 'minilm'.")
+    pooler_type: PoolerType | None = pooler_flag(STORED_POOLER)  # noqa: RUF009 (a field, as its neighbours)
     query: str | None = flag(None, "What to look for.")
-    sentences: str | None = flag(None, "The file to search, a sentence a line.")
+    sentences: str | None = flag(
+        None, "The file to search: .txt, a sentence per line, or the first column of a table."
+    )
     index: str | None = flag(None, "Folder of an index: written with --sentences, read without.")
     top_k: int = flag(5, "Sentences to print at most.")
     threshold: float = flag(0.6, "The least cosine similarity.")
+    max_length: int | None = flag(None, "Maximum tokens per sentence. Default: what the model's folder states.")
     faiss_fast: bool = flag(False, "Search approximately (FAISS).")
 
     def __post_init__(self) -> None:
         if not self.query or not (self.sentences or self.index):
-            raise ValueError("--query is needed, and --sentences or --index")
+            raise ValueError("--query is required, and so is --sentences or --index")
         if self.top_k < 1:
-            raise ValueError(f"--top_k is {self.top_k}; wanted is 1 or more")
+            raise ValueError(f"--top_k must be at least 1, not {self.top_k}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -37,15 +43,17 @@ def main(argv: list[str] | None = None) -> None:
         logging.disable_progress_bar()
         (args,) = parse(SearchArguments, "simcse.search", DESCRIPTION, argv)
         if args.sentences and not Path(args.sentences).expanduser().is_file():
-            raise UserError(f"there is no file {args.sentences} for --sentences")
-        model = SimCSE(args.model_name_or_path)
+            raise UserError(f"--sentences: the file {args.sentences} does not exist")
+        if args.index:
+            index = output_folder("--index", args.index) if args.sentences else Path(args.index).expanduser()
+        model = SimCSE(args.model_name_or_path, pooler=args.pooler_type)
         if args.sentences:
-            model.build_index(args.sentences, faiss_fast=args.faiss_fast)
+            model.build_index(args.sentences, faiss_fast=args.faiss_fast, max_length=args.max_length)
             if args.index:
-                model.save_index(args.index)
+                model.save_index(index)
         else:
-            model.load_index(args.index, faiss_fast=args.faiss_fast)
-        found = model.search(args.query, threshold=args.threshold, top_k=args.top_k)
+            model.load_index(index, faiss_fast=args.faiss_fast)
+        found = model.search(args.query, threshold=args.threshold, top_k=args.top_k, max_length=args.max_length)
         if not found:
             print(f"nothing at a cosine of {args.threshold} or more; lower --threshold")
         else:

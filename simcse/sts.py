@@ -1,6 +1,5 @@
 """Semantic textual similarity: the file of graded pairs, and what an encoder scores on it."""
 
-import csv
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,8 +13,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from fused_infonce import alignment, uniformity
+from simcse.delimited import records
 from simcse.errors import UserError
-from simcse.model import SentenceEncoder, max_tokens
+from simcse.model import SentenceEncoder, default_length, max_tokens
 
 # The hub's STS sets, as mteb takes them → the task
 HUB_SETS = {
@@ -58,27 +58,28 @@ def read_sts(path: str | Path) -> list[Pairs]:
         raise UserError(f"there is no file {path}; --sts_data takes TSV with the columns {', '.join(COLUMNS)}")
     tasks: dict[tuple[str, str], Pairs] = {}
     with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, delimiter="\t", strict=True)
+        lines = records(file, "\t")
         try:
-            absent = [column for column in COLUMNS if column not in (rows.fieldnames or [])]
+            _, _, header = next(lines, (1, 1, []))
+            absent = [column for column in COLUMNS if column not in header]
             if absent:
                 raise UserError(f"the first line of {path} lacks the columns {', '.join(absent)} (TSV, a header)")
-            for row in rows:
-                if None in row or None in row.values():
+            for line, _, cells in lines:
+                if isinstance(cells, str):
+                    raise UserError(f"{path}, line {line}: {cells}")
+                if not cells:
+                    continue
+                if len(cells) != len(header):
                     raise UserError(
-                        f"{path}, line {rows.line_num}: {len(rows.fieldnames)} tab-separated cells wanted"
+                        f"{path}, line {line}: {len(cells)} tab-separated cells; the header has {len(header)}"
                     )
-                task, split = row["task"], row["split"]
-                pairs = tasks.setdefault((task, split), Pairs(task, split))
+                row = dict(zip(header, cells, strict=True))
+                pairs = tasks.setdefault((row["task"], row["split"]), Pairs(row["task"], row["split"]))
                 pairs.first.append(row["sentence1"])
                 pairs.second.append(row["sentence2"])
-                pairs.scores.append(_score(row["score"], path, rows.line_num))
+                pairs.scores.append(_score(row["score"], path, line))
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not text: {error.reason} in UTF-8; save it as UTF-8") from None
-        except csv.Error as error:
-            raise UserError(
-                f"{path}, line {rows.reader.line_num}: {error}; quote it as Python's csv does"
-            ) from None
     if not tasks:
         raise UserError(f"{path} holds no pair; it has a header and nothing below")
     return list(tasks.values())
@@ -102,7 +103,7 @@ def _hub_sts(name: str) -> list[Pairs]:
     from datasets import load_dataset
 
     try:
-        splits = load_dataset(name)
+        splits = load_dataset(name)  # code in a dataset is not run since datasets 4
     except Exception as error:  # datasets and the hub raise many kinds
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot fetch {name} from the hub ({first}); name a file with --sts_data") from None
@@ -128,7 +129,7 @@ def encode(
     batch_size: int = 64,
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """Each distinct sentence → its vector (D,) on the CPU; cut only at the model's own limit."""
+    """Each distinct sentence → its vector (D,) on the CPU; cut only at the folder's own length."""
     sentences = list(dict.fromkeys(sentences))
     return dict(zip(sentences, encode_rows(encoder, tokenizer, sentences, batch_size, progress), strict=True))
 
@@ -141,19 +142,31 @@ def encode_rows(
     progress: bool = True,
     max_length: int | None = None,
 ) -> Tensor:
-    """N sentences → (N, D) on the CPU; fp32, no dropout. Sentences of like length share a batch."""
-    if not sentences:
-        return torch.empty(0, encoder.config.hidden_size)
+    """N sentences → (N, D) on the CPU; fp32, no dropout. Sentences of like length share a batch.
+
+    ``max_length``: tokens that a sentence is cut to; by default ``default_length``. The prompt and the closing
+    steps of the folder's settings apply.
+    """
     limit = max_tokens(encoder, tokenizer)
+    if batch_size < 1 or (max_length is not None and not 3 <= max_length <= limit):
+        raise UserError(
+            f"batch_size must be at least 1 and max_length 3 to {limit}, the model's limit, not {batch_size} "
+            f"and {max_length}"
+        )
+    if not sentences:
+        return torch.empty(0, encoder.features)
     tokens = tokenizer(
-        sentences, truncation=True, max_length=min(limit, max_length or limit), return_attention_mask=True
+        [encoder.settings.prompt + sentence for sentence in sentences],
+        truncation=True,
+        max_length=max_length or default_length(encoder, tokenizer),
+        return_attention_mask=True,
     )
     lengths = [len(ids) for ids in tokens["input_ids"]]
     order = sorted(range(len(sentences)), key=lengths.__getitem__, reverse=True)
 
     training = encoder.training
     encoder.eval()
-    vectors = torch.empty(len(sentences), encoder.config.hidden_size)  # (N, D)
+    vectors = torch.empty(len(sentences), encoder.features)  # (N, D)
     with torch.no_grad(), torch.autocast(encoder.device.type, enabled=False):
         starts = range(0, len(order), batch_size)
         for start in tqdm(
@@ -163,7 +176,7 @@ def encode_rows(
             batch = tokenizer.pad(
                 {name: [rows[i] for i in chosen] for name, rows in tokens.items()}, return_tensors="pt"
             )
-            vectors[chosen] = encoder.embed(**batch.to(encoder.device)).float().cpu()
+            vectors[chosen] = encoder.finish(encoder.embed(**batch.to(encoder.device)).float()).cpu()
     encoder.train(training)
     return vectors
 

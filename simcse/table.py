@@ -3,75 +3,156 @@
 A row that cannot be used is noted with its line and left out.
 """
 
-import csv
 import gzip
 import json
 import re
-import sys
 import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from simcse.columns import other_delimiter, pick, roles, suspicions
+from simcse.delimited import records
 from simcse.errors import UserError
 
 FORMATS = (".txt", ".csv", ".tsv", ".jsonl", ".parquet")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 SHOWN = 5  # bad rows that a message lists
+SAMPLE = 100  # lines that are looked at for another delimiter
 
 
 @dataclass
 class Table:
-    """Rows of sentences, each as long as the table is wide, and the bad rows that were left out."""
+    """Rows of sentences, each as long as ``columns``, and the bad rows that were left out."""
 
     name: str
+    columns: list[str]
     rows: list[tuple[str, ...]]
     bad: list[tuple[int, str]]  # line (row of a parquet file or a hub dataset), what is wrong
+    warnings: list[str] = field(default_factory=list)  # what is read, and is unlikely to be meant so
+
+    @property
+    def sentences(self) -> list[str]:
+        """The first column."""
+        return [row[0] for row in self.rows]
+
+    @property
+    def roles(self) -> str:
+        """``anchor=sent0, positive=sent1``: the part of each column."""
+        return roles(self.columns)
 
     def report(self) -> str:
         """``3 of 100 rows left out: line 7: empty sentence; ...``, or an empty string."""
         if not self.bad:
             return ""
+        return f"{len(self.bad):,} of {len(self.rows) + len(self.bad):,} rows left out: {self._listed()}"
+
+    def refuse_bad_rows(self, remedy: str) -> None:
+        """``UserError`` where a row is bad; ``remedy`` ends the message."""
+        if self.bad:
+            count = f"{len(self.bad):,} of {len(self.rows) + len(self.bad):,} rows cannot be used"
+            raise UserError(f"{self.name}: {count}: {self._listed()} ({remedy})")
+
+    def _listed(self) -> str:
         listed = "; ".join(f"line {line}: {reason}" for line, reason in self.bad[:SHOWN])
-        more = f"; and {len(self.bad) - SHOWN:,} more" if len(self.bad) > SHOWN else ""
-        return f"{len(self.bad):,} of {len(self.rows) + len(self.bad):,} rows left out: {listed}{more}"
+        return listed + (f"; and {len(self.bad) - SHOWN:,} more" if len(self.bad) > SHOWN else "")
 
 
-def read_table(source: str | Path, strict: bool = False) -> Table:
+def read_table(
+    source: str | Path,
+    strict: bool = False,
+    columns: Sequence[str] | None = None,
+    first: int | None = None,
+) -> Table:
     """The rows of a file, or of the train split of a hub dataset ``owner/name``.
 
-    ``.txt`` has one column; ``.csv`` and ``.tsv`` have a header; the width is that of the header, of the first
-    object of a ``.jsonl`` file, or of the string columns of a ``.parquet`` file. ``UserError`` where nothing is
-    left, or, with ``strict``, where a row is bad.
+    ``.txt`` has one column; ``.csv`` and ``.tsv`` have a header; the columns are those of the header, the keys of
+    the first object of a ``.jsonl`` file, or the string columns of a ``.parquet`` file or a hub dataset.
+    ``columns`` chooses some of them by name, ``first`` so many from the left; the others are not looked at.
+    ``UserError`` where nothing is left, or, with ``strict``, where a row is bad.
     """
     path = Path(source).expanduser()
     if path.is_file():
-        numbered = _rows_of(path)
+        numbered = _rows_of(path, every_key=columns is None and first is None)
     elif not path.exists() and HUB_NAME.fullmatch(str(source)) and not path.name.endswith((*FORMATS, ".gz")):
         numbered = _hub_rows(str(source))
     else:
         raise UserError(
-            f"there is no file {path}; --train_file takes {', '.join(FORMATS)} (all but the last also .gz), "
+            f"there is no file {path}; expected is a file of {', '.join(FORMATS)} (all but the last also .gz), "
             "or a dataset 'owner/name' on the hub"
         )
-    rows: list[tuple[str, ...]] = []
-    bad: list[tuple[int, str]] = []
+    table = Table(str(source), [], [], [])
     try:
+        names = next(numbered)
+        try:
+            chosen = pick(names, columns, first)
+        except ValueError as error:
+            raise UserError(f"--columns: in {source} {error}") from None
+        table.columns = [names[i] for i in chosen]
         for line, cells in numbered:
-            reason = cells if isinstance(cells, str) else _fault(cells)
+            if isinstance(cells, str):
+                table.bad.append((line, cells))
+                continue
+            cells = [cells[i] for i in chosen]
+            reason = _fault(cells)
             if reason:
-                bad.append((line, reason))
+                table.bad.append((line, reason))
             else:
-                rows.append(tuple(cell.strip() for cell in cells))
+                table.rows.append(tuple(cell.strip() for cell in cells))
+        delimited = _delimiter_warning(path)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    table = Table(str(source), rows, bad)
-    if not rows:
-        raise UserError(f"{source} holds no sentence that can be used; {table.report() or 'it is empty'}")
-    if strict and bad:
-        raise UserError(f"{source}: {table.report()} (--strict_data stops here; mend them, or leave it out)")
+    if not table.rows:
+        hint = f" ({delimited})" if delimited else ""
+        raise UserError(f"{source} holds no sentence that can be used; {table.report() or 'it is empty'}{hint}")
+    if strict:
+        table.refuse_bad_rows("fix these rows, or run without --strict_data")
+    if delimited:
+        table.warnings.append(delimited)
+    if columns is None and _format(path) != ".txt":
+        table.warnings += suspicions(table.columns, table.rows)
+    if len(table.columns) == 1 and _format(path) in (".csv", ".tsv"):
+        table.warnings += _line_breaks(table.rows)
     return table
+
+
+def read_sentences(source: str | Path, column: str | None = None) -> Table:
+    """A table of one column, by default the first; a row that cannot be used is refused, or rows would shift."""
+    table = read_table(source, columns=None if column is None else [column], first=1)
+    table.refuse_bad_rows(
+        "every row must be a sentence, or they would no longer be numbered alike; fix these rows"
+    )
+    return table
+
+
+def _line_breaks(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """In a table of one column nothing tells a cell of several lines from lines that a stray mark joined."""
+    breaks = [cell.count("\n") for (cell,) in rows if "\n" in cell]
+    if not breaks:
+        return []
+    return [
+        f"{len(breaks):,} quoted cells hold line breaks, the longest {max(breaks) + 1:,} lines; "
+        "a stray quotation mark does the same"
+    ]
+
+
+def _format(path: Path) -> str:
+    """``.csv`` of a.csv and of a.csv.gz; of a dataset on the hub an empty string."""
+    return Path(path.name.removesuffix(".gz")).suffix if path.is_file() else ""
+
+
+DELIMITER_OF = {".txt": None, ".csv": ",", ".tsv": "\t"}
+
+
+def _delimiter_warning(path: Path) -> str | None:
+    kind = _format(path)
+    if kind not in DELIMITER_OF:
+        return None
+    with _lines(path) as lines:
+        header, *others = [*islice(lines, SAMPLE)] or [""]
+    return other_delimiter(header, others, DELIMITER_OF[kind])
 
 
 def _fault(cells: Iterable[Any]) -> str | None:
@@ -89,17 +170,22 @@ def _fault(cells: Iterable[Any]) -> str | None:
     return None
 
 
-Numbered = Iterator[tuple[int, Any]]  # line, cells or what is wrong with the line
+Numbered = Iterator[
+    Any
+]  # the names of the columns, then for each row (line, cells or what is wrong with the line)
 
 
-def _rows_of(path: Path) -> Numbered:
-    kind = path.name.removesuffix(".gz")
-    if kind.endswith(".parquet") and not path.name.endswith(".gz"):
+def _rows_of(path: Path, every_key: bool) -> Numbered:
+    kind = _format(path)
+    if kind == ".parquet" and path.suffix != ".gz":
         return _parquet_rows(path)
-    for suffix, read in ((".txt", _text_rows), (".csv", _csv_rows), (".tsv", _csv_rows), (".jsonl", _json_rows)):
-        if kind.endswith(suffix):
-            return read(path)
-    raise UserError(f"{path} is of no format that --train_file takes: {', '.join(FORMATS)}")
+    if kind == ".txt":
+        return _text_rows(path)
+    if kind in (".csv", ".tsv"):
+        return _csv_rows(path)
+    if kind == ".jsonl":
+        return _json_rows(path, every_key)
+    raise UserError(f"{path}: unsupported file type; use one of {', '.join(FORMATS)}")
 
 
 def _lines(path: Path, **options: Any) -> Any:
@@ -109,43 +195,59 @@ def _lines(path: Path, **options: Any) -> Any:
 
 
 def _text_rows(path: Path) -> Numbered:
+    yield ["line"]
     with _lines(path) as lines:
         for number, line in enumerate(lines, 1):
             yield number, (line,)
 
 
 def _csv_rows(path: Path) -> Numbered:
-    delimiter = "\t" if path.name.removesuffix(".gz").endswith(".tsv") else ","
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with _lines(path, newline="") as lines:
-        rows = csv.reader(lines, delimiter=delimiter)
-        try:
-            header = next(rows, [])
-            for cells in rows:
+        rows = records(lines, DELIMITER_OF[_format(path)])
+        _, _, header = next(rows, (1, 1, []))
+        if isinstance(header, str):
+            raise UserError(f"{path}, line 1, the header: {header}")
+        yield [name.strip() for name in header]
+        for line, _, cells in rows:
+            if not isinstance(cells, str):
                 if not cells:
-                    yield rows.line_num, "empty line"
+                    cells = "empty line"
                 elif len(cells) != len(header):
-                    yield rows.line_num, f"{len(cells)} columns where the header has {len(header)}"
-                else:
-                    yield rows.line_num, cells
-        except csv.Error as error:
-            raise UserError(f"{path}, line {rows.line_num}: {error}") from None
+                    cells = f"{len(cells)} columns where the header has {len(header)}"
+            yield line, cells
 
 
-def _json_rows(path: Path) -> Numbered:
-    columns: list[str] = []
+def _json_rows(path: Path, every_key: bool) -> Numbered:
+    """``every_key``: a key that the first object lacks is a fault, for it would be left out without a word."""
+    columns: list[str] | None = None
     with _lines(path) as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                yield number, "no JSON" if line.strip() else "empty line"
-                continue
-            if not isinstance(row, dict):
-                yield number, "no JSON object"
-                continue
-            columns = columns or list(row)
-            yield number, [row.get(column) for column in columns]
+        numbered = ((number, _json_object(line)) for number, line in enumerate(lines, 1))
+        bad = []  # lines before the first object, which names the columns
+        for number, row in numbered:
+            if isinstance(row, dict):
+                columns = list(row)
+                numbered = chain(bad, [(number, row)], numbered)
+                break
+            bad.append((number, row))
+        yield columns or []
+        for number, row in bad if columns is None else numbered:
+            if isinstance(row, dict):
+                further = [key for key in row if key not in columns] if every_key else []
+                row = (
+                    f"the first object has no key {further[0]!r}"
+                    if further
+                    else [row.get(column) for column in columns]
+                )
+            yield number, row
+
+
+def _json_object(line: str) -> dict[str, Any] | str:
+    """The object of a line, or what is wrong with it."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return "not JSON" if line.strip() else "empty line"
+    return row if isinstance(row, dict) else "not a JSON object"
 
 
 def _parquet_rows(path: Path) -> Numbered:
@@ -154,29 +256,35 @@ def _parquet_rows(path: Path) -> Numbered:
 
     try:
         file = pq.ParquetFile(path)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     strings = [column.name for column in file.schema_arrow if _is_text(column.type)]
     if not strings:
         raise UserError(f"{path} has no column of strings")
+    yield strings
     number = 0
-    for batch in file.iter_batches(columns=strings):
-        for cells in zip(*(batch.column(name).to_pylist() for name in strings), strict=True):
-            number += 1
-            yield number, cells
+    try:
+        for batch in file.iter_batches(columns=strings):
+            for cells in zip(*(batch.column(name).to_pylist() for name in strings), strict=True):
+                number += 1
+                yield number, cells
+    except pa.ArrowException as error:
+        raise UserError(f"cannot read {path} after row {number:,}: {error}") from None
 
 
 def _is_text(kind: Any) -> bool:
     import pyarrow.types as types
 
-    return types.is_string(kind) or types.is_large_string(kind)
+    if types.is_dictionary(kind):  # a categorical column of pandas
+        kind = kind.value_type
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
 def _hub_rows(name: str) -> Numbered:
     from datasets import Value, load_dataset
 
     try:
-        dataset = load_dataset(name, split="train")
+        dataset = load_dataset(name, split="train")  # code in a dataset is not run since datasets 4
     except Exception as error:  # datasets and the hub raise many kinds
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"there is no file {name}, and the hub dataset cannot be fetched ({first})") from None
@@ -185,5 +293,6 @@ def _hub_rows(name: str) -> Numbered:
     ]
     if not strings:
         raise UserError(f"the dataset {name} has no column of strings")
+    yield strings
     for number, row in enumerate(dataset, 1):
         yield number, [row[column] for column in strings]

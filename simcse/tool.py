@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simcse.errors import UserError
-from simcse.index import Index
+from simcse.index import Cells, Index
 from simcse.model import PoolerType, load_encoder
 from simcse.sts import encode_rows
+from simcse.weights import first_line
 
 Found = list[tuple[str, float]]  # sentences and their cosine similarity, best first
+Vectors = np.ndarray | Tensor  # (K, D), what ``encode`` gave
 
 
 class SimCSE:
@@ -22,25 +24,27 @@ class SimCSE:
         model_name_or_path: a folder that simcse, transformers or sentence-transformers saved, a name on the
             hub, or ``minilm``.
         device: where it runs; default: the accelerator, else the CPU.
-        pooler: the sentence vector; default: what the folder was saved with. A plain checkpoint of the reference
-            on the hub takes ``cls`` where supervised, ``cls_before_pooler`` where unsupervised.
+        num_cells, num_cells_in_search: with ``faiss_fast``, the most clusters that an index has, and how many of
+            them a search looks at.
+        pooler: the sentence vector; default: what the folder was saved with. A published SimCSE model (its folder
+            or name on the hub has "simcse" in it) takes ``cls``, with "unsup" in it too ``cls_before_pooler``.
 
-    Raises ``simcse.errors.UserError`` for a folder that cannot be read.
+    Raises ``simcse.errors.UserError`` for a folder or an argument that cannot be used.
     """
 
     def __init__(
         self,
         model_name_or_path: str | Path,
         device: str | torch.device | None = None,
+        num_cells: int = 100,
+        num_cells_in_search: int = 10,
         pooler: PoolerType | None = None,
     ):
-        name = str(model_name_or_path)
-        usual: PoolerType | None = None
-        if "simcse" in name and not Path(name).is_dir():
-            usual = "cls_before_pooler" if "unsup" in name else "cls"
-        self.encoder, self.tokenizer = load_encoder(name, pooler, default_pooler=usual)
+        self.cells = Cells(num_cells, num_cells_in_search)
         there = torch.accelerator.current_accelerator(check_available=True)  # a CUDA build may find no driver
-        self.device = torch.device(device or there or "cpu")
+        self.device = _device(device or there or "cpu")
+        self.name = str(model_name_or_path)
+        self.encoder, self.tokenizer = load_encoder(self.name, pooler)
         self.encoder.to(self.device).eval()
         self.index: Index | None = None
 
@@ -52,14 +56,15 @@ class SimCSE:
         normalize_to_unit: bool = True,
         keepdim: bool = False,
         batch_size: int = 64,
-        max_length: int = 128,
+        max_length: int | None = None,
     ) -> Tensor | np.ndarray:
         """Vectors on the CPU, fp32: (D,) for a string ((1, D) with ``keepdim``), (N, D) for a list of N.
 
-        ``max_length`` cuts a sentence to so many tokens. ``normalize_to_unit`` gives unit vectors.
+        ``max_length`` cuts a sentence to so many tokens; the default is the folder's own length, as in
+        sentence-transformers (the reference's default is 128). ``normalize_to_unit`` gives unit vectors.
         """
         single = isinstance(sentence, str)
-        self.encoder.to(device or self.device)
+        self.encoder.to(_device(device or self.device))
         vectors = encode_rows(
             self.encoder,
             self.tokenizer,
@@ -75,49 +80,53 @@ class SimCSE:
 
     def similarity(
         self,
-        queries: str | list[str],
-        keys: str | list[str] | np.ndarray,
+        queries: str | list[str] | Vectors,
+        keys: str | list[str] | Vectors,
         device: str | torch.device | None = None,
+        max_length: int | None = None,
     ) -> float | np.ndarray:
         """Cosine similarities (Q, K); (Q,) or (K,) where one side is a string, a float where both are.
 
-        ``keys`` may be vectors (K, D) that ``encode`` gave.
+        Either side may be vectors that ``encode`` gave: an array or a tensor on any device, (K, D) or (D,).
         """
-        first = self.encode(queries, device, return_numpy=True)
-        if isinstance(keys, np.ndarray):
-            second = F.normalize(torch.from_numpy(keys).float(), dim=-1).numpy()
-        else:
-            second = self.encode(keys, device, return_numpy=True)
-        result = first @ second.T
+        self._check_cosine()
+        result = self._unit_rows(queries, device, max_length) @ self._unit_rows(keys, device, max_length).T
         return float(result) if result.ndim == 0 else result
 
     def build_index(
         self,
-        sentences_or_file: str | Path | list[str],
+        sentences_or_file_path: str | Path | list[str],
         use_faiss: bool | None = None,
         faiss_fast: bool = False,
         device: str | torch.device | None = None,
         batch_size: int = 64,
+        max_length: int | None = None,
     ) -> None:
-        """Encode sentences, or the lines of a text file, to search among them; an earlier index is replaced.
+        """Encode sentences, or those of a file, to search among them; an earlier index is replaced.
 
+        A file is read as ``simcse encode`` reads it: a row is a sentence, and one that cannot be used is refused.
         ``use_faiss``: None takes FAISS if it is installed, else torch; the answers are the same. ``faiss_fast``
         searches approximately, in the clusters nearest to the query.
         """
-        sentences = _sentences(sentences_or_file)
-        vectors = self.encode(sentences, device, return_numpy=True, batch_size=batch_size)
-        self.index = Index(sentences, vectors, use_faiss, faiss_fast)
+        self._check_cosine()
+        sentences = _sentences(sentences_or_file_path)
+        vectors = self.encode(sentences, device, return_numpy=True, batch_size=batch_size, max_length=max_length)
+        self.index = Index(sentences, vectors, use_faiss, faiss_fast, self.cells)
 
     def add_to_index(
         self,
-        sentences_or_file: str | Path | list[str],
+        sentences_or_file_path: str | Path | list[str],
         device: str | torch.device | None = None,
         batch_size: int = 64,
+        max_length: int | None = None,
     ) -> None:
         """More sentences for the index."""
         index = self._index()
-        sentences = _sentences(sentences_or_file)
-        index.add(sentences, self.encode(sentences, device, return_numpy=True, batch_size=batch_size))
+        sentences = _sentences(sentences_or_file_path)
+        index.add(
+            sentences,
+            self.encode(sentences, device, return_numpy=True, batch_size=batch_size, max_length=max_length),
+        )
 
     def search(
         self,
@@ -125,13 +134,15 @@ class SimCSE:
         device: str | torch.device | None = None,
         threshold: float = 0.6,
         top_k: int = 5,
+        max_length: int | None = None,
     ) -> Found | list[Found]:
         """The ``top_k`` sentences of the index at a cosine of ``threshold`` or more, best first.
 
         A list of (sentence, cosine) for a string, a list of such lists for a list of queries.
         """
-        vectors = self.encode(queries, device, return_numpy=True, keepdim=True)
-        found = self._index().search(vectors, threshold, top_k)
+        index = self._index()
+        vectors = self.encode(queries, device, return_numpy=True, keepdim=True, max_length=max_length)
+        found = index.search(vectors, threshold, top_k)
         return found[0] if isinstance(queries, str) else found
 
     def save_index(self, folder: str | Path) -> None:
@@ -140,11 +151,12 @@ class SimCSE:
 
     def load_index(self, folder: str | Path, use_faiss: bool | None = None, faiss_fast: bool = False) -> None:
         """Take over an index that ``save_index`` wrote with this model."""
-        index = Index.load(Path(folder), use_faiss, faiss_fast)
-        if index.vectors.shape[1] != self.encoder.config.hidden_size:
+        self._check_cosine()
+        index = Index.load(Path(folder), use_faiss, faiss_fast, self.cells)
+        if index.vectors.shape[1] != self.encoder.features:
             raise UserError(
-                f"the index in {folder} has {index.vectors.shape[1]} features, the model "
-                f"{self.encoder.config.hidden_size}: it was built with another model"
+                f"the index in {folder} has {index.vectors.shape[1]} features, the model {self.encoder.features}: "
+                "it was built with another model"
             )
         self.index = index
 
@@ -153,12 +165,41 @@ class SimCSE:
             raise UserError("there is no index yet; call build_index or load_index first")
         return self.index
 
+    def _unit_rows(
+        self, given: str | list[str] | Vectors, device: str | torch.device | None, max_length: int | None
+    ) -> np.ndarray:
+        if not isinstance(given, (np.ndarray, Tensor)):
+            return self.encode(given, device, return_numpy=True, max_length=max_length)
+        vectors = torch.as_tensor(given).detach().float().cpu()
+        if vectors.ndim not in (1, 2) or vectors.shape[-1] != self.encoder.features:
+            raise UserError(
+                f"vectors of shape {tuple(vectors.shape)} cannot be compared: (K, {self.encoder.features}) or "
+                f"({self.encoder.features},) is expected, as encode gives them"
+            )
+        return F.normalize(vectors, dim=-1).numpy()
+
+    def _check_cosine(self) -> None:
+        settings = self.encoder.settings
+        if not settings.compares_by_cosine:
+            raise UserError(
+                f"{self.name} compares its vectors by {settings.similarity} (similarity_fn_name), and this tool "
+                "by cosine similarity; compare what encode(..., normalize_to_unit=False) gives, or set "
+                'similarity_fn_name to "cosine"'
+            )
+
+
+def _device(given: str | torch.device) -> torch.device:
+    try:
+        return torch.device(given)
+    except RuntimeError as error:
+        raise UserError(f"device {given!r} is unknown: {first_line(error)}") from None
+
 
 def _sentences(given: str | Path | list[str]) -> list[str]:
     if isinstance(given, (str, Path)):
-        from simcse.table import read_table
+        from simcse.table import read_sentences
 
-        return [row[0] for row in read_table(given).rows]
+        return read_sentences(given).sentences
     if not given:
-        raise UserError("there is no sentence to index")
+        raise UserError("sentences must hold at least one sentence to index")
     return list(given)

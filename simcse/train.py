@@ -2,26 +2,47 @@
 
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from simcse.errors import UserError, exit_cleanly, is_first
 
 with exit_cleanly("simcse.train"):  # these take seconds, and Ctrl-C has to be clean in them too
     from transformers import set_seed
-    from transformers.trainer_utils import IntervalStrategy, SaveStrategy, get_last_checkpoint
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.trainer_utils import IntervalStrategy, SaveStrategy
     from transformers.utils import logging
 
-    from simcse.arguments import DataArguments, LossArguments, ModelArguments, SimCSETrainingArguments, parse
+    from simcse.arguments import (
+        DataArguments,
+        LossArguments,
+        ModelArguments,
+        SimCSETrainingArguments,
+        column_names,
+        parse,
+    )
     from simcse.dataset import shipped
-    from simcse.elastic import checkpoint_of_this_run, join_again, mark_end, mark_start
+    from simcse.elastic import join_again, mark_end, restarts, run_of_this_launch
     from simcse.legacy import translate
     from simcse.model import load_encoder, max_tokens
     from simcse.plot import plot_path
     from simcse.recipes import with_recipe
     from simcse.report import closing_table, evaluations, training_card
+    from simcse.runs import (
+        PLOT_FILE,
+        Run,
+        check_output_dir,
+        check_settings,
+        digest,
+        find_checkpoint,
+        inside,
+        saving,
+    )
     from simcse.sts import read_sts, watched_pairs
     from simcse.table import read_table
-    from simcse.trainer import SimCSETrainer
+    from simcse.trainer import SimCSETrainer, asking
 
 DESCRIPTION = (
     "Train a sentence encoder with SimCSE and GS-InfoNCE. Without arguments it runs on what is at hand, "
@@ -29,15 +50,31 @@ DESCRIPTION = (
 )
 # What the few sentences in the package need, put before the user's own flags.
 DEMO_FLAGS = ["--num_train_epochs", "3"]
-PLOT_FILE = "alignment_uniformity.png"
+EVALUATION_FLAGS = (
+    "eval_strategy",
+    "eval_steps",
+    "eval_delay",
+    "eval_on_start",
+    "per_device_eval_batch_size",
+    "metric_for_best_model",
+    "greater_is_better",
+    "load_best_model_at_end",
+)
+UNLISTED_TRACKERS = ("azure_ml", "flyte")  # which transformers does not list though they are installed
+# Settings of Trainer that a checkpoint's state fits, beside those of the model, the data and the loss.
+KEPT = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_drop_last"),
+    *("train_sampling_strategy", "seed", "data_seed", "num_train_epochs", "max_steps"),
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *("bf16", "fp16", "neftune_noise_alpha", "metric_for_best_model"),
+)
 
 
 def main(argv: list[str] | None = None) -> None:
     with exit_cleanly("simcse.train"):
         logging.disable_progress_bar()  # of loading weights; training has its own
         trainer = prepare(argv)
-        if trainer.is_world_process_zero():
-            mark_start(trainer.args.output_dir)
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
         trainer.card = training_card(trainer.card, evaluations(trainer.state.log_history), trainer.state)
         trainer.save_model()
@@ -52,6 +89,7 @@ def prepare(argv: list[str] | None = None) -> SimCSETrainer:
     """The trainer that a command line asks for. Checks every input before anything is written."""
     argv = translate(sys.argv[1:] if argv is None else argv, _warn)
     command = shlex.join(["python", "-m", "simcse.train", *argv])
+    given = {arg.partition("=")[0].lstrip("-").replace("-", "_") for arg in argv if arg.startswith("--")}
     argv = with_recipe(argv)
     if not any(arg.startswith(("--train_file", "--train-file")) for arg in argv):
         argv = [*DEMO_FLAGS, *argv]
@@ -62,9 +100,12 @@ def prepare(argv: list[str] | None = None) -> SimCSETrainer:
         DESCRIPTION,
         argv,
     )
-    table = read_table(data_args.train_file or shipped("sentences.txt"), data_args.strict_data)
-    if table.bad:
-        _warn(f"{table.name}: {table.report()}")
+    table = read_table(
+        data_args.train_file or shipped("sentences.txt"), data_args.strict_data, column_names(data_args.columns)
+    )
+    for warning in [table.report(), *table.warnings]:
+        if warning:
+            _warn(f"{table.name}: {warning}")
     sts_file = data_args.sts_data or (None if data_args.train_file else shipped("sts.tsv"))
     pairs = watched_pairs(read_sts(sts_file)) if sts_file else None
     if sts_file and pairs is None:
@@ -80,15 +121,10 @@ def prepare(argv: list[str] | None = None) -> SimCSETrainer:
         raise UserError(
             f"--queue_size {loss_args.queue_size} is no multiple of the {args.world_size} processes that share it"
         )
-    if args.resume_from_checkpoint:
-        args.resume_from_checkpoint = _checkpoint(args)
-    args.resume_from_checkpoint = checkpoint_of_this_run(args.output_dir) or args.resume_from_checkpoint
+    output = Path(args.output_dir)
+    checkpoint = _checkpoint(args, output)
     if pairs is None:
-        args.eval_strategy = IntervalStrategy.NO
-        args.eval_on_start = args.load_best_model_at_end = False
-        args.metric_for_best_model = None
-        if args.save_strategy == SaveStrategy.BEST:
-            args.save_strategy = SaveStrategy.STEPS
+        _train_unwatched(args, given)
     else:
         watched = f"{pairs.task.lower()}_spearman"
         if args.metric_for_best_model == "stsb_spearman":
@@ -114,12 +150,37 @@ def prepare(argv: list[str] | None = None) -> SimCSETrainer:
         raise UserError(
             f"--max_seq_length {data_args.max_seq_length} is more than the {limit} tokens the model reads"
         )
-    try:  # transformers checks what the flags ask of this machine, then makes the folder
-        trainer = SimCSETrainer(encoder, tokenizer, args, loss_args, table.rows, pairs, data_args.max_seq_length)
-    except OSError as error:
-        raise UserError(f"cannot write to --output_dir {args.output_dir}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{error} (--help lists the flags)") from None
+    settings = {
+        "train_file": f"{len(table.rows)} {digest(text for row in table.rows for text in row)}",
+        "sts_data": f"{len(pairs.scores)} {digest(iter(pairs.sentences))}" if pairs else None,
+        "model_name_or_path": digest(iter(sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get))),
+        "pooler_type": encoder.pooler_type,
+        "mlp_only_train": encoder.mlp_only_train,
+        "dropout": model_args.dropout,
+        "max_seq_length": data_args.max_seq_length,
+        **{name: value for name, value in vars(loss_args).items() if name != "mini_batch_size"},
+        **{name: getattr(args, name) for name in KEPT},
+        "processes": args.world_size,
+    }
+    if checkpoint is not None:
+        check_settings(checkpoint, settings, _warn)
+    is_new = not output.exists()
+    try:
+        trainer = _trainer(encoder, tokenizer, args, loss_args, table.rows, pairs, data_args.max_seq_length)
+        trainer.run = Run.new(settings)
+        if checkpoint is not None:
+            trainer.check_resumable(checkpoint)
+    except UserError:
+        if is_new:
+            with suppress(OSError):
+                output.rmdir()
+        raise
+    args.resume_from_checkpoint = str(checkpoint) if checkpoint is not None else None
+    if checkpoint is None and trainer.model.mlm is not None and trainer.model.mlm.missing:  # a checkpoint has it
+        _warn(
+            f"--do_mlm: {model_args.model_name_or_path} has no pretrained head of a masked language model; a new "
+            f"one is trained ({', '.join(trainer.model.mlm.missing)})"
+        )
     trainer.card = (
         f"Trained from `{model_args.model_name_or_path}` on {len(table.rows):,} rows of {len(table.rows[0])} "
         f"columns of `{Path(table.name).name}`"
@@ -133,10 +194,14 @@ def prepare(argv: list[str] | None = None) -> SimCSETrainer:
     )
     print(
         f"{model_args.model_name_or_path}, {encoder.pooler_type}: {len(table.rows):,} {kind}, "
-        f"{batch} a batch"
+        f"{batch} per batch"
         + (f" on {args.world_size} processes, negatives {loss_args.negatives}" if args.world_size > 1 else "")
-        + (f"; {len(pairs.scores):,} pairs of {pairs.name}" if pairs else ", no pairs")
+        + f"; {_loss_name(loss_args)}"
+        + (f"; {len(pairs.scores):,} pairs of {pairs.name}" if pairs else "; no pairs")
     )
+    print(f"columns  {table.roles}")
+    if checkpoint is not None:
+        print(f"goes on from {checkpoint}")
     return trainer
 
 
@@ -145,16 +210,65 @@ def _warn(message: str) -> None:
         print(f"simcse.train: warning: {message}", file=sys.stderr)
 
 
-def _checkpoint(args: SimCSETrainingArguments) -> str:
-    """The folder that ``--resume_from_checkpoint`` means; ``true`` is the latest in ``--output_dir``."""
-    folder = args.resume_from_checkpoint
-    if str(folder).lower() == "true":
-        folder = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-        if folder is None:
-            raise UserError(f"--resume_from_checkpoint: {args.output_dir} holds no checkpoint")
-    if not Path(folder, "trainer_state.json").is_file():
-        raise UserError(f"{folder} is no checkpoint: it has no trainer_state.json")
-    return folder
+def _checkpoint(args: SimCSETrainingArguments, output: Path) -> Path | None:
+    """What the run goes on from, None where it starts; refuses a folder that is not this run's."""
+    if not restarts() and args.process_index == 0:
+        mark_end(output)
+    launched = run_of_this_launch(output)
+    own = Run(launched, {}).checkpoints(output) if launched else []
+    given = args.resume_from_checkpoint
+    if own:
+        return own[-1]
+    checkpoint = find_checkpoint(output, given, _warn) if given and given.lower() != "false" else None
+    if not launched and (checkpoint is None or not inside(checkpoint, output)):
+        check_output_dir(output, args.overwrite_output_dir)
+    return checkpoint
+
+
+def _train_unwatched(args: SimCSETrainingArguments, given: set[str]) -> None:
+    """Without pairs nothing is evaluated; what the user asked of evaluations has no effect."""
+    idle = [name for name in EVALUATION_FLAGS if name in given and getattr(args, name) not in (False, None, "no")]
+    if args.save_strategy == SaveStrategy.BEST and "save_strategy" in given:
+        idle.append("save_strategy")
+    if idle:
+        flags = ", ".join(f"--{name}" for name in idle)
+        _warn(f"without --sts_data nothing is evaluated: {flags} has no effect")
+    if args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+        raise UserError(
+            f"--lr_scheduler_type {args.lr_scheduler_type.value} follows a score: give --sts_data, or another one"
+        )
+    args.eval_strategy = IntervalStrategy.NO
+    args.eval_on_start = args.load_best_model_at_end = False
+    args.metric_for_best_model = None
+    if args.save_strategy == SaveStrategy.BEST:
+        args.save_strategy = SaveStrategy.STEPS
+
+
+def _trainer(encoder: Any, tokenizer: Any, args: SimCSETrainingArguments, *inputs: Any) -> SimCSETrainer:
+    """transformers checks what the flags ask of this machine, then makes the folder."""
+    available = {*get_available_reporting_integrations(), *UNLISTED_TRACKERS}
+    for name in set(args.report_to) & set(INTEGRATION_TO_CALLBACK) - available:
+        raise UserError(f"--report_to {name}: its package is not installed; install it, or take --report_to none")
+    try:
+        trainer = SimCSETrainer(encoder, tokenizer, args, *inputs)
+    except OSError as error:
+        raise UserError(f"cannot write to --output_dir: {error.strerror or error}") from None
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{error} (--help lists the flags)") from None
+    except RuntimeError as error:  # of a tracker that --report_to names
+        if "install" not in str(error):
+            raise
+        raise UserError(f"--report_to: {error}") from None
+    with asking("--optim", args.optim):
+        trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+    return trainer
+
+
+def _loss_name(options: LossArguments) -> str:
+    if not options.num_noise or not options.noise_weight:
+        return "InfoNCE"
+    noise = "the expectation of " if options.noise == "expected" else ""
+    return f"GS-InfoNCE with {noise}{options.num_noise} noise vectors (--num_noise 0 is SimCSE's InfoNCE)"
 
 
 def conclude(trainer: SimCSETrainer) -> None:
@@ -166,8 +280,10 @@ def conclude(trainer: SimCSETrainer) -> None:
         title = f"{trainer.eval_dataset.name}, {trainer.model.encoder.pooler_type}"
         after = next((point for point in points if point["step"] == best), points[-1])
         print("\n" + closing_table(title, points[0], after) + "\n")
-        if "alignment" in points[0]:
-            plot_path(points, title, output / PLOT_FILE, best)
+        points = [point for point in points if {"alignment", "uniformity"} <= set(point)]
+        if points:
+            with saving(output / PLOT_FILE):
+                plot_path(points, title, output / PLOT_FILE, best)
             print(f"plot   {output / PLOT_FILE}")
     print(f"model  {output}" + (f" (the best, step {best})" if best else ""))
     print(f"try    python -m simcse.evaluate --model_name_or_path {output}")

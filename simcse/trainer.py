@@ -1,6 +1,10 @@
 """The trainer: ``transformers.Trainer`` with the SimCSE objective and the STS pairs for an evaluation."""
 
+import logging
+import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +23,27 @@ from transformers import (
     TrainerCallback,
     TrainerState,
 )
-from transformers.trainer_utils import rotate_checkpoints
 
 from simcse.arguments import LossArguments, SimCSETrainingArguments
 from simcse.dataset import Row, Views, duplicate_ids
+from simcse.elastic import mark_start
+from simcse.errors import UserError
+from simcse.files import replaced
 from simcse.layout import save_encoder
-from simcse.model import SentenceEncoder
+from simcse.model import MLP_FILE, SentenceEncoder
 from simcse.objective import Objective
 from simcse.report import log_line
+from simcse.runs import (
+    STATE_FILE,
+    UNFINISHED,
+    Run,
+    check_best,
+    check_checkpoint,
+    reading,
+    rotate,
+    saving,
+    take_over,
+)
 from simcse.sts import Pairs, encode, geometry, spearman
 
 OBJECTIVE_FILE = "objective.safetensors"  # in checkpoints: a learned temperature, the queue, the MLM head
@@ -53,6 +70,8 @@ class SimCSETrainer(Trainer):
         pairs: Pairs | None = None,
         max_seq_length: int = 32,
     ):
+        if options.do_mlm and tokenizer.mask_token is None:
+            raise ValueError("--do_mlm: the model's tokenizer has no mask token; leave it out")
         everyone = options.negatives == "global" and args.world_size > 1
         super().__init__(
             model=Objective(encoder, options, dist.group.WORLD if everyone else None),
@@ -65,16 +84,21 @@ class SimCSETrainer(Trainer):
         self.options = options
         self.views = max(2, len(rows[0]))
         self.card = ""  # the model card of what is saved
+        self.run = Run.new({})
+        self.resumed: Path | None = None  # the checkpoint that training goes on from
+        self._best_step: int | None = None  # of the run that is resumed
         self._draws: tuple[int, torch.Generator] | None = None
         self._stats: dict[str, float] = {}
         self._queues: Tensor | None = None  # of all processes, rank after rank, while a checkpoint is written
-        self._masking = DataCollatorForLanguageModeling(tokenizer, mlm_probability=options.mlm_probability)
+        if options.do_mlm:
+            self._masking = DataCollatorForLanguageModeling(tokenizer, mlm_probability=options.mlm_probability)
         for printing in (ProgressCallback, PrinterCallback):
             self.remove_callback(printing)
         if not args.disable_tqdm:
             self.add_callback(ProgressBar)
         self.add_callback(LogLines)
         self.add_callback(OwnDropout)
+        self.add_callback(OwnFolder(self))
 
     def compute_loss(
         self,
@@ -145,10 +169,34 @@ class SimCSETrainer(Trainer):
         return due and self.is_world_process_zero()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """What is not defined, as the uniformity of one row, is left out: JSON has no NaN."""
         if "loss" in logs:
             logs = {**logs, **self._stats}
             self._stats = {}
-        super().log(logs, start_time)
+        super().log({name: value for name, value in logs.items() if math.isfinite(value)}, start_time)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """The best so far is always written, so that the run can end with it whatever --save_strategy is."""
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        if self.state.best_metric is not None and not math.isfinite(self.state.best_metric):
+            self.state.best_metric = None  # nothing was measured yet
+        return is_best
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed at its end: Trainer would train a step
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        with asking("--optim", self.args.optim):
+            return super().create_optimizer(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        with asking("--lr_scheduler_type", self.args.lr_scheduler_type):
+            return super().create_scheduler(num_training_steps, optimizer)
 
     def evaluate(
         self,
@@ -182,55 +230,114 @@ class SimCSETrainer(Trainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        save_encoder(self.model.encoder, self.processing_class, folder, self.card)
-        extra = self.model.extra_state()
-        if self._queues is not None:
-            extra["queue"] = self._queues
-        if extra and folder != Path(self.args.output_dir):
-            save_file(extra, folder / OBJECTIVE_FILE)
+        with saving(folder):
+            save_encoder(self.model.encoder, self.processing_class, folder, self.card)
+            extra = self.model.extra_state()
+            if self._queues is not None:
+                extra["queue"] = self._queues
+            if extra and folder != Path(self.args.output_dir):
+                save_file(extra, folder / OBJECTIVE_FILE)
+
+    def save_state(self) -> None:
+        if self.args.should_save:
+            file = Path(self.args.output_dir, STATE_FILE)
+            with saving(file), replaced(file) as beside:
+                self.state.save_to_json(str(beside))
+
+    def _model_files(self) -> list[str]:
+        """What a checkpoint holds of the encoder, as far as it is read."""
+        return ["config.json", "model.safetensors"] + [MLP_FILE] * (self.model.encoder.mlp is not None)
+
+    def _extra_names(self) -> set[str]:
+        """Names of the tensors that a checkpoint holds beside the encoder's."""
+        return set(self.model.extra_state()) - {"queue"} | ({"queue"} if self.options.queue_size else set())
+
+    def check_resumable(self, checkpoint: Path) -> None:
+        """Refuse a checkpoint with a missing or damaged file: a part of the run would start from the beginning."""
+        one = self.args.world_size == 1
+        required = [*self._model_files(), "optimizer.pt", "scheduler.pt"]
+        required.append("rng_state.pth" if one else f"rng_state_{self.args.process_index}.pth")
+        required += [OBJECTIVE_FILE] * bool(self._extra_names())
+        required += ["scaler.pt"] * (getattr(self.accelerator, "scaler", None) is not None)
+        state = check_checkpoint(checkpoint, required)
+        if self.args.load_best_model_at_end:
+            self._best_step = check_best(checkpoint, state, self._model_files())
+        self.resumed = checkpoint
+
+    def take_over_folder(self) -> None:
+        """Make --output_dir this run's, when everything has been read and training is about to begin."""
+        output = Path(self.args.output_dir)
+        if self.args.should_save:
+            with saving(output):
+                overwrite = self.args.overwrite_output_dir
+                self.run = take_over(output, self.run, self.resumed, self._best_step, overwrite)
+                mark_start(output, self.run.id)
+        self.accelerator.wait_for_everyone()
+        if self.resumed is not None:  # the path that the state gives is that of another day
+            step = self._best_step
+            self.state.best_model_checkpoint = str(output / f"checkpoint-{step}") if step else None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.model.encoder.load_weights(resume_from_checkpoint)
-        extra = Path(resume_from_checkpoint) / OBJECTIVE_FILE
-        if extra.is_file():
-            state = load_file(extra)
+        folder = Path(resume_from_checkpoint)
+        with reading(folder / "model.safetensors"):
+            self.model.encoder.load_weights(folder)
+        if not self._extra_names():
+            return
+        with reading(folder / OBJECTIVE_FILE):
+            state = load_file(folder / OBJECTIVE_FILE)
+            if absent := sorted(self._extra_names() - set(state)):
+                raise ValueError(f"it lacks {', '.join(absent)}")
             if "queue" in state:
                 state["queue"] = state["queue"].tensor_split(self.args.world_size)[self.args.process_index].clone()
             self.model.load_extra_state(state)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(f"optimizer.pt or scheduler.pt in {checkpoint}"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with reading(f"scaler.pt in {checkpoint}"):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(f"rng_state.pth in {checkpoint}"):
+            super()._load_rng_state(checkpoint)
+
     def _load_best_model(self) -> None:
-        self.model.encoder.load_weights(self.state.best_model_checkpoint)
+        with reading(self.state.best_model_checkpoint):
+            self.model.encoder.load_weights(self.state.best_model_checkpoint)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint is written in a folder of its own and then moved: it is whole, or it is not there."""
         output = Path(self.args.output_dir)
-        self._run_dir = output / ".unfinished"
+        self._run_dir = output / UNFINISHED
+        name = f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             shutil.rmtree(self._run_dir, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         if self.args.world_size > 1 and len(self.model.queue):
             self._queues = self.accelerator.gather(self.model.queue)
         try:
-            super()._save_checkpoint(model, trial)
+            with saving(output / name):
+                super()._save_checkpoint(model, trial)
+        except UserError:
+            shutil.rmtree(self._run_dir, ignore_errors=True)  # on a full disk it is in the way
+            raise
         finally:
             unfinished, self._run_dir, self._queues = self._run_dir, output, None
         self.accelerator.wait_for_everyone()
-        name = f"checkpoint-{self.state.global_step}"
         is_best = self.state.best_global_step == self.state.global_step
         if is_best:
             self.state.best_model_checkpoint = str(output / name)
         if self.args.should_save:
-            if is_best:
-                self.state.save_to_json(str(unfinished / name / "trainer_state.json"))
-            shutil.rmtree(output / name, ignore_errors=True)
-            (unfinished / name).rename(output / name)
-            unfinished.rmdir()
-            rotate_checkpoints(
-                output_dir=str(output),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            with saving(output / name):
+                if is_best:
+                    self.state.save_to_json(str(unfinished / name / STATE_FILE))
+                self.run.write(unfinished / name)
+                shutil.rmtree(output / name, ignore_errors=True)
+                (unfinished / name).rename(output / name)
+                unfinished.rmdir()
+            rotate(output, self.run, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -250,6 +357,43 @@ class LogLines(TrainerCallback):
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             tqdm.write(log_line(logs, state.global_step, state.max_steps))
+
+
+class OwnFolder(TrainerCallback):
+    """The run takes its folder when training begins: what is refused before leaves an earlier run as it was."""
+
+    def __init__(self, trainer: SimCSETrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.trainer.take_over_folder()
+
+
+@contextmanager
+def asking(flag: str, value: Any) -> Iterator[None]:
+    """As one line that names the flag, what transformers says of a value it cannot use, or lacks a package for."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ImportError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{flag} {getattr(value, 'value', value)}: {error}") from None
+
+
+class OnlyOurs(logging.Filter):
+    """Without transformers' lines about a resume: shares of steps beside counts of them, and paths of another day.
+
+    What differs from the checkpoint is compared in ``simcse.runs``, which also finds the best checkpoint.
+    """
+
+    HIDDEN = ("arguments do not match the ones in the `trainer_state.json`", "The best checkpoint ")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not any(text in record.getMessage() for text in self.HIDDEN)
+
+
+for _name in ("transformers.trainer", "transformers.trainer_utils"):
+    logging.getLogger(_name).addFilter(OnlyOurs())
 
 
 class OwnDropout(TrainerCallback):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fused_infonce import gs_infonce
+from fused_infonce.testing import Result
 
 
 def interruptible() -> None:
@@ -29,6 +31,18 @@ def loss_and_grads(inputs: list[Tensor], upstream: Tensor | None = None, **optio
     loss = gs_infonce(*leaves[: len(inputs)], **options)
     grads = torch.autograd.grad(loss, leaves, upstream, allow_unused=True)
     return [loss.detach(), *[torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)]]
+
+
+def differentiated(
+    loss: Callable[..., Tensor], anchors: Tensor, positives: Tensor, temperature: float, autocast: bool = False
+) -> Result:
+    """The loss and its gradients, that of the temperature too, as ``fused_infonce.testing.exact`` names them."""
+    q, k = anchors.clone().requires_grad_(), positives.clone().requires_grad_()
+    tau = torch.tensor(temperature, dtype=q.dtype if q.dtype == torch.float64 else torch.float32).requires_grad_()
+    with torch.autocast(q.device.type, torch.bfloat16, enabled=autocast):
+        value = loss(q, k, temperature=tau)
+    dq, dk, dtau = torch.autograd.grad(value, (q, k, tau))
+    return {"loss": value.detach(), "dq": dq, "dk": dk, "dtau": dtau}
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

@@ -5,8 +5,8 @@ import time
 
 import torch
 
-from bench.candidates import candidate
 from bench.cases import TEMPERATURE, naive
+from bench.registry import candidate
 
 
 @candidate("wrong-loss")

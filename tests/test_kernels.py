@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import CASES, COMPARABLE, LossCase, both
 from helpers import loss_and_grads, relative_error, rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,7 +21,7 @@ from fused_infonce.kernels import common, noise, normalise, products, ratios, se
 from fused_infonce.tiled import operands, triton_backend
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-N, D, H, Q, M = 21, 20, 42, 5, 9
+N, D, H, M = 21, 20, 42, 9
 INTERPRETED = settings.default_settings("interpreter", torch.float32, "ieee", 0, 0)
 PLAIN = common.NOTHING_SPECIAL
 
@@ -29,30 +30,20 @@ def make(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Te
     return rows(*shape, seed=seed, dtype=dtype).to(DEVICE)
 
 
-def both(dtype, upstream=None, sizes=(N, D), temperature=0.05, workspace_bytes=3_000, **options):
-    """Results of the kernels and of the reference; a tiny workspace makes several chunks."""
-    n, d = sizes
-    inputs = [make(n, d, seed=1, dtype=dtype), make(n, d, seed=2, dtype=dtype)]
-    if options.pop("negatives", False):
-        inputs.append(make(2 * n, d, seed=3, dtype=dtype))
-        options["queue"] = make(Q, d, seed=4, dtype=dtype)
-    options["temperature"] = torch.tensor(temperature, dtype=torch.float64)
-    ours = loss_and_grads(inputs, upstream, backend="triton", workspace_bytes=workspace_bytes, **options)
-    exact = {
-        name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-        for name, x in options.items()
-    }
-    want = loss_and_grads(
-        [x.double() for x in inputs], None if upstream is None else upstream.double(), backend="reference", **exact
-    )
-    return ours, want
+def compare(case, dtype, sizes=(N, D), temperature=None, workspace_bytes=3_000):
+    """Compares the kernels with the reference in float64; a tiny workspace makes several chunks."""
+    options = {"workspace_bytes": workspace_bytes, "temperature": temperature, "device": DEVICE, "exact": True}
+    ours, want = both(case, "triton", *sizes, dtype, **options)
+    assert_close(ours, want, dtype, temperature or case.options.get("temperature", 0.05))
 
 
-def assert_close(ours, want, dtype, temperature=0.05, what=None):
+def assert_close(ours, want, dtype, temperature=0.05):
     """fp32 as the torch backend is held to; half precision: rows and results are rounded to it."""
+    if dtype != torch.float32:
+        ours, want = ours[:3], want[:3]
     limit = {torch.float32: 1e-5 * max(1, 0.05 / temperature), torch.float16: 4e-3, torch.bfloat16: 1e-2}[dtype]
     for name, a, b in zip(("loss", *"abcdef"), ours, want, strict=False):
-        assert relative_error(a, b) < limit, (name, what)
+        assert relative_error(a, b) < limit, name
 
 
 @pytest.fixture(autouse=True)
@@ -63,59 +54,25 @@ def _no_product_is_too_small(monkeypatch):
 
 # ---------------------------------------------------------------------- the loss
 
-OPTIONS = {
-    "info_nce": {"num_noise": 0},
-    "sum": {"num_noise": 0, "reduction": "sum"},
-    "weights": {"num_noise": 0, "negatives": True, "hard_negative_weight": 1.3},
-    "ids": {
-        "num_noise": 0, "negatives": True, "ids": torch.arange(N, device=DEVICE) // 2,
-        "negative_ids": torch.arange(H, device=DEVICE) % 12,
-    },
-    "noise": {"noise": make(M, D, seed=5), "noise_weight": 0.7, "negatives": True},
-    "expected": {"noise": "expected", "noise_weight": 0.7, "num_noise": 50},
-    "expected, offset": {"noise": "expected", "noise_weight": 0.7, "num_noise": 50, "temperature": 0.02},
-    "offset": {"num_noise": 0, "temperature": 0.02},
-    "two sweeps": {"num_noise": 0, "temperature": 0.002, "negatives": True},
-    "symmetric": {"noise": make(M, D, seed=5), "symmetric": True, "negatives": True, "hard_negative_weight": 1.3},
-    "expected, symmetric": {"noise": "expected", "num_noise": 50, "symmetric": True},
-    "none": {"noise": make(M, D, seed=5), "reduction": "none", "symmetric": True},
-    "decoupled": {"decoupled": True, "noise": make(M, D, seed=5), "negatives": True},
-    "decoupled, two sweeps": {"decoupled": True, "num_noise": 0, "temperature": 0.002, "symmetric": True},
-    "margin": {"angular_margin": 0.3, "hardness": 3.0, "num_noise": 0, "negatives": True},
-    "margin, symmetric": {"angular_margin": 0.3, "hardness": 3.0, "noise": "expected", "symmetric": True},
-    "filter": {
-        "filter_margin": 0.05, "filter_threshold": 0.3, "num_noise": 0, "negatives": True,
-        "hard_negative_weight": 1.3,
-    },
-    "filter, symmetric": {"filter_margin": 0.05, "num_noise": 0, "symmetric": True, "decoupled": True},
-    "guide": {"guide": [make(n, 7, seed=20 + n) for n in (N, N, H, Q)], "negatives": True, "num_noise": 0},
-    "guide, symmetric": {"guide": [make(N, 7, seed=s) for s in (1, 2)], "num_noise": 0, "symmetric": True},
-    "smoothing": {"label_smoothing": 0.1, "num_noise": 0, "negatives": True},
-}  # fmt: skip
+
+@pytest.mark.parametrize("name", COMPARABLE)
+def test_every_case(name):
+    compare(CASES[name], torch.float32)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_every_option(name):
-    options = dict(OPTIONS[name])
-    upstream = make(N, seed=6) if options.get("reduction") == "none" else None
-    ours, want = both(torch.float32, upstream, **options)
-    assert_close(ours, want, torch.float32, options.get("temperature", 0.05))
+HALF = ["weights", "noise, negatives", "noise, symmetric", "noise, symmetric, none", "decoupled, noise"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-@pytest.mark.parametrize("name", ["weights", "noise", "symmetric", "none", "decoupled", "margin, symmetric"])
+@pytest.mark.parametrize("name", [*HALF, "margin, expected, symmetric"])
 def test_half_precision(name, dtype):
-    options = dict(OPTIONS[name], temperature=0.1)
-    upstream = make(N, seed=6) if options.get("reduction") == "none" else None
-    ours, want = both(dtype, upstream, **options)
-    assert_close(ours[:3], want[:3], dtype)
+    compare(CASES[name], dtype, temperature=0.1)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 8), (2, 3), (17, 1), (5, 130), (33, 16), (3, 8192)], ids=str)
 @pytest.mark.parametrize("options", [{}, {"symmetric": True}], ids=["oneway", "symmetric"])
 def test_ragged_sizes(sizes, options):
-    ours, want = both(torch.float32, sizes=sizes, num_noise=0, temperature=0.2, **options)
-    assert_close(ours, want, torch.float32)
+    compare(LossCase(options), torch.float32, sizes, temperature=0.2)
 
 
 @pytest.mark.parametrize("options", [{}, {"symmetric": True}], ids=["oneway", "symmetric"])
@@ -435,13 +392,14 @@ FAULTS = {  # what is wrong: the file, what stands there, what a mistake would w
 def _largest_error() -> float:
     """In units of the limits, over calls that use what the faults are in; NaN counts as infinite."""
     worst = 0.0
-    special = dict(OPTIONS["ids"], hard_negative_weight=1.3)
-    for dtype, unit, options in (
-        (torch.float32, 1e-5, OPTIONS["info_nce"]),
+    special = CASES["ids, negatives"].given(hard_negative_weight=1.3)
+    for dtype, unit, case in (
+        (torch.float32, 1e-5, CASES["info_nce"]),
         (torch.float32, 1e-5, special),
         (torch.bfloat16, 1e-2, special),  # here the anchors are centred
     ):
-        ours, want = both(dtype, temperature=0.2, workspace_bytes=100_000, **options)
+        options = {"workspace_bytes": 100_000, "temperature": 0.2, "device": DEVICE, "exact": True}
+        ours, want = both(case, "triton", N, D, dtype, **options)
         errors = [relative_error(a, b) / unit for a, b in zip(ours[:5], want[:5], strict=True)]
         worst = max(worst, *(e if e == e else float("inf") for e in errors))
     return worst

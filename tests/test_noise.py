@@ -6,9 +6,12 @@ import math
 
 import pytest
 import torch
+from helpers import rows
 from scipy.special import ive
 
-from fused_infonce.noise import NOISE_BLOCK, log_mean_exp_cosine, num_blocks, sample_block
+from fused_infonce import alignment, contrastive_stats, gs_infonce, uniformity
+from fused_infonce import noise as noise_source
+from fused_infonce.noise import NOISE_BLOCK, log_mean_exp_cosine, num_blocks, sample_all, sample_block
 
 
 @pytest.mark.parametrize("D", [2, 3, 64, 384, 768, 1024])
@@ -49,3 +52,54 @@ def test_blocks_are_normal_and_the_same_alone():
     everything = torch.cat(blocks)
     assert abs(everything.mean()) < 0.03
     assert abs(everything.std() - 1) < 0.03
+
+
+def test_every_bit_of_the_seed_counts():
+    """A generator on a CPU is seeded with 32 bits; seeds have 62."""
+    device = torch.device("cpu")
+    for num_noise, D in ((1, 8), (5, 3), (NOISE_BLOCK + 3, 2)):
+        drawn = [
+            sample_all(torch.tensor([s]), num_noise, D, device) for s in (0, *(1 << bit for bit in range(62)))
+        ]
+        assert len({x.numpy().tobytes() for x in drawn}) == 63
+        assert torch.equal(drawn[0], sample_all(torch.tensor([0]), num_noise, D, device))
+    sample = sample_all(torch.tensor([2**61 + 5]), 2000, 50, device)
+    assert abs(float(sample.mean())) < 0.02
+    assert abs(float(sample.std()) - 1) < 0.02
+    halves = sample[:NOISE_BLOCK].view(2, -1)
+    assert abs(float(torch.corrcoef(halves)[0, 1])) < 0.03
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("noise", ["sampled", "expected"])
+def test_a_default_device_changes_nothing(noise, backend):
+    """Nothing of a call is made on the default device, for which "meta" stands here."""
+    x, y, h = rows(6, 4), rows(6, 4, seed=1), rows(12, 4, seed=2)
+    options = {"noise": noise, "backend": backend, "num_noise": 7, "hard_negative_weight": 0.5}
+    more = [
+        {"temperature": 0.013}, {"temperature": torch.tensor(0.1), "symmetric": True}, {"reduction": "none"},
+        {"ids": torch.arange(6) // 2, "filter_threshold": 0.5}, {"label_smoothing": 0.1, "angular_margin": 0.2},
+        {"filter_margin": 0.1, "symmetric": True}, {"generator": torch.Generator()},
+    ]  # fmt: skip
+
+    def run():
+        out = []
+        for extra in more:
+            torch.manual_seed(3)
+            if "generator" in extra:
+                extra["generator"].manual_seed(4)
+            leaf = x.clone().requires_grad_()
+            loss = gs_infonce(leaf, y, h, **options, **extra)
+            out += [loss.detach(), *torch.autograd.grad(loss.sum(), leaf, create_graph=True)]
+        return [*out, uniformity(x), alignment(x, y), *contrastive_stats(x, y, h, noise=noise).values()]
+
+    want = run()
+    torch.set_default_device("meta")
+    try:
+        noise_source._series_of_float.cache_clear()
+        got = run()
+    finally:
+        torch.set_default_device(None)
+    for a, b in zip(got[:-7], want[:-7], strict=True):
+        assert torch.equal(a, b)
+    assert all(a.device.type == "cpu" for a in got)

@@ -8,64 +8,68 @@ import math
 
 import pytest
 import torch
+from cases import CASES, COMPARABLE, NOISE, LossCase, both
 from helpers import loss_and_grads, relative_error, rows
 
-from bench.cases import naive
-from fused_infonce import arguments, gs_infonce, info_nce
+from fused_infonce import arguments, function, gs_infonce, info_nce
+from fused_infonce.testing import naive
 from fused_infonce.tiled import two_pass
 from fused_infonce.tiled.operands import GradScale, NeedsGrad, Precision
 from fused_infonce.tiled.problem import TiledProblem
 from fused_infonce.tiled.torch_backend import TorchBackend
 
-N, D, H, Q, M = 37, 24, 74, 11, 19
+N, D, H = 37, 24, 74
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5}
-NOISE = {"none": {"num_noise": 0}, "given": {"noise": rows(M, D, seed=5)}, "expected": {"noise": "expected"}}
+# Arguments that change where or how a result is computed, and not the result.
+NO_OPTIONS = {"min_temperature", "generator", "group", "strategy", "backend", "workspace_bytes"}
 
 
-def both(dtype, temperature, upstream=None, **options):
-    """Results of both backends; tiny workspaces make many tiles of few rows."""
-    inputs = [rows(N, D, seed=1, dtype=dtype), rows(N, D, seed=2, dtype=dtype)]
-    if options.pop("negatives", False):
-        inputs.append(rows(H, D, seed=3, dtype=dtype))
-        options["queue"] = rows(Q, D, seed=4, dtype=dtype)
-    options["temperature"] = torch.tensor(temperature, dtype=torch.float64)
-    ours = loss_and_grads(inputs, upstream, backend="torch", workspace_bytes=20_000, **options)
-    return ours, loss_and_grads(inputs, upstream, backend="reference", **options)
-
-
-def assert_close(dtype, temperature, ours, want):
+def against_reference(case, dtype, temperature=0.05):
+    ours, want = both(case, "torch", N, D, dtype, workspace_bytes=20_000, temperature=temperature)
     limit = TOLERANCE[dtype] * max(1, 0.05 / temperature)
-    for name, a, b in zip(("loss", "anchors", "positives", "more", "more", "more"), ours, want, strict=False):
+    # dτ is a sum over rows that may cancel: in fp32 it is held to its own scale in test_accuracy.
+    last = None if dtype == torch.float64 else -1
+    for name, a, b in zip(
+        ("loss", "anchors", "positives", "more", "more", "more"), ours[:last], want, strict=False
+    ):
         assert a.dtype == b.dtype
         assert relative_error(a, b) < limit, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("name", COMPARABLE)
+def test_every_case(name, dtype):
+    against_reference(CASES[name], dtype, CASES[name].options.get("temperature", 0.05))
+
+
+def test_every_option_has_a_case():
+    used = {"negatives", "queue", "ids", "negative_ids", "guide"}
+    assert all(any(getattr(case, x) for case in CASES.values()) for x in used - {"negative_ids"})
+    assert any(case.ids and case.negatives for case in CASES.values())
+    used |= {name for case in CASES.values() for name in case.options}
+    assert used == set(inspect.signature(gs_infonce).parameters) - {"anchors", "positives"} - NO_OPTIONS
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("symmetric", [False, True], ids=["oneway", "symmetric"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_every_combination(dtype, symmetric, reduction):
+    plain = {"symmetric": symmetric, "reduction": reduction, "noise_weight": 0.7}
     for noise, negatives, temperature in itertools.product(NOISE, (False, True), (1e-3, 0.02, 0.05, 10.0)):
         for masked, own in itertools.product((False, True), (0.0, 1.3) if negatives else (0.0,)):
-            options = {"symmetric": symmetric, "reduction": reduction, "noise_weight": 0.7, **NOISE[noise]}
-            if masked:
-                options["ids"] = torch.arange(N) // 2
-                if negatives:
-                    options["negative_ids"] = torch.arange(H) % 20
-            upstream = rows(N, seed=6, dtype=dtype) if reduction == "none" else None
-            ours, want = both(
-                dtype, temperature, upstream, negatives=negatives, hard_negative_weight=own, **options
+            case = LossCase(
+                {**plain, **NOISE[noise], "hard_negative_weight": own},
+                negatives=2 * negatives,
+                queue=negatives,
+                ids=masked,
             )
-            # dτ is a sum over rows that may cancel: it is held to its own scale in test_accuracy.
-            last = None if dtype == torch.float64 else -1
-            assert_close(dtype, temperature, ours[:last], want[:last])
+            against_reference(case, dtype, temperature)
 
 
 @pytest.mark.parametrize("log_weight", [-40.0, 40.0])
 def test_large_weights_keep_their_range(log_weight):
-    ours, want = both(torch.float32, 0.05, negatives=True, hard_negative_weight=log_weight, num_noise=0)
-    assert_close(torch.float32, 0.05, ours, want)
-    ours, want = both(torch.float32, 0.05, noise=NOISE["given"]["noise"], noise_weight=math.exp(log_weight))
-    assert_close(torch.float32, 0.05, ours, want)
+    against_reference(LossCase({"hard_negative_weight": log_weight}, negatives=2, queue=True), torch.float32)
+    against_reference(LossCase({"noise": "given", "noise_weight": math.exp(log_weight)}), torch.float32)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -76,7 +80,7 @@ def test_gradcheck(symmetric, reduction):
 
     def loss(q, k, h, queue, tau):
         return gs_infonce(
-            q, k, h, queue=queue, temperature=tau, noise=NOISE["given"]["noise"][:, :5], symmetric=symmetric,
+            q, k, h, queue=queue, temperature=tau, noise=rows(19, 5, seed=5), symmetric=symmetric,
             hard_negative_weight=0.5, ids=torch.tensor([0, 1, 0, 2]), reduction=reduction, backend="torch",
         )  # fmt: skip
 
@@ -122,9 +126,12 @@ def test_without_gradients_the_same_loss(options):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"reduction": "sum"}], ids=str)
 @pytest.mark.parametrize("size", [(40, 24), (256, 300)], ids=["small", "large"])
-def test_half_precision_inputs(dtype, options, size):
+def test_half_precision_inputs(dtype, options, size, monkeypatch):
     inputs = [rows(*size, seed=s, dtype=dtype) for s in (1, 2)]
     temperature = torch.tensor(0.1)
+    large = size[0] > 40
+    if large:
+        monkeypatch.setattr(function, "SMALL_PRODUCT", 0)  # whose products run in fp32
     ours = loss_and_grads(inputs, backend="torch", num_noise=0, temperature=temperature, **options)
     want = loss_and_grads([x.double() for x in inputs], backend="reference", num_noise=0,
                           temperature=temperature.double(), **options)  # fmt: skip
@@ -133,6 +140,11 @@ def test_half_precision_inputs(dtype, options, size):
     assert relative_error(ours[0], want[0]) < 1e-4
     for a, b in zip(ours[1:3], want[1:3], strict=True):
         assert relative_error(a, b) < 3e-3
+    with torch.autocast("cpu", enabled=False):
+        exact = loss_and_grads([x.float() for x in inputs], backend="torch", num_noise=0, temperature=temperature,
+                               **options)  # fmt: skip
+    rounded = ours[0] != exact[0]
+    assert rounded == large  # products in the inputs' dtype leave their trace
 
 
 def test_mixed_inputs_are_promoted_and_gradients_come_in_their_own_dtype():

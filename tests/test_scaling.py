@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import scaling
+from experiments import scaling
 from fused_infonce.distributed import GATHER_BYTES, choose_strategy
 
 MACHINE = scaling.Machine()

@@ -49,7 +49,7 @@ def test_only_line_ends_separate_sentences(tmp_path):
         ("plain.txt.gz", b"text", "cannot read"),
         ("cut.txt.gz", gzip.compress(b"text " * 1000, mtime=0)[:-12], "cannot read"),
         ("table.csv", b"a,b\n", "it is empty"),
-        ("table.xlsx", b"a,b\n", "of no format"),
+        ("table.xlsx", b"a,b\n", "unsupported file type"),
     ],
 )
 def test_what_is_not_sentences_is_named(tmp_path, name, raw, message):

@@ -202,14 +202,14 @@ def losses_of(group, arguments):
 def test_torchrun_resumes_when_a_process_is_killed(ranks, folder, tmp_path):
     """SIGKILL of rank 1 after a checkpoint: torchrun names it, starts both again, and the curve is the same."""
     way = {"max_steps": 60, "save_strategy": "steps", "save_steps": 10, "logging_steps": 5, "dropout": 0.1}
-    older = tmp_path / "run" / "checkpoint-50"  # of an earlier run in the same folder
+    older = tmp_path / "run" / "checkpoint-50"  # of an earlier run in the same folder, which has to go
     older.mkdir(parents=True)
     (older / "trainer_state.json").write_text("{}")
-    os.utime(older / "trainer_state.json", (1, 1))
+    (tmp_path / "run" / START_FILE).write_text("the earlier run")  # torchrun was cut off in it
     command = [
         sys.executable, "-m", "torch.distributed.run", "--rdzv-endpoint", f"localhost:{free_port()}",
         "--nproc-per-node", "2", "--max-restarts", "1", "--monitor-interval", "0.5",
-        "-m", "simcse.train", *argv(folder, tmp_path / "run", 8, way),
+        "-m", "simcse.train", *argv(folder, tmp_path / "run", 8, way), "--overwrite_output_dir",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     with subprocess.Popen(
@@ -226,7 +226,7 @@ def test_torchrun_resumes_when_a_process_is_killed(ranks, folder, tmp_path):
     assert started.returncode == 0, printed
     assert "exitcode: -9) local_rank: 1" in printed
     assert printed.count("step  5/60") == 1  # not from the start again
-    assert printed.count("16 a batch on 2 processes") == 2
+    assert printed.count("16 per batch on 2 processes") == 2
     assert curve(tmp_path / "run") == pytest.approx(
         ranks.run(losses_of, argv(folder, tmp_path / "unbroken", 8, way))[0], rel=1e-6
     )
@@ -248,4 +248,4 @@ def test_a_users_mistake_is_one_line_of_one_process(folder, tmp_path):
     ]  # fmt: skip
     ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     lines = [line for line in ended.stderr.splitlines() if line.startswith("simcse.train: error")]
-    assert lines == ["simcse.train: error: --queue_size 3 is no multiple of the 2 processes that share it"]
+    assert lines == ["simcse.train: error: --queue_size 3 is not a multiple of the 2 processes that share it"]

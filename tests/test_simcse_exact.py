@@ -139,7 +139,7 @@ PARTS = """
 import torch
 from transformers import BertConfig, BertModel
 
-from bench.memory import status
+from fused_infonce.testing import process_memory
 from simcse.objective import embed_in_parts
 
 torch.set_num_threads(1)
@@ -157,7 +157,7 @@ for parts in (8, 32):
     ids = torch.ones(32 * parts, 32, dtype=torch.int64)
     vectors, _ = embed_in_parts(embed, {"input_ids": ids, "attention_mask": ids}, 32)
     vectors.square().sum().backward()
-    print(status("VmHWM") / 2**20)
+    print(process_memory("VmHWM") / 2**20)
 """
 
 

@@ -12,17 +12,17 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 from simcse.errors import UserError
 from simcse.layout import save_encoder
 from simcse.model import POOLER_TYPES, SentenceEncoder, load_encoder, max_tokens
-from simcse.sts import encode
+from simcse.sts import encode, read_sts, spearman
 
 SENTENCES = ["A man is playing a guitar.", "Snow.", "The committee will meet again on Tuesday, it said."]
 
 
-def make_tiny_model(folder: Path) -> Path:
-    """A random BERT of two layers with a real tokenizer, saved as transformers saves a model."""
+def make_tiny_model(folder: Path, layers: int = 2) -> Path:
+    """A random BERT with a real tokenizer, saved as transformers saves a model."""
     torch.manual_seed(0)
     config = BertConfig(
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         intermediate_size=64,
         initializer_range=0.15,  # or every [CLS] vector is nearly the same
@@ -42,24 +42,37 @@ def tokens_of(tokenizer):
 
 
 @pytest.mark.parametrize("pooler", POOLER_TYPES)
-def test_pooler_is_what_its_name_says(tiny, pooler):
-    encoder, tokenizer = load_encoder(str(tiny), pooler, new_mlp=True)
+def test_pooler_is_what_its_name_says(tmp_path, pooler):
+    three = make_tiny_model(tmp_path, layers=3)  # of two, the first is the one before the last
+    encoder, tokenizer = load_encoder(str(three), pooler, new_mlp=True)
     encoder.eval()
     tokens = tokens_of(tokenizer)
     with torch.no_grad():
-        states = AutoModel.from_pretrained(tiny)(**tokens, output_hidden_states=True).hidden_states
+        states = AutoModel.from_pretrained(three)(**tokens, output_hidden_states=True).hidden_states
         vectors = encoder(**tokens)
         for row, sentence in enumerate(SENTENCES):
             words = len(tokenizer(sentence)["input_ids"])  # [CLS] and [SEP] included, padding not
-            embedding, middle, last = (state[row, :words] for state in states)
+            _, first, before, last = (state[row, :words] for state in states)
             by_hand = {
                 "cls": torch.tanh(encoder.mlp[0](last[0])) if encoder.mlp else None,
                 "cls_before_pooler": last[0],
                 "avg": last.mean(0),
-                "avg_top2": (last.mean(0) + middle.mean(0)) / 2,
-                "avg_first_last": (last.mean(0) + embedding.mean(0)) / 2,
+                "avg_top2": (last.mean(0) + before.mean(0)) / 2,
+                "avg_first_last": (last.mean(0) + first.mean(0)) / 2,
             }
             torch.testing.assert_close(vectors[row], by_hand[pooler], rtol=1e-4, atol=1e-5)
+
+
+def test_first_and_last_layer_give_the_references_score(simcse_data, tmp_path):
+    """STS16 with princeton-nlp/SimCSE's evaluation, avg_first_last: 80.59; embeddings would give 80.95."""
+    lines = (simcse_data / "sts_eval.tsv").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "sts16.tsv").write_text(
+        "".join(line for line in lines if line.startswith(("task\t", "STS16\t"))), encoding="utf-8"
+    )
+    encoder, tokenizer = load_encoder("minilm", "avg_first_last")
+    (pairs,) = read_sts(tmp_path / "sts16.tsv")
+    score = spearman(pairs, encode(encoder, tokenizer, pairs.sentences, progress=False))
+    assert score == pytest.approx(80.59, abs=0.005)
 
 
 def test_mlp_only_train_leaves_the_mlp_out_at_evaluation(tiny):

@@ -97,7 +97,7 @@ def test_cells_are_quoted_as_csv_does(tmp_path):
         ("\t".join(COLUMNS) + "\n", "holds no pair"),
         ("\t".join(COLUMNS) + "\nSTSB\tx\tdev\tgood\ta\tb\n", r"line 2: the score is 'good'"),
         ("\t".join(COLUMNS) + "\nSTSB\tx\tdev\tnan\ta\tb\n", r"line 2: the score is 'nan'"),
-        ("\t".join(COLUMNS) + "\nSTSB\tx\tdev\t1\ta\n", r"line 2: 6 tab-separated cells wanted"),
+        ("\t".join(COLUMNS) + "\nSTSB\tx\tdev\t1\ta\n", r"line 2: 5 tab-separated cells; the header has 6"),
         ("\t".join(COLUMNS) + '\nSTSB\tx\tdev\t1\t"a" b\tc\n', r"line 2: .*quote it as Python's csv does"),
     ],
 )

@@ -15,8 +15,8 @@ from helpers import interruptible
 from test_simcse_model import make_tiny_model
 from test_simcse_sts import write_sts
 
-from bench.suites import dtypes_for
 from fused_infonce import gs_infonce
+from fused_infonce.testing import has_bf16_instructions
 from simcse import train
 from simcse.dataset import shipped
 from simcse.model import load_encoder
@@ -339,7 +339,7 @@ def test_simcse_improves_sts_b_on_real_sentences(tmp_path, capsys):
         "sts_data": write_sts(tmp_path / "sts.tsv", rows[::4]),  # a quarter, to be quick
         "per_device_train_batch_size": 64,
         "learning_rate": 3e-5,
-        "bf16": "bf16" in dtypes_for("cpu"),  # emulated it takes minutes
+        "bf16": has_bf16_instructions(),  # emulated it takes minutes
         "max_steps": 10,
         "eval_steps": 10,
     }

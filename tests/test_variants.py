@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import NOISE, VARIANTS, both
 from helpers import loss_and_grads, relative_error, rows
 from torch import Tensor
 
-from bench.cases import regime
 from fused_infonce import GSInfoNCELoss, gs_infonce, info_nce
+from fused_infonce.testing import REGIMES, embeddings
 
-N, D, H, Q, G = 37, 24, 74, 11, 7
+N, D, H = 37, 24, 74
 TAU = 0.2
 
 
@@ -93,38 +95,18 @@ def test_the_published_formula(formula, columns, dtype):
         assert relative_error(a, b) < (1e-11 if dtype == torch.float64 else 1e-5)
 
 
-OPTIONS = {
-    "decoupled": {"decoupled": True},
-    "margin": {"angular_margin": 0.3},
-    "hardness": {"hardness": 4.0},
-    "filter": {"filter_margin": 0.05, "filter_threshold": 0.3},
-    "guide": {"guide": [rows(n, G, seed=20 + i) for i, n in enumerate((N, N, H, Q))], "filter_threshold": 0.7},
-    "smoothing": {"label_smoothing": 0.1},
-    "all": {"decoupled": True, "angular_margin": 0.2, "hardness": 3.0, "filter_margin": 0.1},
-    "smoothed margin": {"angular_margin": 0.2, "label_smoothing": 0.1, "decoupled": True, "hardness": 2.0},
-}
-NOISE = {"none": {"num_noise": 0}, "given": {"noise": rows(19, D, seed=5)}, "expected": {"noise": "expected"}}
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("symmetric", [False, True], ids=["oneway", "symmetric"])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_with_every_other_option(name, symmetric, reduction, dtype):
     """Against the reference, in tiles of few rows, in one sweep and in two, from τ = 0.002 to 10."""
-    inputs = [rows(n, D, seed=s, dtype=dtype) for s, n in enumerate((N, N, H))]
-    upstream = rows(N, seed=6, dtype=dtype) if reduction == "none" else None
-    masks: dict = {"ids": torch.arange(N) // 2, "negative_ids": torch.arange(H) % 20}
+    plain = VARIANTS[name].given(symmetric=symmetric, reduction=reduction, noise_weight=0.7)
     for noise, own, tau in itertools.product(NOISE, (0.0, 1.3), (0.002, 0.02, 0.05, 10.0)):
-        options = {
-            "queue": rows(Q, D, seed=4, dtype=dtype), "temperature": torch.tensor(tau, dtype=torch.float64),
-            "hard_negative_weight": own, "symmetric": symmetric, "reduction": reduction, "noise_weight": 0.7,
-            **NOISE[noise], **OPTIONS[name],
-        }  # fmt: skip
-        if own and "label_smoothing" not in options:
-            options |= masks
-        ours = loss_and_grads(inputs, upstream, backend="torch", workspace_bytes=20_000, **options)
-        want = loss_and_grads(inputs, upstream, backend="reference", **options)
+        masked = own > 0 and "label_smoothing" not in plain.options
+        case = plain.given(hard_negative_weight=own, **NOISE[noise])
+        case = replace(case, negatives=2, queue=True, ids=masked)
+        ours, want = both(case, "torch", N, D, dtype, workspace_bytes=20_000, temperature=tau)
         limit = (1e-10 if dtype == torch.float64 else 1e-5) * max(1, 0.05 / tau)
         last = None if dtype == torch.float64 else -1  # dτ may cancel
         for what, a, b in zip(("loss", "q", "k", "h", "queue", "tau"), ours[:last], want[:last], strict=False):
@@ -139,7 +121,9 @@ def test_gradcheck(name, symmetric):
     tau = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
 
     def loss(q, k, h, tau):
-        return info_nce(q, k[:4], h, temperature=tau, symmetric=symmetric, backend="torch", **OPTIONS[name])
+        return info_nce(
+            q, k[:4], h, temperature=tau, symmetric=symmetric, backend="torch", **VARIANTS[name].options
+        )
 
     assert torch.autograd.gradcheck(loss, (q, k, h, tau))
 
@@ -200,7 +184,7 @@ def test_zero_rows_and_nan():
     q, k = rows(9, 5, seed=1), rows(9, 5, seed=2)
     q[3] = 0
     for name in ("decoupled", "margin", "hardness", "filter", "smoothing"):
-        options = {name: value for name, value in OPTIONS[name].items() if name != "guide"}
+        options = VARIANTS[name].options
         loss, dq, _ = loss_and_grads([q, k], num_noise=0, **options)
         want = loss_and_grads([q, k], num_noise=0, backend="reference", **options)
         assert relative_error(loss, want[0]) < 1e-12
@@ -247,12 +231,12 @@ def test_defaults_change_nothing_to_the_bit():
     assert all(torch.equal(a, b) for a, b in zip(found, loss_and_grads(inputs, num_noise=0), strict=True))
 
 
-@pytest.mark.parametrize("regime_name", ["trained", "middle", "random", "cone"])
+@pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("symmetric", [False, True], ids=["oneway", "symmetric"])
-def test_fp32_is_as_exact_as_without_them(regime_name, symmetric):
-    q, k = (x.float() for x in regime(regime_name, 200, 384))
+def test_fp32_is_as_exact_as_without_them(regime, symmetric):
+    q, k = (x.float() for x in embeddings(regime, 200, 384))
     for name in ("decoupled", "margin", "hardness", "filter", "smoothing", "all"):
-        options = {"num_noise": 0, "symmetric": symmetric, "temperature": 0.05, **OPTIONS[name]}
+        options = {"num_noise": 0, "symmetric": symmetric, "temperature": 0.05, **VARIANTS[name].options}
         ours = loss_and_grads([q, k], backend="torch", **options)
         want = loss_and_grads([q.double(), k.double()], backend="reference", **options)
         for a, b in zip(ours, want, strict=True):

@@ -23,42 +23,76 @@ from torch import Tensor
 from ..api import gs_infonce
 from ..distributed import Group
 
+_OURS = ("num_noise", "noise_weight", "noise", "mask_duplicates", "backend", "workspace_bytes")
+
+
+# partition_mode → the sets of directions whose columns all belong to the query
+_DIRECTIONS = {
+    "joint": [{"query_to_doc"}, {"query_to_doc", "query_to_query"}],
+    "per_direction": [{"query_to_doc"}, {"query_to_doc", "doc_to_query"}],
+}
+
 
 class _Fused:
-    """What both classes compute once everything is embedded, and the arguments that are ours."""
+    """What both classes compute once everything is embedded, and the arguments that are ours.
 
-    scale: float
-    directions: tuple[str, ...]
+    Attributes stay assignable, as the library's are: they are read, and checked, at every call.
+    """
+
+    scale: float | Tensor
+    similarity_fct: Callable[..., Any]
     gather_across_devices: bool
+    directions: tuple[str, ...]
+    partition_mode: str
     hardness_mode: str | None
     hardness_strength: float
+    num_noise: int
+    noise_weight: float
+    noise: Any
+    mask_duplicates: bool
+    backend: Any
+    workspace_bytes: int | None
 
-    def _set_up(self, similarity_fct: Callable[..., Any], options: dict[str, Any]) -> None:
-        if similarity_fct is not cos_sim:
-            name = getattr(similarity_fct, "__name__", similarity_fct)
-            raise ValueError(f"similarity_fct must be cos_sim, not {name}: rows are normalised in the loss")
-        unhosted = sorted(set(self.directions) & {"doc_to_doc"})
-        mode = getattr(self, "partition_mode", "joint")
-        if "doc_to_query" in self.directions and mode == "joint":
-            unhosted.append("doc_to_query")
-        if unhosted:
-            raise ValueError(
-                f"directions: {', '.join(unhosted)} with partition_mode={mode!r} has columns that belong to the "
-                "document and not to the query, which one sweep over rows cannot hold; leave it out, take "
-                "directions=('query_to_doc', 'doc_to_query') with partition_mode='per_direction', "
-                "or the library's loss"
-            )
-        mode = getattr(self, "hardness_mode", None) if getattr(self, "hardness_strength", 0.0) > 0 else None
-        if mode is not None and (mode == "hard_negatives" or set(self.directions) != {"query_to_doc"}):
-            raise ValueError(
-                f"hardness_mode={mode!r} with directions={self.directions}: the sweep weighs all negatives of one "
-                "direction or none; take hardness_mode='all_negatives' (of pairs 'in_batch_negatives' too) with "
-                "directions=('query_to_doc',), or the library's loss"
-            )
-        options["hardness"] = 0.0 if mode is None else self.hardness_strength
-        self.mask_duplicates = bool(options.pop("mask_duplicates"))
-        self._options = options
+    def _set_up(self, **ours: Any) -> None:
+        for name in _OURS:
+            setattr(self, name, ours[name])
         self._ids: tuple[Tensor, Tensor | None] | None = None
+        self._check()
+
+    def _check(self) -> None:
+        """ValueError for attributes that this loss cannot host, or that the library's constructor refuses."""
+        if self.similarity_fct is not cos_sim:
+            name = getattr(self.similarity_fct, "__name__", self.similarity_fct)
+            raise ValueError(f"similarity_fct must be cos_sim, not {name}: rows are normalised in the loss")
+        if not isinstance(self.scale, Tensor) and not self.scale > 0:
+            raise ValueError(f"scale must be > 0, not {self.scale}")
+        mode, directions = self.partition_mode, set(self.directions)
+        if mode not in ("joint", "per_direction"):
+            raise ValueError(f"partition_mode must be 'joint' or 'per_direction', not {mode!r}")
+        if directions not in _DIRECTIONS[mode]:
+            raise ValueError(
+                f"directions={self.directions!r} with partition_mode={mode!r} cannot be hosted: every column has "
+                "to belong to the query; take ('query_to_doc',), ('query_to_doc', 'query_to_query') with "
+                "partition_mode='joint', ('query_to_doc', 'doc_to_query') with partition_mode='per_direction', or "
+                "the library's loss"
+            )
+        if self.hardness_mode not in (None, "in_batch_negatives", "hard_negatives", "all_negatives"):
+            raise ValueError(
+                "hardness_mode must be None, 'in_batch_negatives', 'hard_negatives' or 'all_negatives', not "
+                f"{self.hardness_mode!r}"
+            )
+        if not self.hardness_strength >= 0:
+            raise ValueError(f"hardness_strength must be >= 0, not {self.hardness_strength}")
+        if self._hardness and (self.hardness_mode == "hard_negatives" or directions != {"query_to_doc"}):
+            raise ValueError(
+                f"hardness_mode={self.hardness_mode!r} with directions={self.directions} cannot be hosted: all "
+                "negatives of one direction are weighted, or none; take hardness_mode='all_negatives' (of pairs "
+                "'in_batch_negatives' too) with directions=('query_to_doc',), or the library's loss"
+            )
+
+    @property
+    def _hardness(self) -> float:
+        return self.hardness_strength if self.hardness_mode is not None else 0.0
 
     def _note_ids(self, sentence_features: list[dict[str, Tensor]]) -> None:
         """One id for each text of the documents, where duplicates are masked."""
@@ -69,9 +103,10 @@ class _Fused:
 
     def _loss(self, queries: Tensor, documents: list[Tensor]) -> Tensor:
         """(N, D), [(N, D), …], the positives first"""
+        self._check()
         N = len(queries)
         negatives = documents[1:]
-        if negatives and self._options["hardness"] and self.hardness_mode == "in_batch_negatives":
+        if negatives and self._hardness and self.hardness_mode == "in_batch_negatives":
             raise ValueError(
                 "hardness_mode='in_batch_negatives' with columns of hard negatives leaves a query's own "
                 "unweighted, which the sweep cannot; take 'all_negatives', or the library's loss"
@@ -104,13 +139,18 @@ class _Fused:
             ids=ids,
             negative_ids=negative_ids,
             symmetric="doc_to_query" in self.directions,
+            hardness=self._hardness,
+            num_noise=self.num_noise,
+            noise_weight=self.noise_weight,
+            noise=self.noise,
+            backend=self.backend,
+            workspace_bytes=self.workspace_bytes,
             group=group,
-            **self._options,
         )
 
     def _own_config(self) -> dict[str, Any]:
-        shown = {name: x for name, x in self._options.items() if name != "hardness" and not isinstance(x, Tensor)}
-        return {**shown, "mask_duplicates": self.mask_duplicates}
+        ours = {name: getattr(self, name) for name in _OURS}
+        return {name: value for name, value in ours.items() if not isinstance(value, Tensor)}
 
 
 class FusedMultipleNegativesRankingLoss(_Fused, MultipleNegativesRankingLoss):  # type: ignore[misc]
@@ -130,7 +170,8 @@ class FusedMultipleNegativesRankingLoss(_Fused, MultipleNegativesRankingLoss):  
     rows'; the gradients after DistributedDataParallel's averaging are the same.
 
     Raises:
-        ValueError: an argument that the sweep cannot host; the message names it and what to take instead.
+        ValueError: an argument that this loss cannot host, also one assigned later, at the call; the message
+            names it and the remedy.
     """
 
     def __init__(
@@ -155,9 +196,10 @@ class FusedMultipleNegativesRankingLoss(_Fused, MultipleNegativesRankingLoss):  
             model, scale, similarity_fct, gather_across_devices, directions, partition_mode, hardness_mode,
             hardness_strength,
         )  # fmt: skip
-        options = {"num_noise": num_noise, "noise_weight": noise_weight, "noise": noise}
-        options |= {"backend": backend, "workspace_bytes": workspace_bytes, "mask_duplicates": mask_duplicates}
-        self._set_up(similarity_fct, options)
+        self._set_up(
+            num_noise=num_noise, noise_weight=noise_weight, noise=noise, mask_duplicates=mask_duplicates,
+            backend=backend, workspace_bytes=workspace_bytes,
+        )  # fmt: skip
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
         sentence_features = list(sentence_features)
@@ -209,9 +251,10 @@ class FusedCachedMultipleNegativesRankingLoss(_Fused, CachedMultipleNegativesRan
             model, scale, similarity_fct, mini_batch_size, mini_batch_num_tokens, gather_across_devices,
             directions, partition_mode, show_progress_bar, hardness_mode, hardness_strength,
         )  # fmt: skip
-        options = {"num_noise": num_noise, "noise_weight": noise_weight, "noise": noise}
-        options |= {"backend": backend, "workspace_bytes": workspace_bytes, "mask_duplicates": mask_duplicates}
-        self._set_up(similarity_fct, options)
+        self._set_up(
+            num_noise=num_noise, noise_weight=noise_weight, noise=noise, mask_duplicates=mask_duplicates,
+            backend=backend, workspace_bytes=workspace_bytes,
+        )  # fmt: skip
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
         sentence_features = list(sentence_features)

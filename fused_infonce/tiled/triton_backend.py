@@ -258,10 +258,11 @@ class TritonBackend:
         if anchors is None and positives is None:
             return None, None, None
         q, k = batch.anchors, batch.columns[0]
-        return normalise.normalise_backward(
+        dq, dk, dots = normalise.normalise_backward(
             q.x, q.inv_norm, _side(anchors), k.x, k.inv_norm, _side(positives), scale.tensor, scale.number,
             self.settings.row_elements,
         )  # fmt: skip
+        return dq, dk, dots
 
     def finish(self, rows: NormalizedRows, args: RowGradArgs, scale: GradScale) -> Tensor:
         grad = self._finish_one(rows, args, scale)[0]
@@ -269,17 +270,18 @@ class TritonBackend:
         return grad
 
     def unit_dots(self, acc: Tensor, rows: NormalizedRows, weights: Tensor, center: Tensor | None) -> Tensor:
-        dots = self._finish_one(rows, RowGradArgs(acc, None, weights, center), GradScale(None, 0.0))[2]
+        dots = self._finish_one(rows, RowGradArgs(acc, None, weights, center), GradScale(None, 0.0))[1]
         assert dots is not None
         return dots
 
     def _finish_one(
         self, rows: NormalizedRows, args: RowGradArgs, scale: GradScale
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return normalise.normalise_backward(
+    ) -> tuple[Tensor | None, Tensor | None]:
+        dx, _, dots = normalise.normalise_backward(
             rows.x, rows.inv_norm, _side(args), None, None, None, scale.tensor, scale.number,
             self.settings.row_elements,
         )  # fmt: skip
+        return dx, dots
 
 
 class TritonOnePassRows:

@@ -1,14 +1,15 @@
-"""What the loss over many GPUs should cost, by a model: ``python -m bench.scaling``.
+"""Predicts the cost of the loss over many GPUs by a model: ``python -m experiments.scaling``.
 
-Nothing in it is measured but the rate of one device, which is given. Every rank does the same at the same time, so
+Only the rate of one device is measured, and that is an argument. Every rank does the same at the same time, so
 one rank's clock is simulated: its products, its link, and what waits for what. A link sends and receives at once;
 a block's next hop leaves when the block has come. docs/scaling.md has the model in words.
 """
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
+
+from simcse.errors import Parser, UserError, exit_cleanly
 
 GPUS = (8, 32, 128, 512, 1024)
 PAIRS = tuple(1 << p for p in (16, 18, 20, 22, 24))
@@ -20,7 +21,7 @@ class Machine:
     node: int = 8  # devices that share the fast links
     inside: float = 450e9  # bytes/s each way of a device within its node
     between: float = 50e9  # bytes/s each way of a device to another node
-    latency: float = 10e-6  # seconds a hop, launch included
+    latency: float = 10e-6  # seconds per hop, launch included
     agree: float = 1e-3  # seconds for the metadata, on the CPU side
 
     def hop(self, W: int, size: float) -> float:
@@ -56,21 +57,21 @@ class Case:
 
 
 def bytes_sent(case: Case, strategy: str) -> float:
-    """Of one rank, forward and backward, but for what is one number a column."""
+    """Returns the bytes that one rank sends forward and backward, without what is one number per column."""
     if strategy == "gather":
         return (case.W - 1) * (case.block + case.sums)
     return (case.W - 1) * 2 * case.block + (case.W > 1) * case.W * case.sums
 
 
 def memory(case: Case, strategy: str) -> float:
-    """Bytes of one rank beyond its own rows, gradients and workspace."""
+    """Returns the bytes that one rank holds beyond its own rows, gradients and workspace."""
     if strategy == "gather":
         return 2 * case.W * (case.block + case.sums)  # as they come, and in their place
     return 2 * case.block + 3 * case.sums  # held and coming; summed, leaving and coming
 
 
 def seconds(case: Case, machine: Machine, strategy: str) -> float:
-    """Of one call, forward and backward."""
+    """Returns the seconds of one call, forward and backward."""
     W, product = case.W, case.product / machine.rate
     if strategy == "gather":  # all rows, then one sweep, then all sums: nothing overlaps
         hops = (W - 1) * (machine.hop(W, case.block) + machine.hop(W, case.sums))
@@ -81,7 +82,10 @@ def seconds(case: Case, machine: Machine, strategy: str) -> float:
 
 
 def _round(W: int, work: float, keys: float, sums: float | None) -> float:
-    """A round of W steps: the next keys travel during a step, its sums after it, behind the step that follows."""
+    """Returns the seconds of a round of W steps.
+
+    The next keys travel during a step, its sums after it, during the step that follows.
+    """
     clock = link = landed = 0.0  # now; when the link is free; when the last sums have come
     for step in range(W):
         arrived = clock
@@ -124,20 +128,26 @@ def _count(pairs: int) -> str:
     return f"{pairs >> 20}M" if pairs >= 1 << 20 else f"{pairs >> 10}k"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     default = Machine()
-    parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__)
+    parser = Parser(prog="python -m experiments.scaling", description=__doc__)
     parser.add_argument(
         "--rate", type=float, default=default.rate / 1e12, help="TFLOP/s of one device (%(default)s)"
     )
     parser.add_argument("--inside", type=float, default=default.inside / 1e9, help="GB/s in a node (%(default)s)")
     parser.add_argument("--between", type=float, default=default.between / 1e9, help="GB/s between (%(default)s)")
-    parser.add_argument("--latency", type=float, default=default.latency * 1e6, help="µs a hop (%(default)s)")
+    parser.add_argument("--latency", type=float, default=default.latency * 1e6, help="µs per hop (%(default)s)")
     parser.add_argument("--node", type=int, default=default.node, help="devices in a node (%(default)s)")
     parser.add_argument("--d", type=int, default=768, help="features (%(default)s)")
-    given = parser.parse_args()
-    machine = Machine(given.rate * 1e12, given.node, given.inside * 1e9, given.between * 1e9, given.latency * 1e-6)
-    print(table(machine, given.d))
+    with exit_cleanly("python -m experiments.scaling"):
+        given = parser.parse_args(argv)
+        for name in ("rate", "inside", "between", "node", "d"):
+            if not getattr(given, name) > 0:
+                raise UserError(f"--{name} must be positive, not {getattr(given, name)}")
+        if not given.latency >= 0:
+            raise UserError(f"--latency must be at least 0, not {given.latency}")
+        rates = given.rate * 1e12, given.node, given.inside * 1e9, given.between * 1e9, given.latency * 1e-6
+        print(table(Machine(*rates), given.d))
 
 
 if __name__ == "__main__":
