@@ -68,7 +68,7 @@ def gs_infonce(
         temperature: τ > 0, a float or a tensor of one element (on the CPU or the inputs' device), which then gets
             a gradient if it requires one. NaN or a value <= 0 in a tensor gives NaN out. Right from 1e-3 to 10.
         min_temperature: a lower bound that a device tensor's value is promised to keep; where it is large enough
-            (about 0.014) the faster one-sweep way is taken without asking the device for the value.
+            (about 0.014) the kernels take one pass without asking the device for the value.
         num_noise: M, how many random directions. The paper's code uses 3N.
         noise_weight: λ >= 0. The paper's code declares λ and never uses it: its λ is 1.
         noise: ``"sampled"`` draws M standard normal vectors at each call. ``"expected"`` replaces their sum by its

@@ -46,13 +46,18 @@ class Call:
     backend: Literal["triton", "torch", "reference"]
 
     @property
-    def takes_one_sweep(self) -> bool:
-        """One upstream gradient for all rows, one direction, and a temperature within the range of one sweep."""
+    def takes_one_pass(self) -> bool:
+        """Whether one upstream gradient serves all rows of one direction, and offsets keep them in range.
+
+        torch's tiles hold whole rows, whose maxima are offsets at any temperature; elsewhere the offsets must be
+        known before the pass.
+        """
         options, bound = self.options, self.kappa_bound
         if options.exchange is not None and options.exchange.strategy == "ring":
             return False
-        one_way = options.reduction != "none" and not options.symmetric
-        return one_way and bound is not None and options.fits_one_sweep(bound)
+        if options.reduction == "none" or options.symmetric:
+            return False
+        return self.backend == "torch" or (bound is not None and options.fits_known_offset(bound))
 
 
 @dataclass(slots=True, eq=False)

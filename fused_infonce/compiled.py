@@ -23,11 +23,10 @@ from .function import (
     loss_and_gradients_of,
     losses_of,
     reduced,
-    sweep_of,
 )
 from .options import Reduction
 from .smoothing import smoothing_term
-from .sweep import Needs
+from .tiled.operands import NeedsGrad
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -150,7 +149,7 @@ def _operator(
     return loss
 
 
-def _call(*args: Any) -> tuple[Call, Needs]:
+def _call(*args: Any) -> tuple[Call, NeedsGrad]:
     """The operator's arguments as a call."""
     tensors, (varying, changing) = args[: len(_TENSORS)], args[len(_TENSORS) : len(_TENSORS) + 2]
     given = dict(zip(_TENSORS, tensors, strict=True))
@@ -171,7 +170,7 @@ def _call(*args: Any) -> tuple[Call, Needs]:
         traced=Traced(given["seed"], values[-2]),
         **options,
     )
-    return call, Needs(*values[-1])
+    return call, NeedsGrad(*values[-1])
 
 
 def _keeps_gradients(args: tuple[Any, ...]) -> bool:
@@ -201,7 +200,7 @@ def _forward(*args: Any) -> Results:
         if _keeps_gradients(args):
             loss, grads = loss_and_gradients_of(call, needs)
             return _padded([loss, *grads], call.inputs[0])
-        row_loss, column_loss = losses_of(sweep_of(call))
+        row_loss, column_loss = losses_of(call)
         loss = reduced(row_loss, column_loss, call.options)
         return _padded([loss, row_loss, column_loss], call.inputs[0])
 

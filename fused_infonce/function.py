@@ -1,92 +1,74 @@
-"""The autograd function: which way over the matrix is taken, what is kept for the backward, what comes back."""
+"""The autograd function: which path over the logits is taken, what is kept for the backward, what comes back.
+
+``dense`` for a batch whose logits fit in one tensor; else ``tiled.one_pass`` where one upstream gradient serves
+all rows of one direction, or ``tiled.two_pass``.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import dense
 from .arguments import Call
-from .operands import Accumulator, Precision, Scale
 from .options import Options
-from .sweep import Gradients, Needs, Sweep, Tape, finish
-from .torch_ops import TorchOps
+from .tiled import one_pass, stats, two_pass
+from .tiled.backend import TileBackend, make_backend
+from .tiled.operands import Accumulator, Gradients, GradScale, NeedsGrad, Precision
+from .tiled.problem import TiledProblem
+from .tiled.torch_backend import TorchBackend
 
-# Multiply-adds up to which products run in fp32, also for bf16 and fp16 inputs and under autocast: few errors
-# cancel in so few terms, and the time is that of the calls around them.
-SMALL_PRODUCT = 1 << 25
-NOTHING_ASKED = Needs(False, False, False, False, False)
+# Multiply-adds up to which products run in fp32, also for bf16 and fp16 inputs and under autocast: rounding to
+# bf16 would dominate such short sums, and fp32 is about as fast there (64 × 64 × 1024 on a core with AMX takes 0.9
+# of bf16's time, 256 × 256 × 384 1.4 of it).
+SMALL_PRODUCT = 1 << 23
 
 
 def fused_loss(call: Call) -> Tensor:
     """Losses of the rows (N,), or their sum or mean (0-dim), in nats; differentiable once."""
-    wanted = (*call.inputs, call.temperature)
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in wanted):
-        return _FusedInfoNCE.apply(*wanted, call)  # type: ignore[no-any-return, no-untyped-call]
+    differentiable = (*call.inputs, call.temperature)
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in differentiable):
+        return _FusedInfoNCE.apply(*differentiable, call)  # type: ignore[no-any-return, no-untyped-call]
     with as_a_kernel(call.inputs[0].device):
-        return loss_of(call)
-
-
-def loss_of(call: Call) -> Tensor:
-    """The loss without gradients: one product."""
-    sweep = sweep_of(call)
-    if call.takes_one_sweep:  # no maxima to look for
-        return reduced(_one_sweep(sweep, NOTHING_ASKED, call)[0], None, call.options)
-    return reduced(*losses_of(sweep), call.options)
-
-
-def _one_sweep(sweep: Sweep, needs: Needs, call: Call) -> tuple[Tensor, Tape, Tensor | None, Accumulator | None]:
-    """Losses in nats, (N, 1), and what ``finish`` makes gradients of."""
-    losses, tape, acc_rows, acc_columns = sweep.one_sweep(needs, call.kappa_bound or math.nan)
-    nothing = _nan_of_columns(sweep)
-    return losses if nothing is None else losses + nothing, tape, acc_rows, acc_columns
-
-
-def sweep_of(call: Call, ops: TorchOps | None = None) -> Sweep:
-    """The call's operands, normalised, on its backend."""
-    ops = ops or _ops(call)
-    return Sweep(ops, call.options, _kappa(call.temperature, ops.precision.sums), call.inputs, call.noise_rows)
-
-
-def _ops(call: Call) -> TorchOps:
-    anchors, options, dtype = call.inputs[0], call.options, call.product_dtype
-    rows, columns = options.total("positives"), options.total("columns")
-    if rows * columns * anchors.shape[1] <= SMALL_PRODUCT:
-        dtype = dtype if dtype == torch.float64 else torch.float32
-    precision, workspace_bytes = Precision.of(dtype, anchors.device), options.workspace_bytes
-    if call.backend == "triton":
-        from .triton_ops import TritonOps  # here, for Triton need not be installed
-
-        return cast(TorchOps, TritonOps(precision, anchors.device, workspace_bytes, anchors.shape[0], columns))
-    return TorchOps(precision, anchors.device, workspace_bytes)
+        if not dense.fits(call) and call.takes_one_pass:  # the fewest passes over the tiles
+            return reduced(
+                one_pass.one_pass(problem_of(call), NeedsGrad.none(), call.kappa_bound)[0], None, call.options
+            )
+        return reduced(*losses_of(call), call.options)
 
 
 class _FusedInfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, anchors, positives, negatives, queue, temperature, call: Call) -> Tensor:  # type: ignore[no-untyped-def]
         inputs = (anchors, positives, negatives, queue)
-        ctx.needs = Needs(*ctx.needs_input_grad[:5])
-        ctx.ops, ctx.options = _ops(call), _with_tensors(call.options)
+        ctx.needs = NeedsGrad(*ctx.needs_input_grad[:5])
+        ctx.options = _with_tensors(call.options)
         ctx.temperature, tau = (None, temperature) if isinstance(temperature, Tensor) else (temperature, None)
+        # All that the backward reads goes through save_for_backward: it is freed with the graph, and autograd
+        # raises an error where a tensor of the caller's was changed in place in between.
         with as_a_kernel(anchors.device):
-            sweep = sweep_of(call, ctx.ops)
-            # All that the backward reads goes through save_for_backward: it is freed with the graph, and autograd
-            # raises an error where a tensor of the caller's was changed in place in between.
-            if call.takes_one_sweep:
-                row_loss, ctx.tape, acc_rows, acc = _one_sweep(sweep, ctx.needs, call)
-                ctx.tape.units.detach()
-                acc_columns = (None, None) if acc is None else (acc.grad, acc.sums)
-                ctx.save_for_backward(*inputs, tau, acc_rows, *acc_columns)
-                column_loss = None
+            tensors: tuple[Tensor | None, ...]
+            if dense.fits(call):
+                row_loss, column_loss, tensors = dense.losses(call, _kappa_of(call), _precision(call))
+                ctx.gradients = _dense_gradients
+            elif call.takes_one_pass:
+                ctx.backend, column_loss = _backend(call), None
+                row_loss, kept = one_pass.one_pass(problem_of(call, ctx.backend), ctx.needs, call.kappa_bound)
+                acc = kept.acc_columns
+                tensors = (kept.acc_rows, *((None, None) if acc is None else (acc.grad, acc.sums)))
+                ctx.kept, ctx.gradients = replace(kept, acc_rows=None, acc_columns=None), _one_pass_gradients
+                ctx.backend.release()
             else:
-                row_loss, column_loss = losses_of(sweep)
-                ctx.tape = None
-                given = call.noise_rows, *_tensors_of(call.options)
-                ctx.save_for_backward(*inputs, tau, row_loss, column_loss, *given)
-            ctx.ops.release()
+                ctx.backend = _backend(call)
+                row_loss, column_loss = two_pass.losses(problem_of(call, ctx.backend))
+                tensors = (row_loss, column_loss, call.noise_rows, *_tensors_of(call.options))
+                ctx.gradients = _two_pass_gradients
+                ctx.backend.release()
+            ctx.save_for_backward(*inputs, tau, *tensors)
             return reduced(row_loss, column_loss, call.options)
 
     @staticmethod
@@ -98,30 +80,146 @@ class _FusedInfoNCE(torch.autograd.Function):
                 "take one gradient at a time"
             )
         saved = ctx.saved_tensors
-        inputs, tau, kept = saved[:4], saved[4], saved[5:]
-        ops, options = ctx.ops, ctx.options
-        temperature = ctx.temperature if tau is None else tau
+        temperature = ctx.temperature if saved[4] is None else saved[4]
         with as_a_kernel(upstream.device):
-            kappa = _kappa(temperature, ops.precision.sums)
-            if ctx.tape is not None:
-                acc_rows, grad, sums = kept
-                acc_columns = None if grad is None else Accumulator(grad, sums)
-                units = ctx.tape.units.attach([x for x in inputs if x is not None])
-                scale = _scale(upstream, options)
-                out = finish(ops, options, ctx.tape, acc_rows, acc_columns, ctx.needs, kappa, scale)
-                units.detach()
-            else:
-                row_loss, column_loss, noise_rows, *given = kept
-                sweep = Sweep(ops, _with_tensors(options, *given), kappa, inputs, noise_rows)
-                out = _two_sweep_gradients(sweep, ctx.needs, row_loss, column_loss, upstream)
-            ops.release()
-            grads = [*out.inputs, _of_temperature(out.kappa, kappa, temperature)]
+            grads: list[Tensor | None] = ctx.gradients(ctx, saved[:4], temperature, saved[5:], upstream)
         if torch.is_grad_enabled():
             present = [g for g in grads if g is not None]
             sources = [x for x in (upstream, *saved[:5]) if x is not None]
             marked = iter(_FirstDerivativeOnly.apply(len(sources), *sources, *present))  # type: ignore[no-untyped-call]
             grads = [None if g is None else next(marked) for g in grads]
         return *grads, None
+
+
+Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def _dense_gradients(
+    ctx: Any, inputs: Inputs, temperature: float | Tensor, saved: tuple[Any, ...], upstream: Tensor
+) -> list[Tensor | None]:
+    kept = dense.Residuals(*saved)
+    kappa, dtypes = _kappa(temperature, kept.center.dtype), [None if x is None else x.dtype for x in inputs]
+    out = dense.gradients(kept, ctx.options, ctx.needs, kappa, upstream, dtypes)
+    return [*out.inputs, _of_temperature(out.kappa, kappa, temperature)]
+
+
+def _one_pass_gradients(
+    ctx: Any, inputs: Inputs, temperature: float | Tensor, saved: tuple[Any, ...], upstream: Tensor
+) -> list[Tensor | None]:
+    acc_rows, grad, sums = saved
+    kept = replace(ctx.kept, acc_rows=acc_rows, acc_columns=None if grad is None else Accumulator(grad, sums))
+    kappa = _kappa(temperature, ctx.backend.precision.sums)
+    present = [x for x in inputs if x is not None]
+    scale = GradScale(upstream, ctx.options.gradient_factor)
+    out = one_pass.gradients(ctx.backend, ctx.options, kept, present, ctx.needs, kappa, scale)
+    ctx.backend.release()
+    return [*out.inputs, _of_temperature(out.kappa, kappa, temperature)]
+
+
+def _two_pass_gradients(
+    ctx: Any, inputs: Inputs, temperature: float | Tensor, saved: tuple[Any, ...], upstream: Tensor
+) -> list[Tensor | None]:
+    row_loss, column_loss, noise_rows, *given = saved
+    kappa = _kappa(temperature, ctx.backend.precision.sums)
+    problem = TiledProblem(ctx.backend, _with_tensors(ctx.options, *given), kappa, inputs, noise_rows)
+    out = _weighted_gradients(problem, ctx.needs, row_loss, column_loss, upstream)
+    ctx.backend.release()
+    return [*out.inputs, _of_temperature(out.kappa, kappa, temperature)]
+
+
+def _weighted_gradients(
+    problem: TiledProblem, needs: NeedsGrad, row_loss: Tensor, column_loss: Tensor | None, upstream: Tensor | None
+) -> Gradients:
+    """upstream: of the rows' losses or of the reduced one; None: 1, of a mean or sum."""
+    factor, weights = problem.options.gradient_factor, None
+    if problem.options.reduction == "none":
+        assert upstream is not None
+        weights = upstream.contiguous()[:, None]  # the backward of `loss.sum()` passes an expanded scalar
+        upstream = None
+    return two_pass.gradients(problem, needs, row_loss, column_loss, weights, GradScale(upstream, factor))
+
+
+# ---------------------------------------------------------------------- for the compiler's operators
+
+
+def losses_of(call: Call) -> tuple[Tensor, Tensor | None]:
+    """Losses of the rows and, where the loss is symmetric, of the columns, (N, 1) each."""
+    if dense.fits(call):
+        return dense.losses(call, _kappa_of(call), _precision(call))[:2]
+    return two_pass.losses(problem_of(call))
+
+
+def loss_and_gradients_of(call: Call, needs: NeedsGrad) -> tuple[Tensor, list[Tensor | None]]:
+    """A sum or mean, and its gradients in the sums' dtype and the inputs' shapes, the temperature's last."""
+    options, kappa, sums = call.options, _kappa_of(call), _precision(call).sums
+    column_loss = None
+    if dense.fits(call):
+        row_loss, column_loss, kept = dense.losses(call, kappa, _precision(call))
+        out = dense.gradients(kept, options, needs, kappa, None, [sums] * 4)
+    elif call.takes_one_pass:
+        problem = problem_of(call)
+        row_loss, residuals = one_pass.one_pass(problem, needs, call.kappa_bound)
+        present, scale = [x for x in call.inputs if x is not None], GradScale(None, options.gradient_factor)
+        out = one_pass.gradients(problem.backend, options, residuals, present, needs, kappa, scale, sums)
+    else:
+        inputs: Any = tuple(None if x is None else x.to(sums) for x in call.inputs)
+        problem = problem_of(replace(call, inputs=inputs), _backend(call))  # whose gradients are not rounded then
+        row_loss, column_loss = two_pass.losses(problem)
+        out = _weighted_gradients(problem, needs, row_loss, column_loss, None)
+    of_temperature = _of_temperature(out.kappa, kappa, call.temperature, sums)
+    return reduced(row_loss, column_loss, options), [*out.inputs, of_temperature]
+
+
+def gradients_of(
+    call: Call, needs: NeedsGrad, row_loss: Tensor, column_loss: Tensor | None, upstream: Tensor
+) -> list[Tensor | None]:
+    """Gradients in the inputs' dtypes, from the losses that ``losses_of`` returned; the temperature's last."""
+    kappa = _kappa_of(call)
+    if dense.fits(call):
+        kept = dense.losses(call, kappa, _precision(call))[2]
+        dtypes = [None if x is None else x.dtype for x in call.inputs]
+        out = dense.gradients(kept, call.options, needs, kappa, upstream, dtypes)
+    else:
+        out = _weighted_gradients(problem_of(call), needs, row_loss, column_loss, upstream)
+    return [*out.inputs, _of_temperature(out.kappa, kappa, call.temperature)]
+
+
+def stats_of(call: Call) -> dict[str, Tensor]:
+    """The figures of ``contrastive_stats``; the call's backend must be torch's."""
+    backend = TorchBackend(_precision(call), call.inputs[0].device, call.options.workspace_bytes)
+    return stats.stats(problem_of(call, backend), backend)
+
+
+# ---------------------------------------------------------------------- a call's parts
+
+
+def problem_of(call: Call, backend: TileBackend | None = None) -> TiledProblem:
+    """The call's operands, normalised, on its backend."""
+    return TiledProblem(backend or _backend(call), call.options, _kappa_of(call), call.inputs, call.noise_rows)
+
+
+def _backend(call: Call) -> TileBackend:
+    anchors, options = call.inputs[0], call.options
+    return make_backend(
+        call.backend,
+        _precision(call),
+        anchors.device,
+        options.workspace_bytes,
+        len(anchors),
+        options.total("columns"),
+    )
+
+
+def _precision(call: Call) -> Precision:
+    anchors, options, dtype = call.inputs[0], call.options, call.product_dtype
+    size = options.total("positives") * options.total("columns") * anchors.shape[1]
+    if size <= SMALL_PRODUCT and dtype != torch.float64:
+        dtype = torch.float32
+    return Precision.of(dtype, anchors.device)
+
+
+def _kappa_of(call: Call) -> float | Tensor:
+    return _kappa(call.temperature, torch.float64 if call.product_dtype == torch.float64 else torch.float32)
 
 
 def _tensors_of(options: Options) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
@@ -146,74 +244,6 @@ def _with_tensors(
         guide = None if guide_rows is None or guide_columns is None else (guide_rows, guide_columns)
         similar = replace(similar, guide=guide)
     return replace(options, ids=ids, negative_ids=negative_ids, similar=similar)
-
-
-def losses_of(sweep: Sweep) -> tuple[Tensor, Tensor | None]:
-    """The losses of two sweeps' first, (N, 1) each."""
-    row_loss, column_loss = sweep.losses()
-    nothing = _nan_of_columns(sweep)
-    if nothing is not None:
-        row_loss, column_loss = row_loss + nothing, None if column_loss is None else column_loss + nothing
-    return row_loss, column_loss
-
-
-def _nan_of_columns(sweep: Sweep) -> Tensor | None:
-    """NaN where some column holds one, else 0; None where the losses show it themselves.
-
-    Ids and a guide can mask a column in every row: it is hidden from the losses then, but not from the gradients,
-    whose products multiply it by 0.
-    """
-    options = sweep.options
-    if options.ids is None and (options.similar is None or options.similar.guide is None):
-        return None
-    nothing = sweep.operands.keys.sum(dtype=sweep.ops.precision.sums) * 0
-    return nothing if options.exchange is None else options.exchange.sum(nothing)
-
-
-def loss_and_gradients_of(call: Call, needs: Needs) -> tuple[Tensor, list[Tensor | None]]:
-    """A sum or mean, and its gradients in the sums' dtype and the inputs' shapes, the temperature's last."""
-    if call.takes_one_sweep:
-        sweep = sweep_of(call)
-        ops, options, sums = sweep.ops, call.options, sweep.ops.precision.sums
-        losses, tape, acc_rows, acc_columns = _one_sweep(sweep, needs, call)
-        scale = _scale(None, options)
-        out = finish(ops, options, tape, acc_rows, acc_columns, needs, sweep.kappa, scale, sums)
-        of_temperature = _of_temperature(out.kappa, sweep.kappa, call.temperature, sums)
-        return reduced(losses, None, options), [*out.inputs, of_temperature]
-    ops = _ops(call)
-    sums = ops.precision.sums
-    inputs: Any = tuple(None if x is None else x.to(sums) for x in call.inputs)
-    call = replace(call, inputs=inputs)  # whose gradients are not rounded then
-    sweep = sweep_of(call, ops)
-    row_loss, column_loss = losses_of(sweep)
-    out = _two_sweep_gradients(sweep, needs, row_loss, column_loss, None)
-    of_temperature = _of_temperature(out.kappa, sweep.kappa, call.temperature, sums)
-    return reduced(row_loss, column_loss, call.options), [*out.inputs, of_temperature]
-
-
-def gradients_of(
-    call: Call, needs: Needs, row_loss: Tensor, column_loss: Tensor | None, upstream: Tensor
-) -> list[Tensor | None]:
-    """Gradients by two sweeps from the losses of the first, the temperature's last."""
-    sweep = sweep_of(call)
-    out = _two_sweep_gradients(sweep, needs, row_loss, column_loss, upstream)
-    return [*out.inputs, _of_temperature(out.kappa, sweep.kappa, call.temperature)]
-
-
-def _two_sweep_gradients(
-    sweep: Sweep, needs: Needs, row_loss: Tensor, column_loss: Tensor | None, upstream: Tensor | None
-) -> Gradients:
-    """upstream: None for 1, of a mean or sum."""
-    options = sweep.options
-    if options.reduction == "none":
-        assert upstream is not None
-        weights = upstream.contiguous()[:, None]  # `loss.sum()` hands an expanded scalar back
-        return sweep.gradients(needs, row_loss, column_loss, weights, Scale(None, options.gradient_factor))
-    return sweep.gradients(needs, row_loss, column_loss, None, _scale(upstream, options))
-
-
-def _scale(upstream: Tensor | None, options: Options) -> Scale:
-    return Scale(upstream, options.gradient_factor)
 
 
 def _of_temperature(
@@ -275,28 +305,28 @@ def reduced(row_loss: Tensor, column_loss: Tensor | None, options: Options) -> T
 
 
 class as_a_kernel:  # noqa: N801 (a context manager; a class takes a third of a generator's time)
-    """As a kernel of torch's own runs: on the tensors' device; below autograd, which would look at each operation
-    for a graph that there never is (6 % of a small loss); with products' dtypes chosen here, not by autocast.
+    """Runs operations as a kernel of torch's own: on the tensors' device, without a graph, and with the products'
+    dtypes chosen here, not by autocast.
     """
 
-    __slots__ = ("below", "casts", "device", "there")
+    __slots__ = ("casts", "device", "no_grad", "there")
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.casts = torch.is_autocast_enabled(device.type)
         here = device.type != "cuda" or device.index == torch.cuda.current_device()
         self.there: Any = None if here else torch.cuda.device(device)
-        self.below: Any = torch._C._AutoDispatchBelowAutograd()
+        self.no_grad = torch.no_grad()
 
     def __enter__(self) -> None:
         if self.casts:  # torch.autocast(enabled=False) does the same in thirty times the time
             torch.set_autocast_enabled(self.device.type, False)
         if self.there is not None:
             self.there.__enter__()
-        self.below.__enter__()
+        self.no_grad.__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        self.below.__exit__(*error)
+        self.no_grad.__exit__(*error)
         if self.there is not None:
             self.there.__exit__(*error)
         if self.casts:

@@ -31,7 +31,7 @@ class GSInfoNCELoss(nn.Module):
             optimiser's step took out of ``temperature_range`` to the range's end (as CLIP's training loop does),
             so that it comes back with the first gradient that points inside.
         temperature_range: smallest and largest τ of a learned temperature. The smallest is also the promise
-            (``min_temperature``) that lets a device tensor take one sweep.
+            (``min_temperature``) that lets the kernels take one pass with a device tensor.
 
     The other arguments are those of :func:`gs_infonce`; ``queue``, ``ids``, ``negative_ids``, ``generator``,
     ``guide`` and ``noise`` given as a tensor belong to a batch and go to ``forward``.

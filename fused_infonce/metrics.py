@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .api import info_nce
 from .arguments import check_matrix, finite, resolve
-from .function import sweep_of
+from .function import stats_of
 
 
 def alignment(x: Tensor, y: Tensor, alpha: float = 2.0) -> Tensor:
@@ -38,7 +38,7 @@ def uniformity(x: Tensor, t: float = 2.0) -> Tensor:
     """log of the mean of e^(−t ‖x̂_i − x̂_j‖²) over pairs i < j of rows, normalised first; lower is better.
 
     Wang & Isola (ICML 2020). x: (N, D), N >= 2, no zero rows. Since ‖x̂_i − x̂_j‖² = 2 − 2 s_ij, it is the sum of
-    InfoNCE's ratios of x with itself at τ = 1/(2t), and computed through the same sweep: O(N·D) memory,
+    InfoNCE's ratios of x with itself at τ = 1/(2t), and computed through the same tiles: O(N·D) memory,
     differentiable once. Returns a 0-dim tensor; fp32, or fp64 for fp64 inputs.
     """
     check_matrix("x", x)
@@ -105,4 +105,4 @@ def contrastive_stats(
         workspace_bytes=workspace_bytes,
     )
     with torch.autocast(anchors.device.type, enabled=False):
-        return sweep_of(call).stats()
+        return stats_of(call)

@@ -14,7 +14,7 @@ from .distributed import Counts, Exchange
 Reduction = Literal["mean", "sum", "none"]
 NoiseKind = Literal["none", "sampled", "expected", "given"]
 
-# The exponents that one sweep keeps inside the range of fp32: design choice explained in docs/numerics.md.
+# The exponents that known offsets keep inside the range of fp32: design choice explained in docs/numerics.md.
 _EXPONENT_TOP = 75.0
 _EXPONENT_SPAN = 162.0
 
@@ -75,12 +75,12 @@ class Options:
         own = self.own_log_weight
         return min(0.0, noise, own), max(0.0, noise, own)
 
-    def fits_one_sweep(self, kappa: float) -> bool:
+    def fits_known_offset(self, kappa: float) -> bool:
         """Whether fixed row offsets keep every term that matters inside the range of fp32 (design, "Range")."""
         low, high = self._biases
         return 2 * (kappa + self.hardness) + self.log_columns + high - low <= _EXPONENT_SPAN
 
     @functools.cached_property
     def offset_margin(self) -> float:
-        """o_i = max(0, κ + β − κ p_i + offset_margin) is the row offset of one sweep, p_i of the positive."""
+        """o_i = max(0, κ + β − κ p_i + offset_margin) is the row offset of one pass, p_i of the positive."""
         return self._biases[1] + self.log_columns - _EXPONENT_TOP

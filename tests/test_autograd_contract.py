@@ -279,7 +279,9 @@ WAYS = {
     "symmetric": {"symmetric": True},
     "none": {"reduction": "none"},
     "smoothing": {"label_smoothing": 0.1},
-    "narrow": {"symmetric": True, "workspace_bytes": 1},
+    "one sweep, tiled": {"workspace_bytes": 1},
+    "symmetric, tiled": {"symmetric": True, "workspace_bytes": 1},
+    "none, tiled": {"reduction": "none", "workspace_bytes": 1},
 }
 
 
@@ -341,10 +343,11 @@ def test_a_tensor_changed_before_the_backward_is_an_error_or_not_needed(way, bac
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
 def test_ids_of_every_kind(dtype):
-    """Of int64 the caller's own memory is read by the backward, of the others a copy."""
+    """In tiles, of int64 the caller's own memory is read by the backward, of the others a copy."""
     x, p, ids = leaf(N, D), rows(N, D, seed=1), (torch.arange(N) // 2).to(dtype)
-    want = torch.autograd.grad(info_nce(x, p, ids=ids, symmetric=True), x)[0]
-    loss = info_nce(x, p, ids=ids, symmetric=True)
+    options = {"symmetric": True, "workspace_bytes": 1}
+    want = torch.autograd.grad(info_nce(x, p, ids=ids, **options), x)[0]
+    loss = info_nce(x, p, ids=ids, **options)
     ids.zero_()
     if dtype == torch.int64:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):

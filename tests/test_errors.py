@@ -24,7 +24,7 @@ WRONG = [
     (ValueError, "positives must have the anchors' 3 features, not 2", (x, y[:, :2]), {}),
     (ValueError, "negatives must have the anchors' 3 features, not 2", (x, y, h[:, :2]), {}),
     (ValueError, "queue must have the anchors' 3 features, not 1", (x, y), {"queue": h[:, :1]}),
-    (ValueError, "positives is on meta, but the anchors are on cpu", (x, y.to("meta")), {}),
+    (ValueError, "positives is on meta", (x, y.to("meta")), {}),
     (ValueError, "temperature must be > 0, not 0", (x, y), {"temperature": 0}),
     (ValueError, "temperature must be > 0, not -0.1", (x, y), {"temperature": -0.1}),
     (ValueError, "temperature must be finite, not nan", (x, y), {"temperature": math.nan}),

@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from fused_infonce import function, gs_infonce, operands, triton_ops
+from fused_infonce import function, gs_infonce
 from fused_infonce.kernels import common, noise, normalise, products, ratios, settings, similarity
+from fused_infonce.tiled import operands, triton_backend
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 N, D, H, M = 21, 20, 42, 9
@@ -121,7 +122,7 @@ def test_without_gradients_and_only_those_that_are_wanted():
 
 def test_sampled_noise_is_that_of_the_kernel_in_both_passes(monkeypatch):
     """Noise over several blocks equals the same vectors given; the default generator reproduces it."""
-    monkeypatch.setattr(triton_ops.TritonOps, "noise_block", 8)
+    monkeypatch.setattr(triton_backend.TritonBackend, "noise_block", 8)
     generator = torch.Generator(DEVICE).manual_seed(3)
     seed = torch.randint(0, 2**62, (1,), generator=generator, device=DEVICE)
     vectors = torch.empty(M + 10, D, device=DEVICE)
@@ -240,10 +241,10 @@ def test_memory_maps_load_what_pointers_load():
 def test_strides_of_what_kernels_load_are_aligned(dtype):
     """Multiples of 16 elements: Triton compiles for these alone loads of several elements."""
     library = replace(INTERPRETED, library_products=True)
-    ops = triton_ops.TritonOps(operands.Precision.of(dtype, DEVICE), DEVICE, None, 5000, 5000, library)
-    found = [ops._rows(5, 20, dtype), ops.workspace(5, 21)]
-    if ops.rounds:
-        found.append(ops.accumulator(5, 20, once=True).grad)
+    ops = triton_backend.TritonBackend(operands.Precision.of(dtype, DEVICE), DEVICE, None, 5000, 5000, library)
+    found = [ops._rows(5, 20, dtype), ops.tile(5, 21)]
+    if ops.precision.low_precision_products:
+        found.append(ops.column_accumulator(5, 20, single_chunk=True).grad)
     assert all(x.stride(0) % 16 == 0 for x in found)
     assert similarity.PAD % 16 == 0
 
@@ -417,7 +418,7 @@ def test_injected_faults_are_caught(fault, tmp_path, monkeypatch):
     for name in [x for x in sys.modules if x.split(".")[0] == "mutant"]:
         del sys.modules[name]
     for name in ("noise", "normalise", "products", "ratios", "similarity"):
-        monkeypatch.setattr(triton_ops, name, importlib.import_module(f"mutant.{name}"))
+        monkeypatch.setattr(triton_backend, name, importlib.import_module(f"mutant.{name}"))
     assert _largest_error() > 1
 
 

@@ -12,10 +12,11 @@ from cases import CASES, COMPARABLE, NOISE, LossCase, both
 from helpers import loss_and_grads, relative_error, rows
 
 from fused_infonce import arguments, function, gs_infonce, info_nce
-from fused_infonce.operands import Precision, Scale
-from fused_infonce.sweep import Needs, Sweep
 from fused_infonce.testing import naive
-from fused_infonce.torch_ops import TorchOps
+from fused_infonce.tiled import two_pass
+from fused_infonce.tiled.operands import GradScale, NeedsGrad, Precision
+from fused_infonce.tiled.problem import TiledProblem
+from fused_infonce.tiled.torch_backend import TorchBackend
 
 N, D, H = 37, 24, 74
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5}
@@ -204,11 +205,11 @@ def test_a_temperature_on_the_device_scales_the_queries(product, options):
     )
     found = []
     for kappa in (20.0, torch.tensor(20.0)):
-        ops = TorchOps(Precision.of(product, inputs[0].device), inputs[0].device, None)
-        sweep = Sweep(ops, call.options, kappa, call.inputs, call.noise_rows)
-        losses = sweep.losses()
-        needs = Needs(True, True, False, False, True)
-        out = sweep.gradients(needs, *losses, None, Scale(None, 1.0))
+        ops = TorchBackend(Precision.of(product, inputs[0].device), inputs[0].device, None)
+        problem = TiledProblem(ops, call.options, kappa, call.inputs, call.noise_rows)
+        losses = two_pass.losses(problem)
+        needs = NeedsGrad(True, True, False, False, True)
+        out = two_pass.gradients(problem, needs, *losses, None, GradScale(None, 1.0))
         found.append([x for x in (*losses, out.anchors, out.positives, out.kappa) if x is not None])
     for a, b in zip(*found, strict=True):
         assert relative_error(a, b) < (1e-6 if product == torch.float32 else 2e-2)

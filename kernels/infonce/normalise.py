@@ -11,7 +11,7 @@ Bytes: 2·N·D inputs, 2·N·D operands (3 where the gradient products take anot
 
 Backward, of both sides in one pass, with acc the sums over tiles, p̂ the other side's unit rows:
 
-    v_i = acc_i − share_i p̂_i + sums_i center,   dx_i = scale factor_i r_i (v_i − x̂_i ⟨x̂_i, v_i⟩)
+    v_i = factor_i acc_i − share_i p̂_i + sums_i center,   dx_i = scale r_i (v_i − x̂_i ⟨x̂_i, v_i⟩)
 """
 
 from __future__ import annotations
@@ -203,19 +203,18 @@ def gradient_rows(
     acc, unit, r, other, share, sums, center, factor, scale, offs_n, offs_d, in_n, mask, D, stride_an, stride_sn,
     HAS_PAIR: tl.constexpr, HAS_CENTER: tl.constexpr, HAS_FACTOR: tl.constexpr,
 ):  # fmt: skip
-    """The rows' gradient, (n, D), and factor_i-free ⟨x̂_i, v_i⟩, (n,)."""
+    """The rows' gradient, (n, D), and ⟨x̂_i, v_i⟩, (n,)."""
     at = offs_n.to(tl.int64)
     v = tl.load(acc + at[:, None] * stride_an + offs_d[None, :], mask=mask, other=0.0)
+    if HAS_FACTOR:  # first, and not with r: the product of the two may leave fp32's range
+        v *= tl.load(factor + at, mask=in_n, other=0.0)[:, None]
     if HAS_PAIR:
         v -= tl.load(share + at, mask=in_n, other=0.0)[:, None] * other
     if HAS_CENTER:
         c = tl.load(center + offs_d, mask=offs_d < D, other=0.0)
         v += tl.load(sums + at * stride_sn, mask=in_n, other=0.0)[:, None] * c[None, :]
     dots = tl.sum(unit * v, 1)
-    f = r * scale
-    if HAS_FACTOR:
-        f *= tl.load(factor + at, mask=in_n, other=0.0)
-    return (v - unit * dots[:, None]) * f[:, None], dots
+    return (v - unit * dots[:, None]) * (r * scale)[:, None], dots
 
 
 @triton.jit(do_not_specialize=["N"])

@@ -148,16 +148,18 @@ def write_anchors(
     BLOCK_D: tl.constexpr, HAS_CENTER: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
     """α_i (x_i r_i − c_q), and α_i behind it where PAD; offs_n: rows of ``out``, offs_x: of ``x``."""
-    scale = alpha * tl.load(r + offs_x, mask=mask_n, other=0.0)
+    inv_norm = tl.load(r + offs_x, mask=mask_n, other=0.0)
     for start in tl.range(0, D + PAD, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D)
         inside = mask_n[:, None] & (offs_d < D)[None, :]
         rows = tl.load(
             x + offs_x[:, None] * stride_xn + offs_d[None, :].to(tl.int64) * stride_xd, mask=inside, other=0.0
         )
-        rows = rows.to(tl.float32) * scale[:, None]
+        # α times unit rows, not times 1/norm: the product of the two may leave fp32's range.
+        rows = rows.to(tl.float32) * inv_norm[:, None]
         if HAS_CENTER:
-            rows -= alpha[:, None] * tl.load(center_q + offs_d, mask=offs_d < D, other=0.0)[None, :]
+            rows -= tl.load(center_q + offs_d, mask=offs_d < D, other=0.0)[None, :]
+        rows *= alpha[:, None]
         if PAD > 0:
             rows = tl.where((offs_d == D)[None, :], alpha[:, None], rows)
         tl.store(

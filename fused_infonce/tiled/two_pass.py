@@ -1,0 +1,240 @@
+"""Two passes over the tiles: the losses first, from running maxima and sums; then the gradients from the losses.
+
+One product and three. This is right for every temperature, for both directions and for a weight per row:
+
+    G_ij = w_i e^(z_ij − loss_i) of the rows' exponents, plus w_j e^(z_ij − loss_j) of the columns'
+
+and dq̂_i = κ [Σ_j G_ij k̃_j − h_i k̂_i + (Σ_j G_ij) c], h_i the share of all ratios; its mirror image for the keys.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import variants
+from .gradients import finish_sides
+from .operands import Accumulator, Gradients, GradScale, NeedsGrad, RowGradArgs
+from .problem import LOG2_E, TiledProblem
+from .ranks import grad_ranges, iter_ranks
+
+Running = tuple[Tensor, Tensor]  # maximum in base 2, and Σ 2^(z − maximum)
+
+
+def losses(problem: TiledProblem) -> tuple[Tensor, Tensor | None]:
+    """log1p(R_i), or log R_i, of the rows and, where the loss is symmetric, of the columns; (N, 1) each, nats."""
+    backend, options = problem.backend, problem.options
+    symmetric, queries, shift = options.symmetric, problem.operands.queries, problem.row_shift_log2
+    least = variants.least_maximum(options)
+    row = start(problem)
+    columns: list[Running] = []
+    row_bias: Tensor = problem.row_shift_log2
+    column_shift: list[Tensor] = []
+    if symmetric:
+        row_bias, column_shift = problem.column_direction()
+        columns = [
+            (_zeros(problem, counts.positives, 1) + least, _zeros(problem, counts.positives, 1))
+            for counts in problem.counts
+        ]
+        columns[problem.rank] = start(problem)
+    add_noise(problem, row, columns[problem.rank] if symmetric else None)
+    for owner, owned, _ in iter_ranks(problem, None, [slice(0, 0)] * len(problem.counts)):
+        counts = problem.counts[owner]
+        for rows in problem.row_chunks(min(backend.column_block, counts.columns)):
+            part = (row[0][rows], row[1][rows])
+            for block in problem.column_blocks(counts, split=symmetric):
+                other = None
+                if symmetric and block.start < counts.positives:
+                    maximum, total = columns[owner]
+                    other = (row_bias[rows], column_shift[owner][block], maximum[block, 0], total[block, 0])
+                backend.add_ratios(
+                    queries[rows], owned.block(block), rows.start, block.start, shift[rows], part, other, least
+                )
+    hidden = problem.hidden_nan()
+    row_loss = log_of(problem, row)
+    row_loss = row_loss if hidden is None else row_loss + hidden
+    if not symmetric:
+        return row_loss, None
+    column_loss = log_of(problem, columns[0] if problem.exchange is None else problem.exchange.merged(columns))
+    return row_loss, column_loss if hidden is None else column_loss + hidden
+
+
+def start(problem: TiledProblem) -> Running:
+    """The rows' maxima and sums before any column; expected noise is one more column."""
+    least, constant = variants.least_maximum(problem.options), problem.log_constant()
+    if constant is None:
+        return _zeros(problem, problem.N, 1) + least, _zeros(problem, problem.N, 1)
+    exponent = constant[0] * LOG2_E
+    maximum = exponent.clamp(min=least)
+    return maximum, torch.exp2(exponent - maximum)
+
+
+def add_noise(problem: TiledProblem, row: Running, column: Running | None) -> None:
+    backend, least = problem.backend, variants.least_maximum(problem.options)
+    for side, state in zip(problem.noise_sides(), (row, column), strict=False):
+        assert state is not None
+        for columns in problem.noise_blocks(side.center):
+            for rows in problem.row_chunks(len(columns)):
+                part = (state[0][rows], state[1][rows])
+                shift = side.row_shift_log2[rows]
+                backend.add_ratios(side.queries[rows], columns, rows.start, 0, shift, part, None, least)
+
+
+def log_of(problem: TiledProblem, running: Running) -> Tensor:
+    return variants.row_loss(running[1], running[0] / LOG2_E, problem.options)
+
+
+def gradients(
+    problem: TiledProblem,
+    needs: NeedsGrad,
+    row_loss: Tensor,  # (N, 1), of the first pass
+    column_loss: Tensor | None,
+    weights: Tensor | None,  # (N, 1); None: 1
+    scale: GradScale,
+) -> Gradients:
+    """Gradients of scale · Σ_i w_i loss_i."""
+    backend = problem.backend
+    share, row_loss = _share(problem, row_loss)
+    if column_loss is not None:
+        more, column_loss = _share(problem, column_loss)
+        share += more
+        scale = scale.times(0.5)
+    if weights is not None:
+        share *= weights
+    margin = problem.positive if problem.options.angular_margin else None
+    of_positive = share if margin is None or margin.slope is None else share * margin.slope
+
+    sums = _GradientSums(problem, needs)
+    d_kappa = _noise_gradients(problem, needs, sums, (row_loss, column_loss), weights)
+    _column_gradients(problem, sums, row_loss, column_loss, weights)
+    if problem.exchange is not None and problem.exchange.wants:
+        sums.columns[problem.rank] = problem.exchange.home([[x] for x in sums.columns])
+    anchors: RowGradArgs | None = None
+    if sums.acc_rows is not None:
+        anchors = RowGradArgs(sums.acc_rows, of_positive, sums.rows, problem.batch.center_k, disposable=True)
+    acc = Accumulator(sums.acc, sums.columns[problem.rank][sums.ranges[problem.rank]])
+    out, dots = finish_sides(
+        backend, problem.options, problem.batch, needs, acc, of_positive, anchors, scale.times(problem.kappa),
+        disposable=True,
+    )  # fmt: skip
+    if needs.temperature and dots is not None:
+        if margin is not None and margin.kappa_correction is not None:
+            d_kappa += (share * margin.kappa_correction).sum()
+        out.kappa = (d_kappa + dots.sum() + _constant_part(problem, row_loss, column_loss, weights)) * scale.value
+    return out
+
+
+class _GradientSums:
+    """Accumulators of the second pass."""
+
+    def __init__(self, problem: TiledProblem, needs: NeedsGrad) -> None:
+        self.ranges = grad_ranges(problem, needs)
+        own = self.ranges[problem.rank]
+        self.acc_rows = _zeros(problem, problem.N, problem.D) if needs.rows else None
+        self.acc = _zeros(problem, own.stop - own.start, problem.D)
+        self.rows = _zeros(problem, problem.N, 1)  # Σ_j G_ij
+        self.columns = [_zeros(problem, counts.columns) for counts in problem.counts]  # by rank Σ_i G_ij
+
+
+def _noise_gradients(
+    problem: TiledProblem,
+    needs: NeedsGrad,
+    sums: _GradientSums,
+    losses: tuple[Tensor, Tensor | None],
+    weights: Tensor | None,
+) -> Tensor:
+    """Adds the noise's part to the accumulators; returns what the columns' direction adds to dκ, 0-dim.
+
+    That direction's part goes to the positives' gradient, before any key does: dκ is read off it.
+    """
+    backend, N = problem.backend, problem.N
+    row_loss, column_loss = losses
+    column_sums = sums.columns[problem.rank][:N, None]
+    acc_keys: Tensor | None = None
+    if column_loss is not None and problem.options.has_noise_columns:
+        if needs.positives:
+            acc_keys = sums.acc[:N]
+        elif needs.temperature:
+            acc_keys = _zeros(problem, N, problem.D)
+    targets = ((row_loss, sums.acc_rows, sums.rows), (column_loss, acc_keys, column_sums))
+    for side, (loss, acc, row_sums) in zip(problem.noise_sides(), targets, strict=False):
+        if acc is None or loss is None:
+            continue
+        shift = side.row_shift_log2 + loss * LOG2_E
+        for columns in problem.noise_blocks(side.center):
+            unused = _zeros(problem, len(columns))
+            for rows in problem.row_chunks(len(columns)):
+                w = None if weights is None else weights[rows]
+                tile = backend.weighted_ratios(
+                    side.queries[rows], columns, rows.start, 0, shift[rows], w, (row_sums[rows], unused), None
+                )
+                backend.grad_products(tile, columns.grad_rows, acc[rows], True)
+                del tile
+    if not needs.temperature or acc_keys is None:
+        return _zeros(problem)
+    dots = backend.unit_dots(acc_keys, problem.batch.columns[0], column_sums, problem.batch.center_q)
+    return dots.sum()
+
+
+def _column_gradients(
+    problem: TiledProblem,
+    sums: _GradientSums,
+    row_loss: Tensor,
+    column_loss: Tensor | None,
+    weights: Tensor | None,
+) -> None:
+    """Adds the part of all ranks' columns to the accumulators."""
+    backend, symmetric = problem.backend, column_loss is not None
+    shift = problem.row_shift_log2 + row_loss * LOG2_E
+    row_bias, column_weights = shift, None
+    column_shift: list[Tensor] = []
+    if column_loss is not None:
+        row_bias, column_shift = problem.column_direction(column_loss)
+        column_weights = None if weights is None else problem.of_positives(weights[:, 0])
+    for owner, owned, grad in iter_ranks(problem, sums.acc, sums.ranges):
+        counts, chosen = problem.counts[owner], sums.ranges[owner]
+        for rows in problem.row_chunks(min(backend.column_block, counts.columns)):
+            q = backend.centered_anchors(problem.batch, rows) if chosen.stop else None
+            w = None if weights is None else weights[rows]
+            for block in problem.column_blocks(counts, split=symmetric):
+                other = None
+                if symmetric and block.start < counts.positives:
+                    of_columns = None if column_weights is None else column_weights[owner][block]
+                    other = (row_bias[rows], column_shift[owner][block], of_columns)
+                columns = owned.block(block)
+                tile = backend.weighted_ratios(
+                    problem.operands.queries[rows], columns, rows.start, block.start, shift[rows], w,
+                    (sums.rows[rows], sums.columns[owner][block]), other,
+                )  # fmt: skip
+                first, last = max(block.start, chosen.start), min(block.stop, chosen.stop)
+                acc = None
+                if grad is not None and first < last:
+                    acc = Accumulator(grad[first - chosen.start : last - chosen.start], None)
+                acc_rows = None if sums.acc_rows is None else sums.acc_rows[rows]
+                part = slice(first - block.start, last - block.start)
+                backend.grad_products(tile, columns.grad_rows, acc_rows, True, part, q, acc)
+
+
+def _share(problem: TiledProblem, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """The share of all ratios in the denominator, R/(1 + R) or R/R, (N, 1); and the loss, finite."""
+    if not problem.options.decoupled:
+        return -torch.expm1(-loss), loss
+    empty = loss == -torch.inf
+    return 1.0 - empty.to(loss.dtype), loss.masked_fill(empty, 0.0)
+
+
+def _constant_part(
+    problem: TiledProblem, row_loss: Tensor, column_loss: Tensor | None, weights: Tensor | None
+) -> Tensor | float:
+    """Expected noise's part of dκ: Σ_i w_i ρ T_i/(1 + R_i), over both directions."""
+    constant = problem.log_constant()
+    if constant is None:
+        return 0.0
+    share = (constant[0] - row_loss).exp_()
+    if column_loss is not None:
+        share += (constant[0] - column_loss).exp_()
+    return constant[1] * (share if weights is None else share * weights).sum()
+
+
+def _zeros(problem: TiledProblem, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=problem.backend.precision.sums, device=problem.backend.device)

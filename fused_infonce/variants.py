@@ -1,0 +1,133 @@
+"""The variants of the loss, a function each: what they change in the exponents and in a row's loss.
+
+An exponent is z_ij = (κ + β) s_ij + b_ij − κ p_i for negative j of row i. A variant replaces one part of it; every
+path over the logits (``dense``, ``tiled``) calls these functions and contains no formula of a variant itself.
+
+    logit_scale          κ + β, the factor of a negative's cosine              (hardness)
+    positive_cosine      p_i, by default s_ii                                  (angular_margin)
+    log_expected_noise   a constant of each denominator                        (noise="expected")
+    exponent_range       least and largest b_ij                                (weights)
+    row_loss             from a denominator to a loss, log(1 + R) by default   (decoupled)
+
+Terms of single entries (ids, own hard negatives, filters) are in ``entry_terms``; a term that needs no logits at
+all (label smoothing) is in ``smoothing``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from .geometry import cosine_with_margin
+from .noise import log_mean_exp_cosine
+from .options import Options, Similar
+
+SMALLEST_SHARE = 2.0**-100
+NO_RATIO = -1e30  # the maximum over no exponents; finite, so that a difference of two is
+
+
+@dataclass(slots=True, eq=False)
+class Positive:
+    """What takes the place of s_ii in row i's loss, (N, 1) each."""
+
+    value: Tensor  # p_i
+    slope: Tensor | None = None  # dp_i/ds_ii; None: 1
+    kappa_correction: Tensor | None = None  # slope_i s_ii − p_i: times −dloss/dp_i what Σ_j s_ij dloss/ds_ij lacks
+    # of dloss/dκ; None: 0
+
+
+@overload
+def logit_scale(kappa: float, options: Options) -> float: ...
+@overload
+def logit_scale(kappa: Tensor, options: Options) -> Tensor: ...
+@overload
+def logit_scale(kappa: float | Tensor, options: Options) -> float | Tensor: ...
+def logit_scale(kappa: float | Tensor, options: Options) -> float | Tensor:
+    """The factor of a negative's cosine in an exponent. No derivative is taken of β's part."""
+    return kappa + options.hardness
+
+
+def needs_positive(options: Options) -> bool:
+    """Whether the exponents need p_i and s_ii as numbers of their own, not only their difference to s_ij."""
+    return bool(
+        options.angular_margin or options.hardness or options.symmetric or options.similar is not None
+    ) or (options.noise == "expected")
+
+
+def unchanged_positive(cosine: Tensor) -> Positive:
+    """p_i = s_ii."""
+    return Positive(cosine)
+
+
+def positive_cosine(cosine: Tensor, half_squared_chord: Tensor, zero: Tensor, options: Options) -> Positive:
+    """cos(θ_ii + m) with an angular margin m. zero: pairs with a zero row. (N, 1) each"""
+    value, slope = cosine_with_margin(cosine, half_squared_chord, zero, options.angular_margin)
+    return Positive(value, slope, slope * cosine - value)
+
+
+def log_expected_noise(
+    options: Options, kappa: float | Tensor, positive: Tensor, D: int
+) -> tuple[Tensor, float | Tensor]:
+    """log T_i = log(λ M c_D(κ + β)) − κ p_i, (N, 1), and ρ = d log c_D/dκ."""
+    log_c, rho = log_mean_exp_cosine(logit_scale(kappa, options), D)
+    log_weight = options.log_noise_weight + math.log(options.num_noise)
+    if isinstance(log_c, Tensor) and isinstance(rho, Tensor):
+        return (log_c + log_weight).to(positive.dtype) - kappa * positive, rho.to(positive.dtype)
+    return log_c + log_weight - kappa * positive, rho
+
+
+def exponent_range(options: Options) -> tuple[float, float]:
+    """Least and largest log-weight of an entry that is not masked."""
+    noise = 0.0 if options.noise == "none" else options.log_noise_weight
+    own = options.own_log_weight
+    return min(0.0, noise, own), max(0.0, noise, own)
+
+
+def exponents_fit(options: Options, kappa_bound: float | None, limit: float) -> bool:
+    """Whether every sum of e^z_ij stays below e^limit; kappa_bound: an upper bound of κ, None if unknown."""
+    if kappa_bound is None:
+        return False
+    return 2 * kappa_bound + options.hardness + exponent_range(options)[1] + options.log_columns <= limit
+
+
+def can_hide_columns(options: Options) -> bool:
+    """Whether a column that contains NaN can be masked in every row."""
+    return options.ids is not None or (options.similar is not None and options.similar.guide is not None)
+
+
+def similarity_limit(positive_score: Tensor, similar: Similar) -> Tensor:
+    """The score above which a column does not count as a negative: min(score_ii + margin, threshold)."""
+    if similar.margin is None:
+        limit = torch.full_like(positive_score, math.inf)
+    else:
+        limit = positive_score + similar.margin
+    return limit if similar.threshold is None else limit.clamp(max=similar.threshold)
+
+
+def least_maximum(options: Options) -> float:
+    """What row maxima start from: 0, the positive's own exponent, where the denominator contains it."""
+    return NO_RATIO if options.decoupled else 0.0
+
+
+def flush_tiny_(ratios: Tensor) -> Tensor:
+    """Sets shares of a denominator below 2^−100 to 0, in place; NaN stays NaN.
+
+    They are far below the rounding of any sum, but as subnormal numbers they make a CPU's products 60 times
+    slower (τ = 0.005, N = 1500).
+    """
+    return torch.threshold_(ratios, SMALLEST_SHARE, 0.0)
+
+
+def row_loss(total: Tensor, offset: Tensor | None, options: Options) -> Tensor:
+    """log(1 + e^offset · total); decoupled without the 1, −∞ where there are no negatives. offset: None for 0."""
+    if offset is None:
+        return total.log() if options.decoupled else total.log1p()
+    log_ratios = offset + total.log()
+    if options.decoupled:
+        return log_ratios
+    # log(e^−offset + total) + offset would lose the digits of a small loss.
+    return torch.where(offset > 0, torch.logaddexp(torch.zeros_like(offset), log_ratios), total.log1p())
