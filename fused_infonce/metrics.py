@@ -68,7 +68,7 @@ def anisotropy(x: Tensor) -> dict[str, Tensor]:
     The rows are not centred: a common direction of all rows is what is measured.
 
     Args:
-        x: (N, D), N >= 2; float64, float32, bfloat16 or float16, any strides. A zero row has cosine 0 to all others.
+        x: (N, D), N >= 2; float64, float32, bfloat16 or float16, any strides. A zero row has cosine 0 to others.
 
     Returns:
         Tensors in fp32, or fp64 for fp64 inputs. NaN or Inf in x gives NaN; without any row but zero rows the
@@ -126,8 +126,8 @@ def asymptotic_terms(anchors: Tensor, positives: Tensor, temperature: float | Te
       unit rows W, it is (Sum(WWᵀ) − N) / (τN(N − 1)): the sum of all entries but for constants.
 
     On a batch of N rows InfoNCE − log(N − 1) exceeds ``alignment`` + ``uniformity`` by exactly
-    mean_i log(1 + 1/R_i), R_i = Σ_{j≠i} e^((s_ij − s_ii)/τ), which falls as 1/N. The sampling error of the estimates
-    is O(N^(−1/2)).
+    mean_i log(1 + 1/R_i), R_i = Σ_{j≠i} e^((s_ij − s_ii)/τ), which falls as 1/N. The sampling error of the
+    estimates is O(N^(−1/2)).
 
     Args:
         anchors: (N, D), N >= 2; float64, float32, bfloat16 or float16, any strides.
