@@ -159,15 +159,18 @@ def draw(sphere: Sphere, found: list[Curve], spectra: list[Spectrum], path: Path
     for one, colour in zip(spectra, COLOURS, strict=False):
         rank = f"effective rank {one.figures['effective_rank']:.0f}"
         label = f"{one.label}: {rank}, mean cosine {one.figures['mean_cosine']:.2f}"
-        right.plot(range(1, len(one.shares) + 1), one.shares, color=colour, label=label, linewidth=1.8)
+        right.plot(
+            range(1, len(one.shares) + 1), one.shares, ".-", color=colour, label=label, linewidth=1.2, markersize=4
+        )
     longest = max(len(one.shares) for one in spectra)
     right.axhline(1 / longest, color="0.4", linestyle="--", linewidth=1.2, label="flat: all equal")
+    right.set_xscale("log")  # the cone is in the first value or two
     right.set_yscale("log")
-    right.set_ylim(bottom=1e-2 / longest)
+    right.set_ylim(0.02 / longest, 2 * max(one.shares[0] for one in spectra))
     right.set_xlabel("index of the singular value")
     right.set_ylabel("share in the sum of all")
     right.set_title("Singular values of the unit sentence vectors")
-    right.legend(frameon=False)
+    right.legend(frameon=False, loc="lower left", fontsize="small")
     for axes in (left, right):
         axes.grid(color="0.92")
         axes.set_axisbelow(True)
@@ -175,7 +178,7 @@ def draw(sphere: Sphere, found: list[Curve], spectra: list[Spectrum], path: Path
         figure.savefig(unfinished, dpi=100, format="png")
 
 
-def main(argv: list[str] | None = None) -> None:
+def _parser() -> Parser:
     parser = Parser(prog="python -m experiments.theory", description=__doc__)
     parser.add_argument(
         "--models",
@@ -187,10 +190,18 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--sts_data", help="graded pairs, as simcse.evaluate takes them (default: the package's)")
     parser.add_argument("--out", default="runs/theory", help=f"folder for {PICTURE} (default: %(default)s)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = _parser()
     with exit_cleanly(parser.prog):
         args = parser.parse_args(argv)
+        from transformers.utils import logging
+
         from simcse.files import output_file, output_folder
 
+        logging.disable_progress_bar()
         if len(args.models) > len(COLOURS):
             raise UserError(f"--models takes up to {len(COLOURS)} encoders, not {len(args.models)}")
         folder = output_folder("--out", args.out)
