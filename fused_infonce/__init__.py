@@ -3,7 +3,16 @@
 from . import _checkout  # noqa: F401 (before whatever imports the kernels)
 from .api import gs_infonce, info_nce
 from .loss import GSInfoNCELoss
-from .metrics import alignment, contrastive_stats, uniformity
+from .metrics import alignment, anisotropy, asymptotic_terms, contrastive_stats, uniformity
 
-__all__ = ["GSInfoNCELoss", "alignment", "contrastive_stats", "gs_infonce", "info_nce", "uniformity"]
+__all__ = [
+    "GSInfoNCELoss",
+    "alignment",
+    "anisotropy",
+    "asymptotic_terms",
+    "contrastive_stats",
+    "gs_infonce",
+    "info_nce",
+    "uniformity",
+]
 __version__ = "0.1.0"  # pyproject.toml reads it from here

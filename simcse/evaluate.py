@@ -19,14 +19,14 @@ with exit_cleanly("simcse.evaluate"):  # these take seconds, and Ctrl-C has to b
     from simcse.files import output_file, output_folder, write_text
     from simcse.model import PoolerType, load_encoder
     from simcse.plot import plot_densities, plot_path, plot_spectrum
-    from simcse.report import evaluations, markdown, table
-    from simcse.sts import Pairs, cosines, encode, geometry, read_sts_source, spearman, watched_pairs
+    from simcse.report import anisotropy_line, evaluations, markdown, table
+    from simcse.sts import Pairs, cone, cosines, encode, geometry, read_sts_source, spearman, watched_pairs
 
 DESCRIPTION = (
     "Score a sentence encoder on graded pairs of sentences: Spearman × 100 between cosine similarity and "
-    "the grades, the subsets of a task concatenated (SentEval's 'all' setting); alignment and uniformity on "
-    "the dev split of STS-B, or of the first task that has one. Sentences are cut at the length that "
-    "the model's folder states."
+    "the grades, the subsets of a task concatenated (SentEval's 'all' setting); alignment, uniformity and "
+    "anisotropy on the dev split of STS-B, or of the first task that has one. Sentences are cut at the length "
+    "that the model's folder states."
 )
 
 PLOTS = ("cosine_densities.png", "singular_values.png", "alignment_uniformity.png")
@@ -103,6 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         if shape:
             measures = ", ".join(f"{name} {value:.4f}" for name, value in shape.items())
             note = f"{watched.name}: {measures} (lower is better)"
+            note += f"\n\n{anisotropy_line(watched.name, cone(watched, vectors), encoder.features)}"
         if args.output_json:
             text = json.dumps({name: _number(value) for name, value in (scores | shape).items()}, indent=2)
             write_text(Path(args.output_json).expanduser(), text + "\n")

@@ -10,6 +10,15 @@ METRICS = {
 }
 
 
+def anisotropy_line(name: str, figures: dict[str, float], features: int) -> str:
+    """Figures of ``fused_infonce.anisotropy`` for the sentences of the pairs ``name``, as text."""
+    return (
+        f"{name}: mean cosine {figures['mean_cosine']:.4f}, share of the largest singular value "
+        f"{figures['top_singular_share']:.4f} (lower is better), effective rank "
+        f"{figures['effective_rank']:.1f} in {features} features (higher is better)"
+    )
+
+
 def evaluations(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Trainer's log → one dict for each evaluation: ``step`` and those of ``METRICS`` that were measured."""
     points = []

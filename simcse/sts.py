@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from fused_infonce import alignment, uniformity
+from fused_infonce import alignment, anisotropy, uniformity
 from simcse.delimited import records
 from simcse.errors import UserError
 from simcse.model import SentenceEncoder, default_length, max_tokens
@@ -209,6 +209,12 @@ def geometry(pairs: Pairs, vectors: dict[str, Tensor]) -> dict[str, float]:
         result["alignment"] = float(alignment(first, second))
     result["uniformity"] = float(uniformity(torch.stack([vectors[sentence] for sentence in pairs.sentences])))
     return result
+
+
+def cone(pairs: Pairs, vectors: dict[str, Tensor]) -> dict[str, float]:
+    """``anisotropy`` of all sentences, those that ``geometry`` takes the uniformity of; in float64."""
+    rows = torch.stack([vectors[sentence] for sentence in pairs.sentences])  # (S, D)
+    return {name: float(value) for name, value in anisotropy(rows.double()).items()}
 
 
 def _score(cell: str, path: Path, line: int) -> float:

@@ -21,7 +21,7 @@ from bench import cli as bench_cli
 from bench.cases import Case
 from bench.render import Table
 from bench.worker import Worker
-from experiments import scaling, study
+from experiments import scaling, study, theory
 from simcse import cli
 from simcse.arguments import DataArguments, LossArguments, ModelArguments, SimCSETrainingArguments, parse
 from simcse.convert import ConvertArguments
@@ -40,6 +40,7 @@ MAINS = {
     **{f"bench {job}": lambda argv, job=job: bench_cli.main([job, *argv]) for job in (*bench_cli.JOBS, "report")},
     "experiments.scaling": scaling.main,
     "experiments.study": study.main,
+    "experiments.theory": theory.main,
 }
 
 
@@ -323,6 +324,11 @@ MISTAKES = [
     (["experiments.scaling", "--rate", "-1"], "--rate must be positive, not -1.0"),
     (["experiments.scaling", "--latency", "nan"], "--latency must be at least 0, not nan"),
     (["experiments.scaling", "stray"], "stray"),
+    (["experiments.theory", "stray"], "stray"),
+    (["experiments.theory", "--models", *"abcd"], "--models takes up to 3 encoders, not 4"),
+    (["experiments.theory", "--models", "./nowhere:avg"], "no model folder ./nowhere"),
+    (["experiments.theory", "--sts_data", "nowhere.tsv"], "nowhere.tsv"),
+    (["experiments.theory", "--out", ""], "--out must name a folder"),
 ]
 
 
@@ -393,6 +399,8 @@ def check(command: str, folder: Path) -> None:
         bench_cli.make_parser().parse_args(words[words.index("bench") + 1 :])
     elif "experiments.study" in words:
         study._parser().parse_args(words[words.index("experiments.study") + 1 :])
+    elif "experiments.theory" in words:
+        theory._parser().parse_args(words[words.index("experiments.theory") + 1 :])
     elif "experiments.scaling" in words:
         scaling.main(words[words.index("experiments.scaling") + 1 :])
     else:

@@ -4,6 +4,8 @@ import csv
 import json
 import math
 import os
+import re
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from test_simcse_model import make_tiny_model
 from simcse import evaluate
 from simcse.errors import UserError
 from simcse.model import load_encoder
-from simcse.sts import COLUMNS, Pairs, encode, geometry, read_sts, read_sts_source, spearman, watched_pairs
+from simcse.sts import COLUMNS, Pairs, cone, encode, geometry, read_sts, read_sts_source, spearman, watched_pairs
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,17 @@ def test_alignment_takes_pairs_above_four_and_uniformity_every_sentence():
     by_hand = math.log(sum(math.exp(-2 * d) for d in distances) / len(distances))
     assert measured["uniformity"] == pytest.approx(by_hand, rel=1e-4)
     assert "alignment" not in geometry(Pairs("t", "dev", ["a"], ["b"], [4.0]), VECTORS)
+
+
+def test_anisotropy_takes_every_sentence_with_its_repeats():
+    pairs = Pairs("t", "dev", ["a", "a", "c"], ["b", "d", "d"], [4.1, 4.0, 0.0])
+    angles = [0, 0, 50, 35, 90, 90]
+    cosines = [math.cos(math.radians(b - a)) for a, b in combinations(angles, 2)]
+    measured = cone(pairs, VECTORS)
+    assert measured["mean_cosine"] == pytest.approx(sum(cosines) / len(cosines), rel=1e-6)
+    assert 1 < measured["effective_rank"] < 2  # the vectors lie in a plane
+    same = cone(Pairs("t", "dev", ["a"], ["a"], [4.0]), VECTORS)
+    assert (same["mean_cosine"], same["effective_rank"]) == (pytest.approx(1), pytest.approx(1))
 
 
 def test_watched_are_the_dev_rows_of_stsb_else_of_the_first_task(tmp_path):
@@ -142,6 +155,9 @@ def test_command_prints_a_table_and_writes_flat_json(tiny, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"{scores['STS12']:.2f}" in printed
     assert "avg" in printed  # which pooler it was
+    assert (
+        len(re.findall(r"STSB-dev: mean cosine 0\.\d{4}, .*effective rank \d+\.\d in 32 features", printed)) == 1
+    )
 
     encoder, tokenizer = load_encoder(str(tiny), "avg")
     pairs = read_sts(sts)[0]
