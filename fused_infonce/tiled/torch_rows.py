@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import noise
-from ..variants import SMALLEST_SHARE
+from ..variants import smallest_share
 from .operands import GradScale, NormalizedBatch, NormalizedRows, Operands, RowGradArgs
 from .problem import row_slices
 from .torch_memory import TorchMemory
@@ -23,7 +23,7 @@ SMALL_BATCH_ROWS = 256  # up to here a mean over more than CENTER_ROWS would tak
 
 
 class TorchRows(TorchMemory):
-    has_tiny_shares = False  # whether shares of a denominator can be below variants.SMALLEST_SHARE
+    has_tiny_shares = False  # whether shares of a denominator can be below variants.smallest_share
     product_scale: float = 1.0  # a factor of the similarity product, where the queries do not contain it
 
     def normalise(
@@ -35,7 +35,8 @@ class TorchRows(TorchMemory):
     ) -> tuple[NormalizedBatch, Operands]:
         precision = self.precision
         self.product_scale = scale_log2 if isinstance(scale_log2, float) else 1.0
-        self.has_tiny_shares = not isinstance(scale_log2, float) or 2 * scale_log2 > -math.log2(SMALLEST_SHARE)
+        least = math.log2(smallest_share(precision.sums))
+        self.has_tiny_shares = not isinstance(scale_log2, float) or 2 * scale_log2 > -least
         q, keys = self._rows(anchors), [self._rows(x) for x in columns]
         center_q = None
         if precision.low_precision_products:
