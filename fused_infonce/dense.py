@@ -216,7 +216,7 @@ def _softmax(
             offset = torch.maximum(offset, constant)
             constant = constant - offset.clamp(min=variants.least_maximum(options))
         z.sub_(offset.clamp_(min=variants.least_maximum(options)))
-    ratios = z.exp_() if offset is None else variants.flush_tiny_(z.exp_())
+    ratios = z.exp_()
     total = ratios.sum(dim, keepdim=True)
     if constant is not None:
         constant = constant.exp()
@@ -240,6 +240,8 @@ def gradients(
     N, q, x = options.counts.positives, kept.unit_anchors, kept.unit_columns
     low_precision = kept.grad_columns.dtype != x.dtype
     G, lost, of_constant, of_noise = _weighted_ratios(kept, options, kappa, upstream)
+    if not variants.exponents_fit(options, kappa if isinstance(kappa, float) else None, MAX_EXPONENT):
+        variants.flush_subnormal_(G)
     of_positive = lost if kept.slope is None else lost * kept.slope  # −dloss/ds_ii
     if not low_precision:
         G.diagonal().sub_(of_positive[:, 0])  # from 0

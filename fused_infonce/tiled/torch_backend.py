@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import noise
 from ..entry_terms import apply_to_rows_
-from ..variants import flush_tiny_, least_maximum, row_loss
+from ..variants import flush_subnormal_, least_maximum, row_loss
 from .backend import OnePassRows
 from .operands import Accumulator, Columns, NormalizedBatch, RowDenominator, RowStats
 from .problem import LOG2_E, shift_slice
@@ -70,7 +70,7 @@ class TorchOnePassRows:
                 shift = shift + maximum
             tile.sub_(shift).exp2_()
             if self.maximum is not None:
-                flush_tiny_(tile)
+                flush_subnormal_(tile)
             self.sums[i] += tile.sum(1, keepdim=True)
             if is_last_block:
                 self._close(part, i)

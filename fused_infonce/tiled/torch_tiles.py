@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..entry_terms import apply_to_columns_, apply_to_rows_, guide_scores, mask_
-from ..variants import flush_tiny_
+from ..variants import flush_subnormal_
 from .operands import Accumulator, Columns
 from .problem import row_slices
 from .torch_memory import COLUMN_MAJOR_MIN_ROWS
@@ -89,18 +89,16 @@ class TorchTiles(TorchRows):
             if cols is not None:
                 row_bias, column_shift, column_weights = cols
                 other = self._column_logits(part, columns, row_bias[i], j0).sub_(column_shift).exp2_()
-                if self.has_tiny_shares:
-                    flush_tiny_(other)
                 if column_weights is not None:
                     other.mul_(column_weights)
             apply_to_rows_(tile, part.scores, columns.terms, i0 + i.start, j0)
             tile.sub_(row_shift_log2[i]).exp2_()
-            if self.has_tiny_shares:
-                flush_tiny_(tile)
             if weights is not None:
                 tile.mul_(weights[i])
             if other is not None:
                 tile.add_(other)
+            if self.may_be_subnormal:
+                flush_subnormal_(tile)
             sums[0][i].add_(tile.sum(1, keepdim=True))
             sums[1].add_(tile.sum(0))
             if tile.dtype != out.dtype:
