@@ -1,7 +1,7 @@
 """The folder that a trained encoder is saved as: transformers, sentence-transformers and simcse read it.
 
 config.json, model.safetensors     AutoModel; its pooler is the MLP of ``cls`` where the class has one
-adapter_config.json, adapter_model.safetensors  in their place an adapter of peft, where it is saved alone
+adapter_config.json, adapter_model.safetensors  in place of both an adapter of peft that is saved alone
 tokenizer.json, ...                AutoTokenizer
 modules.json                       what sentence-transformers does with a sentence, in order
 sentence_bert_config.json, 1_Pooling/config.json, config_sentence_transformers.json
@@ -21,13 +21,14 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from simcse.folder import MODEL_FILE, MODULES_FILE, TRANSFORMER_FILES
-from simcse.lora import has_adapter, merged_weights, save_adapter
+from simcse.lora import ADAPTER_CONFIG, has_adapter, merged_weights, save_adapter
 from simcse.model import CONFIG_FILE, MLP_FILE, SentenceEncoder, default_length, with_weights
 
 # pooler → sentence-transformers' name; the two that are missing take more than the last layer
 POOLING = {"cls": "cls", "cls_before_pooler": "cls", "last": "lasttoken", "avg": "mean"}
 INSIDE = "sentence_transformers.models."  # read by every version since 2
 UNFINISHED_MODEL = ".unfinished-model"  # a model while it is written
+MARKERS = ("config.json", ADAPTER_CONFIG)
 MODULE_FILES = ("config.json", "model.safetensors", "pytorch_model.bin")
 
 
@@ -43,7 +44,7 @@ def save_encoder(
     An adapter is merged into the weights, or with ``merge=False`` saved alone.
 
     All is written beside and then moved. What cuts it off leaves an older model as it was or, within the moves, a
-    folder without ``config.json``, which nothing takes for a model. The older model's other files are deleted, so
+    folder without ``config.json`` or ``adapter_config.json``, which nothing takes for a model. The older model's other files are deleted, so
     that no module stays which the new model does not have.
     """
     folder = Path(folder)
@@ -52,11 +53,11 @@ def save_encoder(
     beside.mkdir(parents=True)
     try:
         _write_all(encoder, tokenizer, beside, card, merge)
-        marker = folder / "config.json"
-        marker.unlink(missing_ok=True)
+        for marker in MARKERS:
+            (folder / marker).unlink(missing_ok=True)
         delete_model(folder)
         files = [path for path in beside.rglob("*") if path.is_file()]
-        for path in sorted(files, key=lambda path: path == beside / marker.name):
+        for path in sorted(files, key=lambda path: path.parent == beside and path.name in MARKERS):
             target = folder / path.relative_to(beside)
             target.parent.mkdir(exist_ok=True)
             path.replace(target)

@@ -73,8 +73,7 @@ def adapter_weights(backbone: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def save_adapter(backbone: PreTrainedModel, folder: Path) -> None:
-    """The adapter alone, as peft saves it, and the transformer's ``config.json``."""
-    backbone.config.save_pretrained(folder)
+    """The adapter alone, as peft saves it. (With a ``config.json`` beside it transformers expects all weights.)"""
     config = backbone.peft_config["default"]
     config.inference_mode = True
     try:
@@ -113,6 +112,11 @@ def merged_weights(backbone: PreTrainedModel) -> dict[str, Tensor]:
 def base_of(folder: Path) -> str:
     """The name or path of the model that the adapter in a folder is for."""
     file = folder / ADAPTER_CONFIG
+    if (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} holds an adapter ({ADAPTER_CONFIG}) and a model of its own (config.json), which is not "
+            "supported; delete the first for the model alone, or merge the adapter with peft"
+        )
     try:
         base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
         if not isinstance(base, str):

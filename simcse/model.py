@@ -222,9 +222,9 @@ def load_encoder(
     # With a padding_idx, as RoBERTa has it, positions are counted without the padding.
     if tokenizer.padding_side == "left" and table is not None and table.padding_idx is None:
         getLogger("simcse").warning(
-            f"the tokenizer of {name_or_path} pads on the left, where {type(backbone).__name__} counts the padding "
-            "among the positions: a vector depends on the longest sentence of its batch; set padding_side to right "
-            "and save the tokenizer"
+            f"the tokenizer of {name_or_path} pads on the left, where {type(backbone).__name__} counts the "
+            "padding among the positions: a vector depends on the longest sentence of its batch; set padding_side "
+            "to right and save the tokenizer"
         )
 
     chosen = chosen or default_pooler or (stored and stored.pooler_type) or published_pooler(name_or_path)

@@ -30,7 +30,7 @@ from simcse.elastic import mark_start
 from simcse.errors import UserError
 from simcse.files import replaced
 from simcse.layout import save_encoder
-from simcse.lora import ADAPTER_WEIGHTS, has_adapter
+from simcse.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, has_adapter
 from simcse.model import MLP_FILE, SentenceEncoder
 from simcse.objective import Objective
 from simcse.report import log_line
@@ -261,8 +261,9 @@ class SimCSETrainer(Trainer):
     def _model_files(self) -> list[str]:
         """What a checkpoint holds of the encoder, as far as it is read."""
         encoder = self.model.encoder
-        weights = ADAPTER_WEIGHTS if has_adapter(encoder.backbone) else "model.safetensors"
-        return ["config.json", weights] + [MLP_FILE] * (encoder.mlp is not None)
+        adapter = [ADAPTER_CONFIG, ADAPTER_WEIGHTS]
+        files = adapter if has_adapter(encoder.backbone) else ["config.json", "model.safetensors"]
+        return files + [MLP_FILE] * (encoder.mlp is not None)
 
     def _extra_names(self) -> set[str]:
         """Names of the tensors that a checkpoint holds beside the encoder's."""

@@ -176,7 +176,7 @@ def test_neither_padding_nor_end_of_sequence_is_refused(folder, tmp_path):
     AutoModel.from_pretrained(folder / "llama").save_pretrained(tmp_path)
     bare = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer().backend_tokenizer, bos_token="<s>")
     bare.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="neither a padding token.*nor an end-of-sequence"):
+    with pytest.raises(UserError, match=r"neither a padding token.*nor an end-of-sequence"):
         load_encoder(str(tmp_path), "last")
 
 

@@ -116,6 +116,7 @@ def test_adapter_of_peft_without_a_tokenizer_is_read(folder, tmp_path):  # noqa:
         ("config", "is damaged"),
         ("bytes", "cannot load the adapter"),
         ("itself", "is an adapter too"),
+        ("model", "a model of its own"),
     ],
 )
 def test_spoilt_adapter_is_named(folder, tmp_path, spoil, message):  # noqa: F811
@@ -126,6 +127,8 @@ def test_spoilt_adapter_is_named(folder, tmp_path, spoil, message):  # noqa: F81
         (tmp_path / "adapter_model.safetensors").unlink()
     elif spoil == "bytes":
         (tmp_path / "adapter_model.safetensors").write_bytes(b"no tensors")
+    elif spoil == "model":
+        base.config.save_pretrained(tmp_path)
     elif spoil == "config":
         (tmp_path / "adapter_config.json").write_text("{")
     else:
