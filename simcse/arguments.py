@@ -57,7 +57,7 @@ class ModelArguments:
         MODEL,
     )
     pooler_type: PoolerType | None = pooler_flag(  # noqa: RUF009 (a field, as its neighbours)
-        "what simcse saved the folder with, else cls_before_pooler"
+        "what simcse saved the folder with, else cls_before_pooler, and last for a decoder"
     )
     mlp_only_train: bool | None = flag(
         None,

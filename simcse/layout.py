@@ -44,8 +44,8 @@ def save_encoder(
     An adapter is merged into the weights, or with ``merge=False`` saved alone.
 
     All is written beside and then moved. What cuts it off leaves an older model as it was or, within the moves, a
-    folder without ``config.json`` or ``adapter_config.json``, which nothing takes for a model. The older model's other files are deleted, so
-    that no module stays which the new model does not have.
+    folder without ``config.json`` and ``adapter_config.json``, which nothing takes for a model. The older model's
+    other files are deleted, so that no module stays which the new model does not have.
     """
     folder = Path(folder)
     beside = folder / UNFINISHED_MODEL

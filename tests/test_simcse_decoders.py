@@ -161,6 +161,19 @@ def test_left_padding_before_learned_positions_gets_a_warning(tmp_path, caplog):
         assert ("pads on the left" in caplog.text) == warned
 
 
+def test_training_of_a_decoder_starts_from_its_last_token(folder, tmp_path, caplog):
+    trainer = train.prepare(options(folder, tmp_path / "a", pooler_type=None, dropout=0.1))
+    assert trainer.model.encoder.pooler_type == "last"
+    assert "sees nothing" not in caplog.text
+    with caplog.at_level(logging.WARNING, "simcse"):
+        trainer = train.prepare(options(folder, tmp_path / "b", pooler_type="cls_before_pooler", dropout=0.1))
+    assert trainer.model.encoder.pooler_type == "cls_before_pooler"
+    assert "first token sees nothing of the rest" in caplog.text
+    bert = make_tiny_model(tmp_path / "bert")
+    trainer = train.prepare(options(folder, tmp_path / "c", pooler_type=None, model_name_or_path=bert))
+    assert trainer.model.encoder.pooler_type == "cls_before_pooler"
+
+
 def test_end_of_sequence_stands_in_for_padding_and_is_saved_so(folder, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "simcse"):
         encoder, tokenizer = load_encoder(str(folder / "gpt2"), "last")
