@@ -508,8 +508,8 @@ def _load_tokenizer(source: Path, name: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise UserError(
-                f"the tokenizer in {name} has neither a padding token, which batches need, nor an end-of-sequence "
-                "token to take its place; set its pad_token and save it"
+                f"the tokenizer in {name} has no padding token, which batches need, and no end-of-sequence token "
+                "to take its place; set its pad_token and save it"
             )
         tokenizer.pad_token = tokenizer.eos_token
         getLogger("simcse").warning(
