@@ -184,7 +184,12 @@ def encode_rows(
         ):
             chosen = order[start : start + batch_size]
             batch = tokenizer.pad(
-                {name: [rows[i] for i in chosen] for name, rows in tokens.items()}, return_tensors="pt"
+                {name: [rows[i] for i in chosen] for name, rows in tokens.items()},
+                padding="max_length",
+                max_length=max(
+                    1, lengths[chosen[0]]
+                ),  # an empty text may be no token at all, which no model reads
+                return_tensors="pt",
             )
             vectors[chosen] = encoder.finish(encoder.embed(**batch.to(encoder.device)).float()).cpu()
     encoder.train(training)

@@ -53,6 +53,10 @@ def test_saved_model_gives_everyone_the_same_vectors(folder, tmp_path, kind, mer
     torch.testing.assert_close(vectors_of(run), ours, rtol=0, atol=1e-5)
     torch.testing.assert_close(their_vectors(run), ours, rtol=0, atol=1e-5)
     if merge:
+        config, before = (json.loads((place / "config.json").read_text()) for place in (run, base))
+        assert {name: config[name] for name in before if "drop" in name} == {
+            name: value for name, value in before.items() if "drop" in name
+        }
         assert weights_of(run).keys() == weights_of(base).keys()
     else:
         config = json.loads((run / "adapter_config.json").read_text())
