@@ -390,8 +390,13 @@ def dropouts(config: Any) -> dict[str, float]:
 
 def base_name(encoder: SentenceEncoder, name_or_path: str) -> str:
     """What an adapter of the encoder names its model by: the hub's name, or an absolute path."""
+    if (encoder.source / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"--lora_r: {name_or_path} is an adapter itself, and a new one would name its model without it; merge "
+            "it first (save_encoder of what load_encoder reads, or merge_and_unload of peft)"
+        )
     on_hub = name_or_path not in SHIPPED and not Path(name_or_path).expanduser().exists()
-    return name_or_path if on_hub else str(_base(encoder.source).resolve())
+    return name_or_path if on_hub else str(encoder.source.resolve())
 
 
 def _load_backbone(source: Path, name: str, **changed: float) -> tuple[PreTrainedModel, bool]:

@@ -38,6 +38,8 @@ class SearchArguments:
     def __post_init__(self) -> None:
         if not self.query or not (self.sentences or self.index):
             raise ValueError("--query is required, and so is --sentences or --index")
+        if self.document_prompt is not None and not self.sentences:
+            raise ValueError("--document_prompt is put before --sentences; the vectors of an index are finished")
         if self.top_k < 1:
             raise ValueError(f"--top_k must be at least 1, not {self.top_k}")
 

@@ -318,6 +318,9 @@ def test_commands_take_prompts(folder, tmp_path, capsys):
     assert "has no prompt named 'nobody'" in capsys.readouterr().err
 
     prompts = ["--query_prompt", "q: ", "--document_prompt", "d: "]
+    with pytest.raises(SystemExit):
+        search.main([*source, "--query", "Snow.", "--index", str(tmp_path), *prompts])
+    assert "--document_prompt is put before --sentences" in capsys.readouterr().err
     search.main([*source, "--query", "Snow.", "--sentences", str(tmp_path / "in.txt"), "--threshold=-1", *prompts])
     (query,), documents = (tool.encode(["Snow."], prompt="q: "), tool.encode(SENTENCES, prompt="d: "))
     printed = capsys.readouterr().out

@@ -161,6 +161,13 @@ def test_flags_that_do_not_fit_are_refused(folder, tmp_path, change, message):  
     assert not (tmp_path / "run").exists()
 
 
+def test_adapter_on_an_adapter_is_refused(folder, tmp_path):  # noqa: F811
+    base = AutoModel.from_pretrained(folder / "llama")
+    peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "first")
+    with pytest.raises(UserError, match="is an adapter itself"):
+        train.prepare(options(folder, tmp_path / "run", model_name_or_path=tmp_path / "first", **LORA))
+
+
 def test_layers_are_chosen_by_name_or_all_of_them(folder, tmp_path):  # noqa: F811
     def adapted(targets):
         trainer = train.prepare(options(folder, tmp_path, lora_r=2, lora_target_modules=targets, dropout=0.1))
