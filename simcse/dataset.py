@@ -24,6 +24,8 @@ class Views:
 
     With ``mask_duplicates`` the batch also has ``ids`` (V·B,): see :func:`duplicate_ids`. Where the batch is only
     a part of a larger one, ``whole=False``, they are :func:`text_keys`, for the whole to be numbered by.
+
+    ``query_prompt`` is put before the first view, ``document_prompt`` before the others.
     """
 
     def __init__(
@@ -32,17 +34,27 @@ class Views:
         max_length: int,
         mask_duplicates: bool = False,
         whole: bool = True,
+        query_prompt: str = "",
+        document_prompt: str = "",
     ):
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.mask_duplicates = mask_duplicates
         self.whole = whole
+        self.query_prompt = query_prompt
+        self.document_prompt = document_prompt
 
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
         views = list(zip(*(row * 2 if len(row) == 1 else row for row in rows), strict=True))  # V of B
         texts = [text for view in views for text in view]
+        prompts = [self.query_prompt] * len(rows) + [self.document_prompt] * (len(texts) - len(rows))
         tokens = self.tokenizer(
-            texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+            [prompt + text for prompt, text in zip(prompts, texts, strict=True)],
+            padding=True,
+            truncation=True,
+            max_length=self.max_length,
+            return_attention_mask=True,
+            return_tensors="pt",
         )  # (V·B, L)
         batch = dict(tokens)
         if self.mask_duplicates:

@@ -9,7 +9,7 @@ with exit_cleanly("simcse.encode"):
     import numpy as np
     from transformers.utils import logging
 
-    from simcse.arguments import STORED_POOLER, flag, parse, pooler_flag
+    from simcse.arguments import MODEL, STORED_POOLER, flag, parse, pooler_flag
     from simcse.files import output_file, replaced
     from simcse.model import PoolerType
     from simcse.table import read_sentences
@@ -22,7 +22,7 @@ DESCRIPTION = (
 
 @dataclass
 class EncodeArguments:
-    model_name_or_path: str = flag("minilm", "A model folder, a name on the hub, or 'minilm'.")
+    model_name_or_path: str = flag("minilm", MODEL)
     pooler_type: PoolerType | None = pooler_flag(STORED_POOLER)  # noqa: RUF009 (a field, as its neighbours)
     input: str | None = flag(None, "The sentences: .txt, or a column of .csv, .tsv, .jsonl, .parquet.")
     columns: str | None = flag(None, "The name of the column that holds the sentences. Default: the first.")
@@ -30,6 +30,13 @@ class EncodeArguments:
     batch_size: int = flag(64, "Sentences a batch.")
     max_length: int | None = flag(None, "Maximum tokens per sentence. Default: what the model's folder states.")
     normalize: bool = flag(True, "Write unit vectors.")
+    prompt_name: str | None = flag(
+        None,
+        "The sentences get the model's prompt of this name, such as 'query' or 'document'. Default: its default "
+        "prompt.",
+    )
+    query_prompt: str | None = flag(None, "Text before each sentence, as before a query in training.")
+    document_prompt: str | None = flag(None, "Text before each sentence, as before a document in training.")
 
     def __post_init__(self) -> None:
         if not self.input or not self.output:
@@ -38,6 +45,11 @@ class EncodeArguments:
             raise ValueError(
                 f"--batch_size must be at least 1 and --max_length at least 3, not {self.batch_size} and "
                 f"{self.max_length}"
+            )
+        if [self.prompt_name, self.query_prompt, self.document_prompt].count(None) < 2:
+            raise ValueError(
+                "--prompt_name, --query_prompt and --document_prompt exclude each other: a file holds queries or "
+                "documents"
             )
 
 
@@ -58,6 +70,8 @@ def main(argv: list[str] | None = None) -> None:
             normalize_to_unit=args.normalize,
             batch_size=args.batch_size,
             max_length=args.max_length,
+            prompt=args.document_prompt if args.query_prompt is None else args.query_prompt,
+            prompt_name=args.prompt_name,
         )
         with replaced(output) as unfinished, unfinished.open("wb") as file:
             if output.suffix == ".npy":

@@ -14,7 +14,7 @@ with exit_cleanly("simcse.evaluate"):  # these take seconds, and Ctrl-C has to b
     import torch
     from transformers.utils import logging
 
-    from simcse.arguments import STORED_POOLER, flag, parse, pooler_flag
+    from simcse.arguments import MODEL, STORED_POOLER, flag, parse, pooler_flag
     from simcse.dataset import shipped
     from simcse.files import output_file, output_folder, write_text
     from simcse.model import PoolerType, load_encoder
@@ -34,10 +34,7 @@ PLOTS = ("cosine_densities.png", "singular_values.png", "alignment_uniformity.pn
 
 @dataclass
 class EvaluationArguments:
-    model_name_or_path: str = flag(
-        "minilm",
-        "A model folder, a name on the Hugging Face hub, or 'minilm', the encoder of the extra 'demo'.",
-    )
+    model_name_or_path: str = flag("minilm", MODEL)
     pooler_type: PoolerType | None = pooler_flag(STORED_POOLER)  # noqa: RUF009 (a field, as its neighbours)
     sts_data: str | None = flag(
         None,
@@ -60,6 +57,12 @@ class EvaluationArguments:
         "alignment-uniformity plane, with the run's path where the model's folder has a trainer_state.json.",
     )
     batch_size: int = flag(64, "Sentences a batch.")
+    query_prompt: str | None = flag(
+        None, "Text before the first sentence of each pair. Default: the model's default prompt."
+    )
+    document_prompt: str | None = flag(
+        None, "Text before the second sentence of each pair. Default: that before the first."
+    )
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -88,7 +91,11 @@ def main(argv: list[str] | None = None) -> None:
         if torch.accelerator.is_available():
             encoder.to(torch.accelerator.current_accelerator())
 
-        vectors = encode(encoder, tokenizer, [s for pairs in tasks for s in pairs.sentences], args.batch_size)
+        query = encoder.settings.prompt if args.query_prompt is None else args.query_prompt
+        document = query if args.document_prompt is None else args.document_prompt
+        tasks = [pairs.with_prompts(query, document) for pairs in tasks]
+        sentences = [s for pairs in tasks for s in pairs.sentences]
+        vectors = encode(encoder, tokenizer, sentences, args.batch_size, prompt="")
         scores = {pairs.name: spearman(pairs, vectors) for pairs in tasks}
         tests = [scores[pairs.name] for pairs in tasks if pairs.split == "test"]
         watched = watched_pairs(tasks)

@@ -7,7 +7,7 @@ and there.
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,12 @@ TRANSFORMER_FILES = tuple(
 )
 MODEL_FILE = "config_sentence_transformers.json"
 MODULES_FILE = "modules.json"
-POOLERS = {"cls": "cls_before_pooler", "mean": "avg"}  # a pooling of sentence-transformers → ours
+POOLERS = {
+    "cls": "cls_before_pooler",
+    "lasttoken": "last",
+    "mean": "avg",
+}  # a pooling of sentence-transformers → ours
+ROLES = ("query", "document")  # the two prompts that sentence-transformers has methods for
 PLAIN_TEXT = {"method": "forward", "method_output_name": "last_hidden_state"}
 # Settings that change no vector, or only where another one is set that is refused.
 WITHOUT_EFFECT = {
@@ -43,8 +48,21 @@ class InferenceSettings:
 
     @property
     def prompt(self) -> str:
-        """What is put before every sentence."""
+        """What is put before every sentence, unless it is known to be a query or a document."""
         return self.prompts[self.default_prompt_name] if self.default_prompt_name else ""
+
+    def prompt_of(self, role: str) -> str:
+        """What is put before a ``query`` or a ``document``: as sentence-transformers' methods for the two do.
+
+        Where the folder has a prompt for neither, its default prompt.
+        """
+        return self.prompts.get(role, "") if set(ROLES) & set(self.prompts) else self.prompt
+
+    def with_prompts(self, query: str | None, document: str | None) -> "InferenceSettings":
+        """With prompts for queries and documents; a sentence that is known to be neither gets that of a query."""
+        given = {role: text for role, text in zip(ROLES, (query, document), strict=True) if text is not None}
+        default = self.default_prompt_name if query is None else ROLES[0]
+        return replace(self, prompts={**self.prompts, **given}, default_prompt_name=default)
 
     @property
     def compares_by_cosine(self) -> bool:

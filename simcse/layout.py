@@ -1,6 +1,7 @@
 """The folder that a trained encoder is saved as: transformers, sentence-transformers and simcse read it.
 
 config.json, model.safetensors     AutoModel; its pooler is the MLP of ``cls`` where the class has one
+adapter_config.json, adapter_model.safetensors  in place of both an adapter of peft that is saved alone
 tokenizer.json, ...                AutoTokenizer
 modules.json                       what sentence-transformers does with a sentence, in order
 sentence_bert_config.json, 1_Pooling/config.json, config_sentence_transformers.json
@@ -20,35 +21,43 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from simcse.folder import MODEL_FILE, MODULES_FILE, TRANSFORMER_FILES
-from simcse.model import CONFIG_FILE, MLP_FILE, SentenceEncoder, default_length
+from simcse.lora import ADAPTER_CONFIG, has_adapter, merged_weights, save_adapter
+from simcse.model import CONFIG_FILE, MLP_FILE, SentenceEncoder, default_length, with_weights
 
 # pooler → sentence-transformers' name; the two that are missing take more than the last layer
-POOLING = {"cls": "cls", "cls_before_pooler": "cls", "avg": "mean"}
+POOLING = {"cls": "cls", "cls_before_pooler": "cls", "last": "lasttoken", "avg": "mean"}
 INSIDE = "sentence_transformers.models."  # read by every version since 2
 UNFINISHED_MODEL = ".unfinished-model"  # a model while it is written
+MARKERS = ("config.json", ADAPTER_CONFIG)
 MODULE_FILES = ("config.json", "model.safetensors", "pytorch_model.bin")
 
 
 def save_encoder(
-    encoder: SentenceEncoder, tokenizer: PreTrainedTokenizerBase, folder: str | Path, card: str = ""
+    encoder: SentenceEncoder,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    card: str = "",
+    merge: bool = True,
 ) -> None:
     """Write the folder that the head of this file describes; ``card`` goes into the model card.
 
+    An adapter is merged into the weights, or with ``merge=False`` saved alone.
+
     All is written beside and then moved. What cuts it off leaves an older model as it was or, within the moves, a
-    folder without ``config.json``, which nothing takes for a model. The older model's other files are deleted, so
-    that no module stays which the new model does not have.
+    folder without ``config.json`` and ``adapter_config.json``, which nothing takes for a model. The older model's
+    other files are deleted, so that no module stays which the new model does not have.
     """
     folder = Path(folder)
     beside = folder / UNFINISHED_MODEL
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
-        _write_all(encoder, tokenizer, beside, card)
-        marker = folder / "config.json"
-        marker.unlink(missing_ok=True)
+        _write_all(encoder, tokenizer, beside, card, merge)
+        for marker in MARKERS:
+            (folder / marker).unlink(missing_ok=True)
         delete_model(folder)
         files = [path for path in beside.rglob("*") if path.is_file()]
-        for path in sorted(files, key=lambda path: path == beside / marker.name):
+        for path in sorted(files, key=lambda path: path.parent == beside and path.name in MARKERS):
             target = folder / path.relative_to(beside)
             target.parent.mkdir(exist_ok=True)
             path.replace(target)
@@ -83,8 +92,13 @@ def _files_of_model(folder: Path) -> list[str]:
     return [f"{module}/{name}" for module in modules for name in MODULE_FILES]
 
 
-def _write_all(encoder: SentenceEncoder, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
-    weights = encoder.backbone.state_dict()
+def _write_all(
+    encoder: SentenceEncoder, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str, merge: bool
+) -> None:
+    backbone, adapted = encoder.backbone, has_adapter(encoder.backbone)
+    if adapted and merge:
+        backbone = with_weights(backbone, backbone.config, merged_weights(backbone))
+    weights = backbone.state_dict()
     if encoder.mlp is not None:
         linear = encoder.mlp[0].state_dict()
         for name, value in linear.items():
@@ -93,12 +107,15 @@ def _write_all(encoder: SentenceEncoder, tokenizer: PreTrainedTokenizerBase, fol
         (folder / MLP_FILE).parent.mkdir(parents=True, exist_ok=True)
         save_file({f"linear.{name}": value.contiguous() for name, value in linear.items()}, folder / MLP_FILE)
     with encoder.original_dropout():
-        encoder.backbone.save_pretrained(folder, state_dict=weights)
+        if adapted and not merge:
+            save_adapter(backbone, folder)
+        else:
+            backbone.save_pretrained(folder, state_dict=weights)
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()  # or the file keeps the length of the last batch
     tokenizer.save_pretrained(folder)
     _save_modules(encoder, folder, default_length(encoder, tokenizer))
-    (folder / "README.md").write_text(model_card(encoder, card), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(encoder, card, adapted and not merge), encoding="utf-8")
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     settings = {"pooler_type": encoder.pooler_type, "mlp_only_train": encoder.mlp_only_train}
     _write(folder / CONFIG_FILE, {**settings, "files": sorted([*files, CONFIG_FILE])})
@@ -129,6 +146,7 @@ def _save_modules(encoder: SentenceEncoder, folder: Path, length: int) -> None:
                 "word_embedding_dimension": hidden,
                 "pooling_mode_cls_token": way == "cls",
                 "pooling_mode_mean_tokens": way == "mean",
+                "pooling_mode_lasttoken": way == "lasttoken",
             },
         )
     if encoder.mlp is not None:
@@ -163,8 +181,12 @@ class Inexpressible:
         )
 
 
-def model_card(encoder: SentenceEncoder, body: str) -> str:
+def model_card(encoder: SentenceEncoder, body: str, adapter_alone: bool = False) -> str:
     """The README.md of a saved folder: how to use it, and ``body`` about data, recipe and scores."""
+    adapter = ""
+    if adapter_alone:
+        base = encoder.backbone.peft_config["default"].base_model_name_or_path
+        adapter = f" with this LoRA adapter, which loads on top of `{base}`"
     pooling = encoder.pooler_type + (" (the MLP is left out at inference)" if encoder.mlp_only_train else "")
     if encoder.pooler_type in POOLING:
         usage = (
@@ -182,9 +204,9 @@ def model_card(encoder: SentenceEncoder, body: str) -> str:
         "---\nlibrary_name: sentence-transformers\npipeline_tag: sentence-similarity\n"
         "tags:\n- sentence-transformers\n- feature-extraction\n- sentence-similarity\n- simcse\n---\n\n"
         "# Sentence encoder\n\n"
-        f"{type(encoder.backbone).__name__}, {encoder.config.hidden_size} features, pooler `{pooling}`, compared "
-        f"by cosine similarity. Trained with fused-infonce.\n{note}\n```python\n{usage}\n```\n"
-        + (f"\n{body.strip()}\n" if body else "")
+        f"{type(encoder.backbone).__name__}{adapter}, {encoder.config.hidden_size} features, pooler "
+        f"`{pooling}`, compared by cosine similarity. "
+        f"Trained with fused-infonce.\n{note}\n```python\n{usage}\n```\n" + (f"\n{body.strip()}\n" if body else "")
     )
 
 

@@ -8,7 +8,7 @@ from simcse.errors import UserError, exit_cleanly
 with exit_cleanly("simcse.search"):
     from transformers.utils import logging
 
-    from simcse.arguments import STORED_POOLER, flag, parse, pooler_flag
+    from simcse.arguments import MODEL, STORED_POOLER, flag, parse, pooler_flag
     from simcse.files import output_folder
     from simcse.model import PoolerType
     from simcse.report import table
@@ -19,7 +19,7 @@ DESCRIPTION = "Print the sentences that are closest to a query, by cosine simila
 
 @dataclass
 class SearchArguments:
-    model_name_or_path: str = flag("minilm", "A model folder, a name on the hub, or 'minilm'.")
+    model_name_or_path: str = flag("minilm", MODEL)
     pooler_type: PoolerType | None = pooler_flag(STORED_POOLER)  # noqa: RUF009 (a field, as its neighbours)
     query: str | None = flag(None, "What to look for.")
     sentences: str | None = flag(
@@ -30,10 +30,16 @@ class SearchArguments:
     threshold: float = flag(0.6, "The least cosine similarity.")
     max_length: int | None = flag(None, "Maximum tokens per sentence. Default: what the model's folder states.")
     faiss_fast: bool = flag(False, "Search approximately (FAISS).")
+    query_prompt: str | None = flag(None, "Text before the query. Default: the model's prompt for queries.")
+    document_prompt: str | None = flag(
+        None, "Text before each of --sentences. Default: the model's prompt for documents."
+    )
 
     def __post_init__(self) -> None:
         if not self.query or not (self.sentences or self.index):
             raise ValueError("--query is required, and so is --sentences or --index")
+        if self.document_prompt is not None and not self.sentences:
+            raise ValueError("--document_prompt is put before --sentences; the vectors of an index are finished")
         if self.top_k < 1:
             raise ValueError(f"--top_k must be at least 1, not {self.top_k}")
 
@@ -46,7 +52,12 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--sentences: the file {args.sentences} does not exist")
         if args.index:
             index = output_folder("--index", args.index) if args.sentences else Path(args.index).expanduser()
-        model = SimCSE(args.model_name_or_path, pooler=args.pooler_type)
+        model = SimCSE(
+            args.model_name_or_path,
+            pooler=args.pooler_type,
+            query_prompt=args.query_prompt,
+            document_prompt=args.document_prompt,
+        )
         if args.sentences:
             model.build_index(args.sentences, faiss_fast=args.faiss_fast, max_length=args.max_length)
             if args.index:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -45,6 +45,12 @@ class Pairs:
     def sentences(self) -> list[str]:
         """Both sentences of every pair, repeats included."""
         return self.first + self.second
+
+    def with_prompts(self, first: str, second: str) -> "Pairs":
+        """The pairs with a text before the first and one before the second sentence of each."""
+        return replace(
+            self, first=[first + text for text in self.first], second=[second + text for text in self.second]
+        )
 
 
 def read_sts(path: str | Path) -> list[Pairs]:
@@ -128,10 +134,12 @@ def encode(
     sentences: Iterable[str],
     batch_size: int = 64,
     progress: bool = True,
+    prompt: str | None = None,
 ) -> dict[str, Tensor]:
     """Each distinct sentence → its vector (D,) on the CPU; cut only at the folder's own length."""
     sentences = list(dict.fromkeys(sentences))
-    return dict(zip(sentences, encode_rows(encoder, tokenizer, sentences, batch_size, progress), strict=True))
+    vectors = encode_rows(encoder, tokenizer, sentences, batch_size, progress, prompt=prompt)
+    return dict(zip(sentences, vectors, strict=True))
 
 
 def encode_rows(
@@ -141,11 +149,12 @@ def encode_rows(
     batch_size: int = 64,
     progress: bool = True,
     max_length: int | None = None,
+    prompt: str | None = None,
 ) -> Tensor:
     """N sentences → (N, D) on the CPU; fp32, no dropout. Sentences of like length share a batch.
 
-    ``max_length``: tokens that a sentence is cut to; by default ``default_length``. The prompt and the closing
-    steps of the folder's settings apply.
+    ``max_length``: tokens that a sentence is cut to; by default ``default_length``. ``prompt``: what is put
+    before each; by default the folder's default prompt. The closing steps of the folder's settings apply.
     """
     limit = max_tokens(encoder, tokenizer)
     if batch_size < 1 or (max_length is not None and not 3 <= max_length <= limit):
@@ -155,8 +164,9 @@ def encode_rows(
         )
     if not sentences:
         return torch.empty(0, encoder.features)
+    prompt = encoder.settings.prompt if prompt is None else prompt
     tokens = tokenizer(
-        [encoder.settings.prompt + sentence for sentence in sentences],
+        [prompt + sentence for sentence in sentences],
         truncation=True,
         max_length=max_length or default_length(encoder, tokenizer),
         return_attention_mask=True,
@@ -174,7 +184,12 @@ def encode_rows(
         ):
             chosen = order[start : start + batch_size]
             batch = tokenizer.pad(
-                {name: [rows[i] for i in chosen] for name, rows in tokens.items()}, return_tensors="pt"
+                {name: [rows[i] for i in chosen] for name, rows in tokens.items()},
+                padding="max_length",
+                max_length=max(
+                    1, lengths[chosen[0]]
+                ),  # an empty text may be no token at all, which no model reads
+                return_tensors="pt",
             )
             vectors[chosen] = encoder.finish(encoder.embed(**batch.to(encoder.device)).float()).cpu()
     encoder.train(training)

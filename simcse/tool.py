@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simcse.errors import UserError
+from simcse.folder import ROLES
 from simcse.index import Cells, Index
 from simcse.model import PoolerType, load_encoder
 from simcse.sts import encode_rows
@@ -22,12 +23,14 @@ class SimCSE:
 
     Args:
         model_name_or_path: a folder that simcse, transformers or sentence-transformers saved, a name on the
-            hub, or ``minilm``.
+            hub, ``minilm`` or ``smollm2``.
         device: where it runs; default: the accelerator, else the CPU.
         num_cells, num_cells_in_search: with ``faiss_fast``, the most clusters that an index has, and how many of
             them a search looks at.
         pooler: the sentence vector; default: what the folder was saved with. A published SimCSE model (its folder
             or name on the hub has "simcse" in it) takes ``cls``, with "unsup" in it too ``cls_before_pooler``.
+        query_prompt, document_prompt: texts that stand in for the folder's prompts. A search puts the one before
+            its query, an index the other before its sentences; what is known to be neither gets the query's.
 
     Raises ``simcse.errors.UserError`` for a folder or an argument that cannot be used.
     """
@@ -39,6 +42,8 @@ class SimCSE:
         num_cells: int = 100,
         num_cells_in_search: int = 10,
         pooler: PoolerType | None = None,
+        query_prompt: str | None = None,
+        document_prompt: str | None = None,
     ):
         self.cells = Cells(num_cells, num_cells_in_search)
         there = torch.accelerator.current_accelerator(check_available=True)  # a CUDA build may find no driver
@@ -46,6 +51,7 @@ class SimCSE:
         self.name = str(model_name_or_path)
         self.encoder, self.tokenizer = load_encoder(self.name, pooler)
         self.encoder.to(self.device).eval()
+        self.encoder.settings = self.encoder.settings.with_prompts(query_prompt, document_prompt)
         self.index: Index | None = None
 
     def encode(
@@ -57,12 +63,18 @@ class SimCSE:
         keepdim: bool = False,
         batch_size: int = 64,
         max_length: int | None = None,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
     ) -> Tensor | np.ndarray:
         """Vectors on the CPU, fp32: (D,) for a string ((1, D) with ``keepdim``), (N, D) for a list of N.
 
         ``max_length`` cuts a sentence to so many tokens; the default is the folder's own length, as in
         sentence-transformers (the reference's default is 128). ``normalize_to_unit`` gives unit vectors.
+        ``prompt`` is put before each sentence, or the folder's prompt of the name ``prompt_name``; the default is
+        the folder's default prompt.
         """
+        if prompt is None and prompt_name is not None:
+            prompt = self._prompt(prompt_name)
         single = isinstance(sentence, str)
         self.encoder.to(_device(device or self.device))
         vectors = encode_rows(
@@ -71,6 +83,7 @@ class SimCSE:
             [sentence] if single else list(sentence),
             batch_size,
             max_length=max_length,
+            prompt=prompt,
         )  # (N, D)
         if normalize_to_unit:
             vectors = F.normalize(vectors, dim=1)
@@ -110,7 +123,7 @@ class SimCSE:
         """
         self._check_cosine()
         sentences = _sentences(sentences_or_file_path)
-        vectors = self.encode(sentences, device, return_numpy=True, batch_size=batch_size, max_length=max_length)
+        vectors = self._encode_documents(sentences, device, batch_size, max_length)
         self.index = Index(sentences, vectors, use_faiss, faiss_fast, self.cells)
 
     def add_to_index(
@@ -123,10 +136,7 @@ class SimCSE:
         """More sentences for the index."""
         index = self._index()
         sentences = _sentences(sentences_or_file_path)
-        index.add(
-            sentences,
-            self.encode(sentences, device, return_numpy=True, batch_size=batch_size, max_length=max_length),
-        )
+        index.add(sentences, self._encode_documents(sentences, device, batch_size, max_length))
 
     def search(
         self,
@@ -141,7 +151,10 @@ class SimCSE:
         A list of (sentence, cosine) for a string, a list of such lists for a list of queries.
         """
         index = self._index()
-        vectors = self.encode(queries, device, return_numpy=True, keepdim=True, max_length=max_length)
+        prompt = self.encoder.settings.prompt_of("query")
+        vectors = self.encode(
+            queries, device, return_numpy=True, keepdim=True, max_length=max_length, prompt=prompt
+        )
         found = index.search(vectors, threshold, top_k)
         return found[0] if isinstance(queries, str) else found
 
@@ -159,6 +172,20 @@ class SimCSE:
                 "it was built with another model"
             )
         self.index = index
+
+    def _encode_documents(
+        self, sentences: list[str], device: str | torch.device | None, batch_size: int, max_length: int | None
+    ) -> np.ndarray:
+        prompt = self.encoder.settings.prompt_of("document")
+        return self.encode(
+            sentences, device, return_numpy=True, batch_size=batch_size, max_length=max_length, prompt=prompt
+        )
+
+    def _prompt(self, name: str) -> str:
+        prompts = {**dict.fromkeys(ROLES, ""), **self.encoder.settings.prompts}
+        if name not in prompts:
+            raise UserError(f"{self.name} has no prompt named {name!r}; it has {', '.join(prompts)}")
+        return prompts[name]
 
     def _index(self) -> Index:
         if self.index is None:

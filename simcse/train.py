@@ -26,7 +26,8 @@ with exit_cleanly("simcse.train"):  # these take seconds, and Ctrl-C has to be c
     from simcse.dataset import shipped
     from simcse.elastic import join_again, mark_end, restarts, run_of_this_launch
     from simcse.legacy import translate
-    from simcse.model import load_encoder, max_tokens
+    from simcse.lora import add_adapter
+    from simcse.model import base_name, dropouts, load_encoder, max_tokens
     from simcse.plot import plot_path
     from simcse.recipes import with_recipe
     from simcse.report import closing_table, evaluations, training_card
@@ -60,6 +61,7 @@ EVALUATION_FLAGS = (
     "greater_is_better",
     "load_best_model_at_end",
 )
+LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 UNLISTED_TRACKERS = ("azure_ml", "flyte")  # which transformers does not list though they are installed
 # Settings of Trainer that a checkpoint's state fits, beside those of the model, the data and the loss.
 KEPT = (
@@ -145,6 +147,22 @@ def prepare(argv: list[str] | None = None) -> SimCSETrainer:
         default_pooler="cls_before_pooler",
         dropout=model_args.dropout,
     )
+    if model_args.lora_r:
+        add_adapter(
+            encoder.backbone,
+            base_name(encoder, model_args.model_name_or_path),
+            model_args.lora_r,
+            model_args.lora_alpha,
+            model_args.lora_dropout,
+            model_args.lora_target_modules,
+        )
+    encoder.settings = encoder.settings.with_prompts(data_args.query_prompt, data_args.document_prompt)
+    varied = [*dropouts(encoder.config).values(), model_args.lora_dropout, args.neftune_noise_alpha]
+    if len(table.rows[0]) == 1 and not any(varied) and data_args.query_prompt == data_args.document_prompt:
+        _warn(
+            f"{model_args.model_name_or_path} has no dropout, so the two views of a sentence are the same; give "
+            "--dropout 0.1"
+        )
     limit = max_tokens(encoder, tokenizer)
     if data_args.max_seq_length > limit:
         raise UserError(
@@ -157,6 +175,9 @@ def prepare(argv: list[str] | None = None) -> SimCSETrainer:
         "pooler_type": encoder.pooler_type,
         "mlp_only_train": encoder.mlp_only_train,
         "dropout": model_args.dropout,
+        **{name: getattr(model_args, name) for name in LORA},
+        "query_prompt": data_args.query_prompt,
+        "document_prompt": data_args.document_prompt,
         "max_seq_length": data_args.max_seq_length,
         **{name: value for name, value in vars(loss_args).items() if name != "mini_batch_size"},
         **{name: getattr(args, name) for name in KEPT},
@@ -166,7 +187,10 @@ def prepare(argv: list[str] | None = None) -> SimCSETrainer:
         check_settings(checkpoint, settings, _warn)
     is_new = not output.exists()
     try:
-        trainer = _trainer(encoder, tokenizer, args, loss_args, table.rows, pairs, data_args.max_seq_length)
+        trainer = _trainer(
+            *(encoder, tokenizer, args, loss_args, table.rows, pairs, data_args.max_seq_length),
+            *(data_args.query_prompt or "", data_args.document_prompt or "", model_args.lora_merge),
+        )
         trainer.run = Run.new(settings)
         if checkpoint is not None:
             trainer.check_resumable(checkpoint)

@@ -30,6 +30,7 @@ from simcse.elastic import mark_start
 from simcse.errors import UserError
 from simcse.files import replaced
 from simcse.layout import save_encoder
+from simcse.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, has_adapter
 from simcse.model import MLP_FILE, SentenceEncoder
 from simcse.objective import Objective
 from simcse.report import log_line
@@ -53,7 +54,8 @@ class SimCSETrainer(Trainer):
     """SimCSE (Gao et al. 2021) with Gaussian negatives (GS-InfoNCE, COLING 2022).
 
     ``rows`` are tuples of one sentence (encoded twice), two (a pair), or more (a pair and its hard negatives), all
-    of one length; ``pairs`` are what evaluation scores, or None.
+    of one length; ``pairs`` are what evaluation scores, or None. ``merge``: an adapter of the encoder is merged
+    into the finished model; checkpoints have it alone.
     """
 
     args: SimCSETrainingArguments
@@ -69,6 +71,9 @@ class SimCSETrainer(Trainer):
         rows: list[Row],
         pairs: Pairs | None = None,
         max_seq_length: int = 32,
+        query_prompt: str = "",
+        document_prompt: str = "",
+        merge: bool = True,
     ):
         if options.do_mlm and tokenizer.mask_token is None:
             raise ValueError("--do_mlm: the model's tokenizer has no mask token; leave it out")
@@ -76,12 +81,20 @@ class SimCSETrainer(Trainer):
         super().__init__(
             model=Objective(encoder, options, dist.group.WORLD if everyone else None),
             args=args,
-            data_collator=Views(tokenizer, max_seq_length, options.mask_duplicates, whole=not everyone),
+            data_collator=Views(
+                tokenizer,
+                max_seq_length,
+                options.mask_duplicates,
+                whole=not everyone,
+                query_prompt=query_prompt,
+                document_prompt=document_prompt,
+            ),
             train_dataset=rows,
             eval_dataset=pairs,
             processing_class=tokenizer,
         )
         self.options = options
+        self.merge = merge
         self.views = max(2, len(rows[0]))
         self.card = ""  # the model card of what is saved
         self.run = Run.new({})
@@ -231,7 +244,8 @@ class SimCSETrainer(Trainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         with saving(folder):
-            save_encoder(self.model.encoder, self.processing_class, folder, self.card)
+            merge = self.merge and folder == Path(self.args.output_dir)
+            save_encoder(self.model.encoder, self.processing_class, folder, self.card, merge)
             extra = self.model.extra_state()
             if self._queues is not None:
                 extra["queue"] = self._queues
@@ -246,7 +260,10 @@ class SimCSETrainer(Trainer):
 
     def _model_files(self) -> list[str]:
         """What a checkpoint holds of the encoder, as far as it is read."""
-        return ["config.json", "model.safetensors"] + [MLP_FILE] * (self.model.encoder.mlp is not None)
+        encoder = self.model.encoder
+        adapter = [ADAPTER_CONFIG, ADAPTER_WEIGHTS]
+        files = adapter if has_adapter(encoder.backbone) else ["config.json", "model.safetensors"]
+        return files + [MLP_FILE] * (encoder.mlp is not None)
 
     def _extra_names(self) -> set[str]:
         """Names of the tensors that a checkpoint holds beside the encoder's."""
@@ -279,7 +296,7 @@ class SimCSETrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        with reading(folder / "model.safetensors"):
+        with reading(folder / self._model_files()[1]):
             self.model.encoder.load_weights(folder)
         if not self._extra_names():
             return

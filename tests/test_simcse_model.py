@@ -56,6 +56,7 @@ def test_pooler_is_what_its_name_says(tmp_path, pooler):
             by_hand = {
                 "cls": torch.tanh(encoder.mlp[0](last[0])) if encoder.mlp else None,
                 "cls_before_pooler": last[0],
+                "last": last[-1],
                 "avg": last.mean(0),
                 "avg_top2": (last.mean(0) + before.mean(0)) / 2,
                 "avg_first_last": (last.mean(0) + first.mean(0)) / 2,

@@ -159,7 +159,7 @@ REFUSED = {
     "max pooling, old format": ("1_Pooling", {"pooling_mode_max_tokens": True}, True),
     "two poolings": ("1_Pooling", {"pooling_mode": ["cls", "mean"]}, False),
     "weighted mean": ("1_Pooling", {"pooling_mode": "weightedmean"}, False),
-    "last token": ("1_Pooling", {"pooling_mode": "lasttoken"}, False),
+    "weights by place": ("1_Pooling", {"pooling_mode": "weightedmean"}, False),
     "prompt left out": ("1_Pooling", {"include_prompt": False}, False),
     "a setting of tomorrow": ("1_Pooling", {"temperature": 2}, False),
     "tokenizer's arguments": ("", {"tokenizer_args": {"padding_side": "left"}}, False),
@@ -672,7 +672,7 @@ def test_damaged_or_hostile_files_end_in_one_line(folder, tmp_path, damage, caps
     assert not (folder / "was_run").exists()
 
 
-def test_tokenizer_without_a_padding_token_is_refused(folder):
+def test_tokenizer_without_a_token_for_padding_is_refused(folder):
     (folder / "special_tokens_map.json").unlink(missing_ok=True)
     edit(folder / "tokenizer_config.json", pad_token=None, tokenizer_class="PreTrainedTokenizerFast")
     with pytest.raises(UserError, match="no padding token"):
