@@ -206,7 +206,7 @@ def test_missing_files_are_named_together(folder, tmp_path):
 @pytest.fixture
 def one_c(monkeypatch):
     """The commands below try one C only, to be quick; how C is chosen is shown above."""
-    monkeypatch.setattr(transfer, "GRID", [1.0])
+    monkeypatch.setattr(transfer, "GRID", [8.0])
     monkeypatch.setattr(transfer, "CROSS_VALIDATED_GRID", [1.0])
 
 
