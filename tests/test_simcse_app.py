@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from helpers import interruptible
 from test_simcse_model import SENTENCES, make_tiny_model
 
@@ -19,10 +18,10 @@ from simcse import SimCSE, cli
 
 pytest.importorskip("gradio", reason="the extra 'app' is not installed")
 
-from gradio_client import Client  # noqa: E402
-from gradio_client.exceptions import AppError  # noqa: E402
+from gradio_client import Client
+from gradio_client.exceptions import AppError
 
-from simcse import app  # noqa: E402
+from simcse import app
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CORPUS = [*SENTENCES, "A woman plays the violin.", "It will snow on Monday.", "Prices rose again."]
