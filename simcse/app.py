@@ -17,7 +17,7 @@ with exit_cleanly("simcse.app"):
     from matplotlib.figure import Figure
     from transformers.utils import logging
 
-    from fused_infonce import uniformity
+    from fused_infonce import anisotropy, uniformity
     from simcse.arguments import STORED_POOLER, flag, parse, pooler_flag
     from simcse.dataset import shipped
     from simcse.model import PoolerType
@@ -136,8 +136,9 @@ def build(models: list[SimCSE]) -> gr.Blocks:
             button = gr.Button("Draw", variant="primary")
             maps = gr.Plot(label="Map", format="png")
             measures = gr.Dataframe(
-                headers=["model", "mean cosine", "uniformity", "variance shown (%)"], type="array",
-                interactive=False, label="Isotropy: a lower mean cosine and uniformity are better",
+                headers=["model", "mean cosine", "uniformity", "effective rank", "variance shown (%)"],
+                type="array", interactive=False,
+                label="Anisotropy: lower mean cosine and uniformity, higher rank are better",
             )  # fmt: skip
             gr.on(
                 [tab.select, button.click], lambda text: draw_maps(models, text), mapped, [maps, measures],
@@ -180,13 +181,20 @@ def draw_maps(models: list[SimCSE], text: str) -> tuple[Figure, list[list[str | 
         vectors = model.encode(sentences)  # (S, D), unit rows
         centred = (vectors - vectors.mean(0)).double()
         u, s, _ = torch.linalg.svd(centred, full_matrices=False)
-        count = len(sentences)
-        mean_cosine = float((vectors.double().sum(0).square().sum() - count) / (count * (count - 1)))
+        measures = {name: float(value) for name, value in anisotropy(vectors.double()).items()}
         variance = float(100 * s[:2].square().sum() / s.square().sum().clamp_min(1e-30))
         name = f"{Path(model.name).name}, {model.encoder.pooler_type}"
-        title = f"{name}\nmean cosine {mean_cosine:.2f}"
+        title = f"{name}\nmean cosine {measures['mean_cosine']:.2f}"
         maps[title if title not in maps else f"{title} ({number})"] = (u[:, :2] * s[:2]).numpy()
-        rows.append([name, round(mean_cosine, 4), round(float(uniformity(vectors)), 4), round(variance, 1)])
+        rows.append(
+            [
+                name,
+                round(measures["mean_cosine"], 4),
+                round(float(uniformity(vectors)), 4),
+                round(measures["effective_rank"], 1),
+                round(variance, 1),
+            ]
+        )
     return sentence_maps(maps, sentences), rows
 
 

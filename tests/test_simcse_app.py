@@ -1,13 +1,18 @@
 """The page of ``simcse app``: its functions by the client API, in a browser, and how it starts and ends."""
 
 import base64
+import fcntl
+import json
 import os
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -91,8 +96,10 @@ def test_map_measures_both_models(client, models):
         assert row[1] == pytest.approx(apart.mean(), abs=1e-4)
         assert row[2] == pytest.approx(np.log(np.exp(4 * apart - 4).mean()), abs=1e-3)
         vectors = model.encode(CORPUS, return_numpy=True).astype(float)
+        shares = np.linalg.svd(vectors, compute_uv=False) / np.linalg.svd(vectors, compute_uv=False).sum()
+        assert row[3] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), abs=0.1)
         variances = np.linalg.eigvalsh(np.cov(vectors.T))[::-1]
-        assert row[3] == pytest.approx(100 * variances[:2].sum() / variances.sum(), abs=0.1)
+        assert row[4] == pytest.approx(100 * variances[:2].sum() / variances.sum(), abs=0.1)
 
 
 def test_maps_share_one_scale():
@@ -143,16 +150,77 @@ def test_limits_are_stated_and_nothing_is_shared(address, client):
             assert probe.connect_ex((host, port)) != 0
 
 
+class Browser:
+    """Headless Chromium, by the DevTools protocol over two pipes: a message is JSON that ends with NUL."""
+
+    def __init__(self, profile: Path):
+        theirs, self.to = os.pipe()
+        self.of, answers = os.pipe()
+        flags = "--headless=new --no-sandbox --disable-gpu --no-first-run --window-size=1300,1000"
+        rest = '--remote-debugging-pipe "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"'
+        given = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (theirs, answers)]  # none is 3 or 4 already
+        script = f'exec "$0" {flags} {rest} "$1" 3<&{given[0]} 4>&{given[1]}'
+        self.process = subprocess.Popen(
+            ["bash", "-c", script, CHROMIUM, f"--user-data-dir={profile}"],
+            pass_fds=given,
+            stderr=subprocess.DEVNULL,
+        )
+        for fd in (theirs, answers, *given):
+            os.close(fd)
+        self.rest, self.count, self.session, self.urls = b"", 0, {}, []
+        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
+        self.session = {"sessionId": self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        self.ask("Network.enable")
+
+    def ask(self, method: str, **params) -> dict:
+        self.count += 1
+        message = {"id": self.count, "method": method, "params": params, **self.session}
+        os.write(self.to, json.dumps(message).encode() + b"\0")
+        while True:
+            while b"\0" not in self.rest:
+                assert select.select([self.of], [], [], 60)[0], f"{method} has no answer"
+                self.rest += os.read(self.of, 1 << 20)
+            answer, self.rest = self.rest.split(b"\0", 1)
+            answer = json.loads(answer)
+            if answer.get("method") == "Network.requestWillBeSent":
+                self.urls.append(answer["params"]["request"]["url"])
+            if answer.get("id") == self.count:
+                return answer["result"]
+
+    def run(self, code: str):
+        return self.ask("Runtime.evaluate", expression=code, returnByValue=True)["result"].get("value")
+
+    def wait_for(self, condition: str) -> None:
+        end = time.monotonic() + 60
+        while not self.run(condition):
+            assert time.monotonic() < end, f"not within a minute: {condition}"
+            time.sleep(0.2)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.to)
+        os.close(self.of)
+
+
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")
 def test_page_works_in_a_browser_without_a_network(address, tmp_path):
-    command = [
-        CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}",
-        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--virtual-time-budget=20000", "--dump-dom",
-        address,
-    ]  # fmt: skip
-    page = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    assert all(tab in page for tab in ("Search", "Similarity", "Map"))
-    assert CORPUS[0] in page.split("Found")[-1]  # the search of the start has been answered
+    browser = Browser(tmp_path / "profile")
+    try:
+        browser.ask("Page.navigate", url=address)
+        browser.wait_for(f"document.body?.innerText.includes({json.dumps(CORPUS[0])})")  # found at the start
+        for tab in ("Similarity", "Map"):
+            browser.run(
+                f"[...document.querySelectorAll('[role=tab]')].find(t => t.textContent.trim() == '{tab}').click()"
+            )
+            browser.wait_for("[...document.images].some(i => i.checkVisibility() && i.naturalWidth > 400)")
+        picture = base64.b64decode(browser.ask("Page.captureScreenshot")["data"])
+        (tmp_path / "page.png").write_bytes(picture)  # for a person to look at
+        assert len(picture) > 10_000
+        hosts = {urlsplit(url).netloc for url in browser.urls if not url.startswith(("data:", "blob:"))}
+        assert hosts == {urlsplit(address).netloc}
+    finally:
+        browser.close()
 
 
 def run(*arguments, **options):
