@@ -3,15 +3,17 @@
 import os
 import socket
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from simcse.errors import UserError, exit_cleanly
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it when it is imported
 
 with exit_cleanly("simcse.app"):
-    import gradio as gr
     import numpy as np
     import torch
     from matplotlib.figure import Figure
@@ -23,6 +25,9 @@ with exit_cleanly("simcse.app"):
     from simcse.model import PoolerType
     from simcse.plot import heat_map, sentence_maps
     from simcse.tool import SimCSE
+
+if TYPE_CHECKING:
+    import gradio as gr
 
 DESCRIPTION = (
     "Serve a page on this machine (127.0.0.1): search among the sentences of a file, compare sentences with each "
@@ -71,6 +76,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.sentences and not Path(args.sentences).expanduser().is_file():
             raise UserError(f"--sentences: the file {args.sentences} does not exist")
         _check_port(args.port)
+        import gradio  # noqa: F401 (not above: --help works without it, and its absence shows before the work)
+
         models = [SimCSE(args.model_name_or_path, pooler=args.pooler_type)]
         if args.compare_with:
             models.append(SimCSE(args.compare_with, pooler=args.compare_pooler))
@@ -87,8 +94,10 @@ def main(argv: list[str] | None = None) -> None:
             page.close(verbose=False)
 
 
-def build(models: list[SimCSE]) -> gr.Blocks:
+def build(models: list[SimCSE]) -> "gr.Blocks":
     """The page for one model, which has an index, and perhaps a second one for the map."""
+    import gradio as gr
+
     model = models[0]
     indexed = model.index.sentences
     shared = {"concurrency_id": "model", "concurrency_limit": 1}  # one request at a time uses the models
@@ -110,7 +119,7 @@ def build(models: list[SimCSE]) -> gr.Blocks:
                 interactive=False, wrap=True, column_widths=["85%", "15%"],
             )  # fmt: skip
             gr.on(
-                [page.load, button.click, query.submit], lambda *given: search(model, *given),
+                [page.load, button.click, query.submit], _shown(lambda *given: search(model, *given)),
                 [query, threshold, top_k], [note, found], api_name="search", **shared,
             )  # fmt: skip
         with gr.Tab("Similarity") as tab:
@@ -121,8 +130,8 @@ def build(models: list[SimCSE]) -> gr.Blocks:
             with gr.Accordion("Numbers", open=False):
                 numbers = gr.Dataframe(type="array", interactive=False, label="Cosine similarities")
             gr.on(
-                [tab.select, button.click], lambda text: similarities(model, text), compared, [heat, numbers],
-                api_name="similarity", **shared,
+                [tab.select, button.click], _shown(lambda text: similarities(model, text)), compared,
+                [heat, numbers], api_name="similarity", **shared,
             )  # fmt: skip
         with gr.Tab("Map") as tab:
             gr.Markdown(
@@ -141,13 +150,13 @@ def build(models: list[SimCSE]) -> gr.Blocks:
                 label="Anisotropy: lower mean cosine and uniformity, higher rank are better",
             )  # fmt: skip
             gr.on(
-                [tab.select, button.click], lambda text: draw_maps(models, text), mapped, [maps, measures],
+                [tab.select, button.click], _shown(lambda text: draw_maps(models, text)), mapped, [maps, measures],
                 api_name="map", **shared,
             )  # fmt: skip
     return page
 
 
-def serve(page: gr.Blocks, port: int) -> None:
+def serve(page: "gr.Blocks", port: int) -> None:
     """Serve the page from a thread: on this machine only, without a share link, calls home or other hosts."""
     # gradio asks its own address whether it answers, which must not go through a proxy.
     for name in ("no_proxy", "NO_PROXY"):
@@ -200,18 +209,29 @@ def draw_maps(models: list[SimCSE], text: str) -> tuple[Figure, list[list[str | 
 
 def _sentences(text: str, least: int, most: int, what: str = "text") -> list[str]:
     sentences = [line.strip() for line in text.splitlines() if line.strip()]
-    message = ""
     if not least <= len(sentences) <= most:
         expected = f"{least} to {most} sentences, one per line, are" if most > 1 else "one sentence is"
-        message = f"The {what} has {len(sentences)} sentences; {expected} expected."
+        raise UserError(f"The {what} has {len(sentences)} sentences; {expected} expected.")
     for number, sentence in enumerate(sentences, 1):
         if len(sentence) > MAX_CHARACTERS:
-            message = message or (
+            raise UserError(
                 f"Sentence {number} has {len(sentence):,} characters; at most {MAX_CHARACTERS} are accepted."
             )
-    if message:
-        raise gr.Error(message, print_exception=False)
     return sentences
+
+
+def _shown(answer: Callable[..., Any]) -> Callable[..., Any]:
+    """``answer``, with a ``UserError`` as a message in the page."""
+    import gradio as gr
+
+    @wraps(answer)
+    def answered(*given: Any) -> Any:
+        try:
+            return answer(*given)
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+
+    return answered
 
 
 def _check_port(port: int) -> None:

@@ -137,9 +137,10 @@ def sentence_maps(maps: dict[str, np.ndarray], sentences: Sequence[str]) -> Figu
         )
         if len(sentences) <= 25:
             for point, sentence in zip(points, sentences, strict=True):
+                left = point[0] > 0  # so that no label leaves the picture
                 axes.annotate(
-                    _shortened(sentence, 24), point, xytext=(4, 3), textcoords="offset points", fontsize=7,
-                    color="0.3", parse_math=False,
+                    _shortened(sentence, 24), point, xytext=(-4 if left else 4, 3), textcoords="offset points",
+                    ha="right" if left else "left", fontsize=7, color="0.3", parse_math=False,
                 )  # fmt: skip
         axes.set_xlim(-extent, extent)
         axes.set_ylim(-extent, extent)

@@ -276,9 +276,9 @@ def test_mistakes_are_one_line(arguments, message, capsys):
 
 def test_missing_gradio_names_the_extra(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "simcse.app")
+    monkeypatch.setattr(app, "SimCSE", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(SystemExit) as ended:
-        cli.main(["app"])
+        cli.main(["app", "--port", str(free_port())])
     error = capsys.readouterr().err
     assert ended.value.code == 2
     assert "gradio is not installed" in error
