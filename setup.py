@@ -5,9 +5,9 @@ called ``kernels`` would shadow Hugging Face's, which transformers imports. In a
 ``fused_infonce/_checkout.py`` finds it.
 """
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
-    packages=["fused_infonce", "fused_infonce.integrations", "fused_infonce.kernels", "simcse"],
+    packages=[*find_packages(include=["fused_infonce*", "simcse*"]), "fused_infonce.kernels"],
     package_dir={"fused_infonce.kernels": "kernels/infonce"},
 )

@@ -1,4 +1,4 @@
-"""The command ``simcse``: train, evaluate, encode, search, convert."""
+"""The command ``simcse``: train, evaluate, encode, search, app, convert."""
 
 import importlib
 import sys
@@ -7,9 +7,10 @@ from simcse.errors import UserError, exit_cleanly
 
 COMMANDS = {
     "train": ("simcse.train", "train an encoder on sentences, pairs or triplets"),
-    "evaluate": ("simcse.evaluate", "score an encoder on the STS tasks; plots"),
+    "evaluate": ("simcse.evaluate", "score an encoder on STS and transfer tasks; plots"),
     "encode": ("simcse.encode", "a file of sentences → a file of vectors, .npy or .parquet"),
     "search": ("simcse.search", "the sentences of a file that are closest to a query"),
+    "app": ("simcse.app", "a page in the browser: search, similarities, maps of two models"),
     "convert": ("simcse.convert", "a checkpoint of the reference → a folder for every library"),
 }
 

