@@ -92,7 +92,8 @@ class EvaluationArguments:
     batch_size: int = flag(64, "Sentences a batch.")
     query_prompt: str | None = flag(
         None,
-        "Text before the first sentence of each pair, and before the sentences of transfer tasks. Default: the model's default prompt.",
+        "Text before the first sentence of each pair, and before the sentences of transfer tasks. Default: "
+        "the model's default prompt.",
     )
     document_prompt: str | None = flag(
         None, "Text before the second sentence of each pair. Default: that before the first."
