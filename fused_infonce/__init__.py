@@ -1,9 +1,9 @@
 """InfoNCE and GS-InfoNCE over cosine similarities without the N×M matrix, and their metrics."""
 
 from . import _checkout  # noqa: F401 (before whatever imports the kernels)
-from .api import gs_infonce, info_nce
-from .loss import GSInfoNCELoss
+from .functional import gs_infonce, info_nce
 from .metrics import alignment, anisotropy, asymptotic_terms, contrastive_stats, uniformity
+from .module import GSInfoNCELoss
 
 __all__ = [
     "GSInfoNCELoss",

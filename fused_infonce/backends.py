@@ -10,9 +10,10 @@ from typing import Literal
 
 import torch
 
+from .config import Backend
+
 log = logging.getLogger("fused_infonce")
 
-Backend = Literal["auto", "triton", "torch", "reference"]
 MAX_TRITON_D = 8192
 _MIN_CAPABILITY = (8, 0)
 _logged: set[str] = set()

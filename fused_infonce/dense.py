@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from . import entry_terms, noise, variants
-from .arguments import Call
 from .entry_terms import EntryTerms, Limits
 from .options import Options
+from .resolve import Call
 from .tiled.operands import Gradients, NeedsGrad, Precision, column_spans, grad_range
 
 MAX_LOGITS = 1 << 19  # 2 MiB of fp32, about what a core's cache holds beside the operands of the products
@@ -103,7 +103,7 @@ def losses(call: Call, kappa: float | Tensor, precision: Precision) -> tuple[Ten
         cosine = (q * x[:N]).sum(1, keepdim=True)
         positive = _positive(rows, cosine, options)
         shift = positive_logit + (kappa * positive.value - scale * cosine)
-        if options.noise == "expected":
+        if options.noise_kind == "expected":
             constant, _ = variants.log_expected_noise(options, kappa, positive.value, q.shape[1])
     z, z_back = _with_entry_terms(z, rows, options, scale, positive_logit, cosine)
     row_loss, ahead = _softmax(z.sub_(shift), constant, call, 1)

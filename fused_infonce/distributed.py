@@ -8,6 +8,8 @@ a column (ids, shifts, sums) is gathered by both. Nothing here waits for a devic
 from __future__ import annotations
 
 import functools
+import os
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,12 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from .config import Strategy
+
 Group = ProcessGroup | Literal["local", "world"] | None
-Strategy = Literal["auto", "gather", "ring"]
-STRATEGIES = ("auto", "gather", "ring")
 GATHER_BYTES = 4 << 30  # "auto" gathers as long as that takes no more on each rank
 CENTER_ROWS = 1024
 _KEYS, _SUMS = 0, 1  # tags
+_PACKAGE = os.path.dirname(__file__)
 # Their names from torch 2.13 on, and before.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
@@ -52,7 +55,7 @@ class Facts:
     error: str | None = None  # why this rank cannot go on
 
 
-def resolve_group(group: Group, stacklevel: int = 3) -> ProcessGroup | None:
+def resolve_group(group: Group) -> ProcessGroup | None:
     """The process group that is meant; None: this process alone.
 
     ``"world"`` is looked up at each call. torch.distributed.group.WORLD is None before init_process_group, so a
@@ -67,7 +70,7 @@ def resolve_group(group: Group, stacklevel: int = 3) -> ProcessGroup | None:
                 "group is None before torch.distributed.init_process_group, as torch.distributed.group.WORLD is "
                 "until then: the loss is that of this process alone. Give group='world' for all processes, which "
                 "is looked up at each call, or group='local' (the default) for one.",
-                stacklevel=stacklevel,
+                stacklevel=_stacklevel_of_caller(),
             )
         return None
     if group == "world" and ready:
@@ -78,6 +81,14 @@ def resolve_group(group: Group, stacklevel: int = 3) -> ProcessGroup | None:
             f"'local', or, once torch.distributed.init_process_group has been called, 'world'; not {group!r}"
         )
     return group
+
+
+def _stacklevel_of_caller() -> int:
+    """Returns the ``stacklevel`` with which a warning names the code that called this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def agree(group: ProcessGroup, facts: Facts) -> list[Facts]:

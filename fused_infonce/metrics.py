@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from typing import Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .api import info_nce
-from .arguments import check_matrix, finite, resolve
-from .function import stats_of
+from .autograd import stats_of
+from .checks import check_matrix
+from .config import finite
+from .functional import gs_infonce, info_nce, with_signature_of
 from .geometry import unit_rows
+from .resolve import resolve
+from .smoothing import smoothing_term
 
 
 def alignment(x: Tensor, y: Tensor, alpha: float = 2.0) -> Tensor:
@@ -172,23 +176,11 @@ def _at_least_two_rows(name: str, x: Tensor) -> int:
     return x.shape[0]
 
 
+@with_signature_of(
+    gs_infonce, without=("symmetric", "reduction", "group", "strategy", "backend", "min_temperature")
+)
 @torch.no_grad()
-def contrastive_stats(
-    anchors: Tensor,
-    positives: Tensor,
-    negatives: Tensor | None = None,
-    *,
-    queue: Tensor | None = None,
-    temperature: float | Tensor = 0.05,
-    num_noise: int = 192,
-    noise_weight: float = 1.0,
-    noise: Literal["sampled", "expected"] | Tensor = "sampled",
-    generator: torch.Generator | None = None,
-    hard_negative_weight: float = 0.0,
-    ids: Tensor | None = None,
-    negative_ids: Tensor | None = None,
-    workspace_bytes: int | None = None,
-) -> dict[str, Tensor]:
+def contrastive_stats(*args: Any, **options: Any) -> dict[str, Tensor]:
     """What :func:`gs_infonce` sees with the same arguments, from one product and without gradients.
 
     Returns 0-dim tensors on the inputs' device (nothing waits for it):
@@ -203,26 +195,24 @@ def contrastive_stats(
     - ``uniformity``: log of the mean of e^(−2 ‖q̂_i − k̂_j‖²) over the in-batch negatives (i, j): where both sides
       are views of the same data an estimate of ``uniformity(anchors)``, without its extra product.
 
+    The arguments are those of :func:`gs_infonce` that have a meaning for one direction, one process and the mean.
     Pairs masked by ``ids`` count in none of them; without in-batch negatives the last two are NaN.
     """
-    call = resolve(
-        anchors,
-        positives,
-        negatives,
-        queue=queue,
-        temperature=temperature,
-        min_temperature=None,
-        num_noise=num_noise,
-        noise_weight=noise_weight,
-        noise=noise,
-        generator=generator,
-        hard_negative_weight=hard_negative_weight,
-        ids=ids,
-        negative_ids=negative_ids,
-        symmetric=False,
-        reduction="none",
-        backend="torch",
-        workspace_bytes=workspace_bytes,
-    )
-    with torch.autocast(anchors.device.type, enabled=False):
-        return stats_of(call)
+    bound = inspect.signature(gs_infonce).bind(*args, **options)
+    bound.apply_defaults()
+    arguments = {**bound.arguments, "reduction": "none", "backend": "torch"}
+    del arguments["group"]
+    call = resolve(**arguments)
+    with torch.autocast(call.inputs[0].device.type, enabled=False):
+        stats = stats_of(call)
+        if call.options.label_smoothing:
+            stats["loss"] = stats["loss"] + smoothing_term(
+                call.inputs,
+                call.temperature,
+                label_smoothing=call.options.label_smoothing,
+                angular_margin=call.options.angular_margin,
+                symmetric=False,
+                reduction="mean",
+                dtype=stats["loss"].dtype,
+            )
+    return stats

@@ -1,17 +1,17 @@
-"""What a call of the loss asks for, checked and resolved: the part of it that carries no gradient."""
+"""The options of one call: its config, and the facts that its tensors and its group add; without a gradient."""
 
 from __future__ import annotations
 
 import functools
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
+from .config import FIELDS, LossConfig
 from .distributed import Counts, Exchange
 
-Reduction = Literal["mean", "sum", "none"]
 NoiseKind = Literal["none", "sampled", "expected", "given"]
 
 # The exponents that known offsets keep inside the range of fp32: design choice explained in docs/numerics.md.
@@ -21,32 +21,57 @@ _EXPONENT_SPAN = 162.0
 
 @dataclass(slots=True, eq=False)
 class Similar:
-    """Column j is no negative of row i where score_ij > min(score_ii + margin, threshold), of those given."""
+    """Column j does not count as a negative of row i where score_ij > min(score_ii + margin, threshold), of those
+    given.
+    """
 
     margin: float | None
     threshold: float | None
     guide: tuple[Tensor, Tensor] | None  # rows (N, G) and columns (T, G) whose cosines are the scores; None: s_ij
 
 
-@dataclass(frozen=True, eq=False)
-class Options:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Options(LossConfig):
+    """A config with the facts of one call; ``num_noise`` is M as it is used, 0 without noise."""
+
     counts: Counts  # N, H and Q of this rank
-    noise: NoiseKind
-    num_noise: int  # M
+    noise_kind: NoiseKind
     log_noise_weight: float  # log λ
-    own_log_weight: float  # hard_negative_weight
-    ids: Tensor | None  # (N,)
-    negative_ids: Tensor | None  # (H,)
-    symmetric: bool
-    reduction: Reduction
-    seed: Tensor | None  # (1,) of sampled noise; on the device where the kernels draw it
-    workspace_bytes: int | None
-    decoupled: bool = False  # the positive is not in the denominator
-    angular_margin: float = 0.0  # m, radians: the positive's cosine is cos(θ_ii + m)
-    hardness: float = 0.0  # β: weights e^(β s_ij) of the negatives, of which there is no derivative
-    label_smoothing: float = 0.0  # ε
+    own_log_weight: float  # hard_negative_weight where there are hard negatives
+    ids: Tensor | None = None  # (N,)
+    negative_ids: Tensor | None = None  # (H,)
     similar: Similar | None = None  # which negatives are too similar to be negatives
+    seed: Tensor | None = None  # (1,) of sampled noise; on the device where the kernels draw it
     exchange: Exchange | None = None  # with the other ranks of a group
+
+    def __post_init__(self) -> None:
+        """The config was checked when it was made."""
+
+    @staticmethod
+    def of(
+        config: LossConfig,
+        num_noise: int,
+        counts: Counts,
+        noise_kind: NoiseKind,
+        ids: Tensor | None,
+        negative_ids: Tensor | None,
+        similar: Similar | None,
+        seed: Tensor | None,
+    ) -> Options:
+        """Returns the options of a call of one process."""
+        plain: dict[str, Any] = {name: getattr(config, name) for name in FIELDS}
+        plain["num_noise"] = 0 if noise_kind == "none" else num_noise
+        return Options(
+            **plain,
+            counts=counts,
+            noise_kind=noise_kind,
+            log_noise_weight=0.0 if noise_kind == "none" else math.log(config.noise_weight),
+            own_log_weight=config.hard_negative_weight if counts.negatives else 0.0,
+            ids=ids,
+            negative_ids=negative_ids,
+            similar=similar,
+            seed=seed,
+        )
 
     def total(self, name: Literal["positives", "negatives", "queue", "columns"]) -> int:
         """Rows of this call, on all ranks."""
@@ -61,17 +86,16 @@ class Options:
 
     @property
     def has_noise_columns(self) -> bool:
-        return self.noise in ("sampled", "given")
+        return self.noise_kind in ("sampled", "given")
 
     @functools.cached_property
     def log_columns(self) -> float:
         """log of the number of terms in a row's denominator besides the positive's."""
-        M = 0 if self.noise == "none" else self.num_noise
-        return math.log(max(1, self.total("columns") - 1 + M))
+        return math.log(max(1, self.total("columns") - 1 + self.num_noise))
 
     @functools.cached_property
     def _biases(self) -> tuple[float, float]:
-        noise = 0.0 if self.noise == "none" else self.log_noise_weight
+        noise = 0.0 if self.noise_kind == "none" else self.log_noise_weight
         own = self.own_log_weight
         return min(0.0, noise, own), max(0.0, noise, own)
 

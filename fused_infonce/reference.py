@@ -11,10 +11,10 @@ import math
 import torch
 from torch import Tensor
 
-from .arguments import Call
 from .geometry import cosine_with_margin, unit_rows
 from .noise import log_mean_exp_cosine, sample_all
 from .options import Options, Similar
+from .resolve import Call
 
 
 def reference_loss(call: Call) -> Tensor:
@@ -69,7 +69,7 @@ def _direction(
         s = q @ noise.T
         more = kappa * (s - positive) + options.log_noise_weight + options.hardness * s.detach()
         z = torch.cat([z, more], 1)
-    if options.noise == "expected":
+    if options.noise_kind == "expected":
         # the derivative is that at κ + β, of κ alone
         log_c, _ = log_mean_exp_cosine(kappa + options.hardness, q.shape[1])
         z = torch.cat([z, options.log_noise_weight + math.log(options.num_noise) + log_c - kappa * positive], 1)

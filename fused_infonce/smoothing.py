@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .config import Reduction
 from .distributed import Exchange
 from .geometry import cosine_with_margin, unit_rows
-from .options import Reduction
 
 Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # anchors, positives, negatives, queue
 

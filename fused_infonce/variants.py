@@ -54,7 +54,7 @@ def needs_positive(options: Options) -> bool:
     """Whether the exponents need p_i and s_ii as numbers of their own, not only their difference to s_ij."""
     return bool(
         options.angular_margin or options.hardness or options.symmetric or options.similar is not None
-    ) or (options.noise == "expected")
+    ) or (options.noise_kind == "expected")
 
 
 def unchanged_positive(cosine: Tensor) -> Positive:
@@ -81,7 +81,7 @@ def log_expected_noise(
 
 def exponent_range(options: Options) -> tuple[float, float]:
     """Least and largest log-weight of an entry that is not masked."""
-    noise = 0.0 if options.noise == "none" else options.log_noise_weight
+    noise = 0.0 if options.noise_kind == "none" else options.log_noise_weight
     own = options.own_log_weight
     return min(0.0, noise, own), max(0.0, noise, own)
 

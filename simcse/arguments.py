@@ -4,13 +4,14 @@ import difflib
 import sys
 import warnings
 from argparse import SUPPRESS, Action, HelpFormatter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from typing import Any, Literal, NoReturn
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
+from fused_infonce.config import FIELDS, TYPES, LossConfig
 from simcse.errors import Parser, UserError
 from simcse.model import PoolerType
 from simcse.recipes import RECIPES
@@ -145,17 +146,26 @@ class DataArguments:
             raise ValueError(f"--max_seq_length must be at least 3 (typically 32), not {self.max_seq_length}")
 
 
+# Trainer works with the mean, and ``--learn_temperature`` has a range in the place of ``min_temperature``.
+LOSS_FLAGS = [name for name in FIELDS if name not in ("reduction", "min_temperature")]
+
+
+def loss_flags() -> type:
+    """A dataclass with a flag for each option of the loss; a new field of ``LossConfig`` is a flag by itself."""
+    options = [FIELDS[name] for name in LOSS_FLAGS]
+    flags = [(field.name, TYPES[field.name], flag(field.default, field.metadata["meaning"])) for field in options]
+    return make_dataclass("LossFlags", flags)
+
+
 @dataclass
-class LossArguments:
+class LossArguments(loss_flags()):
     _argument_group_name = "loss"
 
     temp: float = flag(0.05, "Temperature τ; similarities are cosine / τ.")
     learn_temperature: bool = flag(False, "Learn τ, from --temp on, between 0.015 and 1.")
-    hard_negative_weight: float = flag(
-        0.0, "Natural logarithm of the weight of an anchor's own hard negatives in its denominator."
-    )
     mask_duplicates: bool = flag(
-        False, "Rows of a batch with the same text (case and white space apart) are no negatives of each other."
+        False,
+        "Rows of a batch with the same text (case and white space apart) are not used as negatives of each other.",
     )
     negatives: Literal["global", "local"] = flag(
         "global",
@@ -179,22 +189,23 @@ class LossArguments:
     )
     mlm_weight: float = flag(0.1, "Weight of the masked language model's loss.")
     mlm_probability: float = flag(0.15, "Share of the tokens that are masked for it.")
-    num_noise: int = flag(
-        192, "Gaussian noise vectors that serve as further negatives (GS-InfoNCE); 0 is InfoNCE."
-    )
-    noise_weight: float = flag(1.0, "Weight λ of the noise in the denominator; 0 is InfoNCE.")
-    noise: Literal["sampled", "expected"] = flag(
-        "sampled",
-        "'sampled': new noise vectors at every step; 'expected': their expectation, a constant for each row, "
-        "which costs nothing.",
-    )
+
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        """The options of the loss, as ``GSInfoNCELoss`` takes them."""
+        return {name: getattr(self, name) for name in LOSS_FLAGS}
 
     def __post_init__(self) -> None:
         if not self.temp > 0:
             raise ValueError(f"--temp must be positive (typically 0.05), not {self.temp}")
-        if self.num_noise < 0 or not self.noise_weight >= 0:
+        try:
+            LossConfig(**self.loss_options)
+        except (TypeError, ValueError) as error:  # whose message starts with the option's name
+            raise ValueError(f"--{error}") from None
+        if self.label_smoothing and self.mask_duplicates:
             raise ValueError(
-                f"--num_noise and --noise_weight must be at least 0, not {self.num_noise} and {self.noise_weight}"
+                "--label_smoothing cannot be combined with --mask_duplicates: it spreads the label over every "
+                "column, masked ones too; leave one of them out"
             )
         if self.learn_temperature and not 0.015 <= self.temp <= 1:
             raise ValueError(f"with --learn_temperature, --temp must be from 0.015 to 1, not {self.temp}")

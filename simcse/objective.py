@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import inspect
 import itertools
 import sys
 from collections.abc import Callable
@@ -16,10 +17,11 @@ from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutput
 
-from fused_infonce import GSInfoNCELoss, contrastive_stats
+from fused_infonce import GSInfoNCELoss, contrastive_stats, gs_infonce
 from simcse.arguments import LossArguments
 from simcse.model import SentenceEncoder, load_masked_lm
 
+STATS_OPTIONS = inspect.signature(contrastive_stats).parameters
 PARTS_A_TRIM = 8  # more would let the heap grow further, fewer cost time: at every part a fifth
 
 
@@ -52,11 +54,8 @@ class Objective(nn.Module):
         self.loss = GSInfoNCELoss(
             options.temp,
             learnable_temperature=options.learn_temperature,
-            num_noise=options.num_noise,
-            noise_weight=options.noise_weight,
-            noise=options.noise,
-            hard_negative_weight=options.hard_negative_weight,
             group="local" if group is None else group,
+            **options.loss_options,
         )
         self.queue_size = options.queue_size // (dist.get_world_size(group) if group is not None else 1)
         self.register_buffer("queue", torch.empty(0, encoder.config.hidden_size))
@@ -93,6 +92,13 @@ class Objective(nn.Module):
             ids[2 * rows :] if ids is not None and views > 2 else None,
         )
 
+    def check_loss(self, device: torch.device) -> None:
+        """Raises the loss's error for options that it refuses together, or on this device, before any training."""
+        x = torch.eye(2, self.encoder.config.hidden_size, device=device)
+        ids = torch.arange(2, device=device) if self.options.mask_duplicates else None
+        options = {**self.options.loss_options, "generator": torch.Generator()}  # draws nothing of the run's
+        gs_infonce(x, x, temperature=self.options.temp, ids=ids, **options)
+
     def enqueue(self, positives: Tensor) -> None:
         if self.queue_size:
             newest = positives.detach().to(self.queue.dtype)
@@ -105,11 +111,8 @@ class Objective(nn.Module):
         measured = contrastive_stats(
             **vars(columns),
             temperature=temperature,
-            num_noise=self.loss.num_noise,
-            noise_weight=self.loss.noise_weight,
-            noise=self.loss.noise,
             generator=generator,
-            hard_negative_weight=self.loss.hard_negative_weight,
+            **{name: getattr(self.loss, name) for name in self.options.loss_options if name in STATS_OPTIONS},
         )
         measured.pop("loss")  # Trainer logs its mean over the steps
         return {**{name: float(value) for name, value in measured.items()}, "temperature": float(temperature)}

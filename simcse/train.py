@@ -15,6 +15,7 @@ with exit_cleanly("simcse.train"):  # these take seconds, and Ctrl-C has to be c
     from transformers.trainer_utils import IntervalStrategy, SaveStrategy
     from transformers.utils import logging
 
+    from fused_infonce.config import FIELDS, NOISE_OPTIONS
     from simcse.arguments import (
         DataArguments,
         LossArguments,
@@ -71,6 +72,8 @@ KEPT = (
     *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
     *("bf16", "fp16", "neftune_noise_alpha", "metric_for_best_model"),
 )
+# Flags of the loss that a resumed run may change: they say where and in which parts it is computed.
+MAY_CHANGE = {"mini_batch_size", *(name for name, field in FIELDS.items() if not field.metadata["changes_loss"])}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -179,7 +182,7 @@ def prepare(argv: list[str] | None = None) -> SimCSETrainer:
         "query_prompt": data_args.query_prompt,
         "document_prompt": data_args.document_prompt,
         "max_seq_length": data_args.max_seq_length,
-        **{name: value for name, value in vars(loss_args).items() if name != "mini_batch_size"},
+        **{name: value for name, value in vars(loss_args).items() if name not in MAY_CHANGE},
         **{name: getattr(args, name) for name in KEPT},
         "processes": args.world_size,
     }
@@ -275,6 +278,7 @@ def _trainer(encoder: Any, tokenizer: Any, args: SimCSETrainingArguments, *input
         raise UserError(f"--report_to {name}: its package is not installed; install it, or take --report_to none")
     try:
         trainer = SimCSETrainer(encoder, tokenizer, args, *inputs)
+        trainer.model.check_loss(args.device)
     except OSError as error:
         raise UserError(f"cannot write to --output_dir: {error.strerror or error}") from None
     except (ValueError, ImportError) as error:
@@ -289,10 +293,13 @@ def _trainer(encoder: Any, tokenizer: Any, args: SimCSETrainingArguments, *input
 
 
 def _loss_name(options: LossArguments) -> str:
+    given = {name: value for name, value in options.loss_options.items() if value != FIELDS[name].default}
+    variants = [f"--{name} {value}" for name, value in given.items() if name not in NOISE_OPTIONS]
+    others = f", {' '.join(variants)}" if variants else ""
     if not options.num_noise or not options.noise_weight:
-        return "InfoNCE"
+        return f"InfoNCE{others}"
     noise = "the expectation of " if options.noise == "expected" else ""
-    return f"GS-InfoNCE with {noise}{options.num_noise} noise vectors (--num_noise 0 is SimCSE's InfoNCE)"
+    return f"GS-InfoNCE with {noise}{options.num_noise} noise vectors (--num_noise 0 is SimCSE's InfoNCE){others}"
 
 
 def conclude(trainer: SimCSETrainer) -> None:

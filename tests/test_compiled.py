@@ -11,6 +11,8 @@ from helpers import relative_error, rows
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fused_infonce import GSInfoNCELoss, gs_infonce, info_nce
+from fused_infonce.compile_op import _NUMBERS, _PLAIN
+from fused_infonce.config import FIELDS
 
 N, D = 12, 8
 
@@ -215,12 +217,9 @@ WAYS = {
 
 def operator_arguments(layout, way, backend="torch", learn=False, varying=False, needs_grad=True):
     """Arguments of the operator in the order of its schema."""
-    options = {
-        "temperature": None if learn else 0.05, "min_temperature": None, "noise_weight": 1.0,
-        "hard_negative_weight": 0.0, "angular_margin": 0.2, "hardness": 1.0, "label_smoothing": 0.0,
-        "filter_margin": 0.1, "filter_threshold": None, "num_noise": 0, "noise": "sampled", "symmetric": False,
-        "reduction": "mean", "backend": backend, "workspace_bytes": None, "decoupled": learn, **WAYS[way],
-    }  # fmt: skip
+    options = {name: field.default for name, field in FIELDS.items()}
+    options |= {"angular_margin": 0.2, "hardness": 1.0, "filter_margin": 0.1, "num_noise": 0, "backend": backend}
+    options |= {"temperature": None if learn else 0.05, "decoupled": learn, **WAYS[way]}
     tau = torch.tensor(options["temperature"] or 0.1, requires_grad=needs_grad) if learn else None
     if learn:
         options["temperature"] = None
@@ -228,7 +227,13 @@ def operator_arguments(layout, way, backend="torch", learn=False, varying=False,
     inputs = [LAYOUTS[layout](x.detach()).requires_grad_(needs_grad) for x in leaves()]
     tensors = (*inputs, None, tau, None, torch.arange(N) // 2, None, None, numbers)
     changing = "temperature,hardness" if varying else ""
-    return (*tensors, changing, *options.values(), None, [True, True, True, False, learn])
+    return (
+        *tensors,
+        changing,
+        *(options[name] for name in (*_NUMBERS, *_PLAIN)),
+        None,
+        [True, True, True, False, learn],
+    )
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -22,12 +22,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from experiments import scaling
-from fused_infonce import GSInfoNCELoss, function, gs_infonce, info_nce
+from fused_infonce import GSInfoNCELoss, autograd, gs_infonce, info_nce
 from fused_infonce.distributed import GATHER_BYTES, choose_strategy
 
 D, M = 12, 9
 UNEVEN = {1: [5], 2: [7, 4], 4: [5, 2, 1, 6]}
-SMALL_PRODUCT = function.SMALL_PRODUCT  # as this process and every rank import it
+SMALL_PRODUCT = autograd.SMALL_PRODUCT  # as this process and every rank import it
 LIMIT = {torch.float64: 1e-12, torch.float32: 5e-6}
 
 
@@ -204,11 +204,11 @@ def test_half_precision_rows_travel_and_stay_as_exact(ranks, dtype, monkeypatch)
 
 def without_small_products(group):
     """Few multiply-adds run in fp32; here they are not to."""
-    function.SMALL_PRODUCT = 0
+    autograd.SMALL_PRODUCT = 0
 
 
 def with_small_products(group):
-    function.SMALL_PRODUCT = SMALL_PRODUCT
+    autograd.SMALL_PRODUCT = SMALL_PRODUCT
 
 
 @functools.cache

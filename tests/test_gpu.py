@@ -357,9 +357,9 @@ def test_small_batches_take_little_python(sizes):
 
 SANITIZED = """
 import torch
-from fused_infonce import function, gs_infonce
+from fused_infonce import autograd, gs_infonce
 
-function.SMALL_PRODUCT = 0  # else all of this would run in fp32
+autograd.SMALL_PRODUCT = 0  # else all of this would run in fp32
 
 def step(N, D, dtype, **options):
     q, k, h = (torch.randn(n, D, device="cuda", dtype=dtype, requires_grad=True) for n in (N, N, 2 * N))

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from fused_infonce import function, gs_infonce
+from fused_infonce import autograd, gs_infonce
 from fused_infonce.kernels import common, noise, normalise, products, ratios, settings, similarity
 from fused_infonce.tiled import operands, triton_backend
 
@@ -49,7 +49,7 @@ def assert_close(ours, want, dtype, temperature=0.05):
 @pytest.fixture(autouse=True)
 def _no_product_is_too_small(monkeypatch):
     """Else all that the interpreter can do in time would run in fp32."""
-    monkeypatch.setattr(function, "SMALL_PRODUCT", 0)
+    monkeypatch.setattr(autograd, "SMALL_PRODUCT", 0)
 
 
 # ---------------------------------------------------------------------- the loss
@@ -289,7 +289,7 @@ def test_a_small_call_takes_six_launches(small, monkeypatch):
 
     launch = interpreter.GridExecutor.__call__
     mode = _Launches()
-    monkeypatch.setattr(function, "SMALL_PRODUCT", small)
+    monkeypatch.setattr(autograd, "SMALL_PRODUCT", small)
 
     def counted(self, *args, **options):
         mode.found.append(self.fn.__name__)

@@ -11,7 +11,7 @@ import torch
 from cases import CASES, COMPARABLE, NOISE, LossCase, both
 from helpers import loss_and_grads, relative_error, rows
 
-from fused_infonce import arguments, function, gs_infonce, info_nce
+from fused_infonce import autograd, gs_infonce, info_nce, resolve
 from fused_infonce.testing import naive
 from fused_infonce.tiled import two_pass
 from fused_infonce.tiled.operands import GradScale, NeedsGrad, Precision
@@ -131,7 +131,7 @@ def test_half_precision_inputs(dtype, options, size, monkeypatch):
     temperature = torch.tensor(0.1)
     large = size[0] > 40
     if large:
-        monkeypatch.setattr(function, "SMALL_PRODUCT", 0)  # whose products run in fp32
+        monkeypatch.setattr(autograd, "SMALL_PRODUCT", 0)  # whose products run in fp32
     ours = loss_and_grads(inputs, backend="torch", num_noise=0, temperature=temperature, **options)
     want = loss_and_grads([x.double() for x in inputs], backend="reference", num_noise=0,
                           temperature=temperature.double(), **options)  # fmt: skip
@@ -200,9 +200,7 @@ def test_a_temperature_on_the_device_scales_the_queries(product, options):
     inputs = [rows(40, 30, seed=s, dtype=torch.float32) for s in (1, 2)]
     noise = {"noise": rows(50, 30, seed=3, dtype=torch.float32)} if options.get("num_noise") else {}
     asked = {**DEFAULTS, "num_noise": 0, **options, **noise}
-    call = arguments.resolve(
-        *inputs, None, **{name: x for name, x in asked.items() if name not in ("group", "strategy")}
-    )
+    call = resolve.resolve(*inputs, None, **{name: x for name, x in asked.items() if name != "group"})
     found = []
     for kappa in (20.0, torch.tensor(20.0)):
         ops = TorchBackend(Precision.of(product, inputs[0].device), inputs[0].device, None)
@@ -360,9 +358,9 @@ def test_auto_says_once_what_it_chose(caplog):
 def test_a_promised_bound_licenses_one_sweep_without_asking_the_device():
     """Only a device tensor's value is not read; "meta" stands for a device here."""
     tau = torch.empty((), device="meta")
-    assert arguments._kappa_bound(tau, None) is None
-    assert arguments._kappa_bound(tau, 0.015) == 1 / 0.015
-    assert arguments._kappa_bound(torch.tensor(0.5), 0.015) == 2
+    assert resolve._kappa_bound(tau, None) is None
+    assert resolve._kappa_bound(tau, 0.015) == 1 / 0.015
+    assert resolve._kappa_bound(torch.tensor(0.5), 0.015) == 2
 
 
 @pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"noise": "expected"}], ids=str)

@@ -9,7 +9,7 @@ import torch
 import torch.utils._python_dispatch
 from helpers import loss_and_grads, relative_error, rows
 
-from fused_infonce import function, info_nce
+from fused_infonce import autograd, info_nce
 
 N, D, H = 24, 16, 48
 BACKENDS = {"dense": {"backend": "torch"}, "tiled": {"backend": "torch", "workspace_bytes": 20_000}}
@@ -40,7 +40,7 @@ SCALED += [("triton", way, 1e12) for way in ("plain", "decoupled", "margin")]  #
 @pytest.mark.parametrize("product", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_gradients_scale_with_one_over_the_norm(backend, way, norm, product, monkeypatch):
     """The loss does not depend on the norms, so the gradient of s·x is that of x over s: also where s is huge."""
-    monkeypatch.setattr(function, "SMALL_PRODUCT", 0)
+    monkeypatch.setattr(autograd, "SMALL_PRODUCT", 0)
     inputs = [rows(n, D, seed=s, dtype=torch.float32) for s, n in enumerate((N, N, H))]
     upstream = rows(N, seed=6, dtype=torch.float32) if way == "none" else None
     options = {"num_noise": 0, **WAYS[way], **options_for(backend)}

@@ -9,8 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..api import info_nce
 from ..distributed import Group
+from ..functional import info_nce
 
 
 class FusedNTXentLoss(nn.Module):

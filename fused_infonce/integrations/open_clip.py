@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..api import info_nce
+from ..functional import info_nce
 
 if TYPE_CHECKING:
     _Base = nn.Module

@@ -20,8 +20,8 @@ from sentence_transformers.sentence_transformer.losses import (
 from sentence_transformers.util import cos_sim
 from torch import Tensor
 
-from ..api import gs_infonce
 from ..distributed import Group
+from ..functional import gs_infonce
 
 _OURS = ("num_noise", "noise_weight", "noise", "mask_duplicates", "backend", "workspace_bytes")
 

@@ -96,7 +96,7 @@ class TiledProblem:
 
     def log_constant(self) -> tuple[Tensor, float | Tensor] | None:
         """Expected noise: log T_i (N, 1) in nats, and ρ."""
-        if self.options.noise != "expected":
+        if self.options.noise_kind != "expected":
             return None
         log_T, rho = variants.log_expected_noise(self.options, self.kappa_given, self.positive.value, self.D)
         return log_T, rho

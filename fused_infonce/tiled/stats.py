@@ -14,13 +14,14 @@ from .two_pass import add_noise, log_of, start
 def stats(problem: TiledProblem, tiles: TorchTiles, t: float = 2.0) -> dict[str, Tensor]:
     """tiles: the problem's backend, which must be torch's: only there the logits themselves can be read."""
     row, shift, counts = start(problem), problem.row_shift_log2, problem.counts[0]
+    positive_log2 = problem.operands.positive_log2  # the row shift, but for a margin and hardness
     add_noise(problem, row, None)
     log_noise = torch.where(row[1] > 0, row[0] / LOG2_E + row[1].log(), -torch.inf)
 
     zero = torch.zeros((), dtype=tiles.precision.sums, device=tiles.device)
     count, cosine, potential = zero.clone(), zero.clone(), zero.clone()
     hits = zero.expand(problem.N).clone()
-    to_cosines = problem.cosines - shift / problem.scale_log2  # q̂_i·c
+    to_cosines = problem.cosines - positive_log2 / problem.scale_log2  # q̂_i·c
     for rows in problem.row_chunks(min(tiles.column_block, problem.T)):
         hit = torch.ones(rows.stop - rows.start, dtype=torch.bool, device=tiles.device)
         for block in problem.column_blocks(counts, split=True):
@@ -34,7 +35,7 @@ def stats(problem: TiledProblem, tiles: TorchTiles, t: float = 2.0) -> dict[str,
                     count += valid.sum()
                     cosine += s.masked_fill(~valid, 0).sum()
                     potential += (2 * t * (s - 1)).exp_().sum()
-                    hit[part.rows] &= (tile <= shift[i]).all(1)
+                    hit[part.rows] &= (tile <= positive_log2[i]).all(1)
                 apply_to_rows_(tile, part.scores, columns.terms, i.start, block.start)
                 merge_ratios(tile, shift[i], 1, row[0][i], row[1][i])
         hits[rows] = hit.to(hits.dtype)

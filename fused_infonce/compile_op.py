@@ -9,14 +9,12 @@ overhead.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from torch import Tensor
 
-from .arguments import Call, Traced, autocast_dtype, resolve
-from .backends import Backend
-from .function import (
+from .autograd import (
     NO_SECOND_DERIVATIVE,
     as_a_kernel,
     gradients_of,
@@ -24,11 +22,27 @@ from .function import (
     losses_of,
     reduced,
 )
-from .options import Reduction
+from .config import TYPES
+from .resolve import Call, Traced, autocast_dtype, resolve
 from .smoothing import smoothing_term
 from .tiled.operands import NeedsGrad
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _schema_type(annotation: Any) -> str:
+    """Returns an option's type in the operator's schema, where a float that comes in a tensor instead is None."""
+    kinds = get_args(annotation) if get_origin(annotation) is not Literal else (str,)
+    optional = "?" if type(None) in kinds else ""
+    (kind,) = [x for x in kinds or (annotation,) if x is not type(None)]
+    return {float: "float?", int: "SymInt" + optional, bool: "bool", str: "str"}[kind]
+
+
+# The operator's arguments, in this order: tensors, numbers, and the options that are not numbers.
+_TENSORS = ("anchors", "positives", "negatives", "queue", "tau", "noise_rows", "ids", "negative_ids", "seed")
+_SCHEMA_TYPES = {name: _schema_type(annotation) for name, annotation in TYPES.items()}
+_NUMBERS = ("temperature", *(name for name, kind in _SCHEMA_TYPES.items() if kind == "float?"))
+_PLAIN = {name: kind for name, kind in _SCHEMA_TYPES.items() if kind != "float?"}
 
 
 def compiled_loss(
@@ -38,76 +52,40 @@ def compiled_loss(
     *,
     queue: Tensor | None,
     temperature: float | Tensor,
-    min_temperature: float | None,
-    num_noise: int,
-    noise_weight: float,
-    noise: Literal["sampled", "expected"] | Tensor,
-    hard_negative_weight: float,
+    noise: str | Tensor,
     ids: Tensor | None,
     negative_ids: Tensor | None,
-    symmetric: bool,
-    reduction: Reduction,
-    backend: Backend,
-    workspace_bytes: int | None,
-    decoupled: bool,
-    angular_margin: float,
-    hardness: float,
-    label_smoothing: float,
-    filter_margin: float | None,
-    filter_threshold: float | None,
+    **options: Any,  # the other arguments of gs_infonce
 ) -> Tensor:
-    """What a compiler traces: tensors and plain values go in, nothing is decided that depends on a value."""
-    given = isinstance(noise, Tensor)
+    """The loss as a compiler traces it: nothing here is decided that depends on a value."""
+    noise_rows = noise if isinstance(noise, Tensor) else None
     seed = None
-    if not given and noise == "sampled" and num_noise:
+    if not isinstance(noise, Tensor) and noise == "sampled" and options["num_noise"]:
         seed = torch.randint(0, 2**62, (1,), device=anchors.device)
     tau = temperature if isinstance(temperature, Tensor) else None
+    options["temperature"] = None if tau is not None else temperature
+    options["noise"] = noise if noise_rows is None else "sampled"
     inputs = (anchors, positives, negatives, queue, tau)
     loss: Tensor = _operator(
-        (*inputs, noise if given else None, ids, negative_ids, seed),
-        (
-            None if tau is not None else temperature,
-            min_temperature,
-            noise_weight,
-            hard_negative_weight,
-            angular_margin,
-            hardness,
-            label_smoothing,
-            filter_margin,
-            filter_threshold,
-        ),
-        (num_noise, "given" if given else noise, symmetric, reduction, backend, workspace_bytes, decoupled),
+        (*inputs, noise_rows, ids, negative_ids, seed),
+        tuple([options[name] for name in _NUMBERS]),
+        tuple([options[name] for name in _PLAIN]),
         autocast_dtype(anchors.device.type),
         [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs],
     )
-    if not label_smoothing:
+    if not options["label_smoothing"]:
         return loss
     return loss + smoothing_term(
         inputs[:4],
         temperature,
-        label_smoothing=label_smoothing,
-        angular_margin=angular_margin,
-        symmetric=symmetric,
-        reduction=reduction,
+        label_smoothing=options["label_smoothing"],
+        angular_margin=options["angular_margin"],
+        symmetric=options["symmetric"],
+        reduction=options["reduction"],
         dtype=loss.dtype,
     )
 
 
-# The operator's arguments, in this order.
-_TENSORS = ("anchors", "positives", "negatives", "queue", "tau", "noise_rows", "ids", "negative_ids", "seed")
-_NUMBERS = (
-    "temperature", "min_temperature", "noise_weight", "hard_negative_weight", "angular_margin", "hardness",
-    "label_smoothing", "filter_margin", "filter_threshold",
-)  # fmt: skip
-_PLAIN = {
-    "num_noise": "SymInt",
-    "noise": "str",
-    "symmetric": "bool",
-    "reduction": "str",
-    "backend": "str",
-    "workspace_bytes": "SymInt?",
-    "decoupled": "bool",
-}
 _SCHEMA = ", ".join(
     [
         "Tensor anchors, Tensor positives",
@@ -167,6 +145,7 @@ def _call(*args: Any) -> tuple[Call, NeedsGrad]:
         ids=given["ids"],
         negative_ids=given["negative_ids"],
         generator=None,
+        guide=None,
         traced=Traced(given["seed"], values[-2]),
         **options,
     )

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from . import dense
-from .arguments import Call
 from .options import Options
+from .resolve import Call
 from .tiled import one_pass, stats, two_pass
 from .tiled.backend import TileBackend, make_backend
 from .tiled.operands import Accumulator, Gradients, GradScale, NeedsGrad, Precision

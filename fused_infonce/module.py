@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .api import gs_infonce
-from .arguments import check_choice, check_options
-from .backends import Backend
-from .distributed import STRATEGIES, Group, Strategy, resolve_group
-from .options import Reduction
+from .config import FIELDS, LossConfig
+from .distributed import Group, resolve_group
+from .functional import gs_infonce
 
-_VARIANTS = {
-    "decoupled": False, "angular_margin": 0.0, "hardness": 0.0, "label_smoothing": 0.0, "filter_margin": None,
-    "filter_threshold": None,
-}  # fmt: skip
+# A module's range of temperatures takes the place of the promise ``min_temperature``.
+OPTIONS = {name: field for name, field in FIELDS.items() if name != "min_temperature"}
 
 
 class GSInfoNCELoss(nn.Module):
@@ -43,76 +40,29 @@ class GSInfoNCELoss(nn.Module):
         *,
         learnable_temperature: bool = False,
         temperature_range: tuple[float, float] = (0.015, 1.0),
-        num_noise: int = 192,
-        noise_weight: float = 1.0,
-        noise: Literal["sampled", "expected"] = "sampled",
-        hard_negative_weight: float = 0.0,
-        symmetric: bool = False,
-        reduction: Reduction = "mean",
         group: Group = "local",
-        strategy: Strategy = "auto",
-        backend: Backend = "auto",
-        workspace_bytes: int | None = None,
-        decoupled: bool = False,
-        angular_margin: float = 0.0,
-        hardness: float = 0.0,
-        label_smoothing: float = 0.0,
-        filter_margin: float | None = None,
-        filter_threshold: float | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
-        given: Any = temperature  # NumPy's numbers are floats, too
-        if isinstance(given, bool) or not isinstance(given, numbers.Real):
-            raise TypeError(f"temperature must be a float, not {type(given).__name__}")
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be a number > 0, not {temperature}")
-        self.initial_temperature = float(temperature)
         self.temperature_range = _checked_range(temperature_range)
+        self.initial_temperature = _checked_temperature(temperature)
         low, high = self.temperature_range
         if not isinstance(learnable_temperature, bool):
             raise TypeError(f"learnable_temperature must be True or False, not {learnable_temperature!r}")
         if learnable_temperature and not low <= temperature <= high:
             raise ValueError(f"temperature {temperature} must lie in temperature_range {temperature_range}")
-        check_options(
-            num_noise=num_noise,
-            noise_weight=noise_weight,
-            noise=noise,
-            hard_negative_weight=hard_negative_weight,
-            symmetric=symmetric,
-            reduction=reduction,
-            backend=backend,
-            workspace_bytes=workspace_bytes,
-            decoupled=decoupled,
-            angular_margin=angular_margin,
-            hardness=hardness,
-            label_smoothing=label_smoothing,
-            filter_margin=filter_margin,
-            filter_threshold=filter_threshold,
-        )
-        check_choice("strategy", strategy, STRATEGIES)
+        for name in options:
+            if name not in OPTIONS:
+                raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}")
+        self.config = _checked_config(options)
         # "world" may come before init_process_group; None is reported here, and not at each call.
         if group not in ("local", "world"):
             group = resolve_group(group) or "local"
-        if group != "local" and backend == "reference":
+        if group != "local" and self.config.backend == "reference":
             raise ValueError("backend='reference' takes one process's rows; use 'auto' or 'torch' with a group")
+        self.group = group
         self.log_temperature = nn.Parameter(torch.empty(1)) if learnable_temperature else None
         self.reset_parameters()
-        self.num_noise = num_noise
-        self.noise_weight = noise_weight
-        self.noise = noise
-        self.hard_negative_weight = hard_negative_weight
-        self.symmetric = symmetric
-        self.reduction: Reduction = reduction
-        self.group = group
-        self.strategy: Strategy = strategy
-        self.backend: Backend = backend
-        self.workspace_bytes = workspace_bytes
-        self.decoupled = decoupled
-        self.angular_margin = angular_margin
-        self.hardness = hardness
-        self.label_smoothing = label_smoothing
-        self.filter_margin = filter_margin
-        self.filter_threshold = filter_threshold
 
     def reset_parameters(self) -> None:
         """The first temperature again."""
@@ -164,46 +114,58 @@ class GSInfoNCELoss(nn.Module):
         guide: Sequence[Tensor] | None = None,
     ) -> Tensor:
         self._project()
+        options = {name: getattr(self.config, name) for name in OPTIONS}
+        if noise is not None:
+            options["noise"] = noise
+        if self.log_temperature is not None:  # exp(log(low)) may round below low
+            options["min_temperature"] = self.temperature_range[0] * (1 - 1e-5)
         return gs_infonce(
             anchors,
             positives,
             negatives,
             queue=queue,
             temperature=self.temperature,
-            # exp(log(low)) may round below low
-            min_temperature=None if self.log_temperature is None else self.temperature_range[0] * (1 - 1e-5),
-            num_noise=self.num_noise,
-            noise_weight=self.noise_weight,
-            noise=self.noise if noise is None else noise,
             generator=generator,
-            hard_negative_weight=self.hard_negative_weight,
             ids=ids,
             negative_ids=negative_ids,
-            symmetric=self.symmetric,
-            reduction=self.reduction,
             group=self.group,
-            strategy=self.strategy,
-            backend=self.backend,
-            workspace_bytes=self.workspace_bytes,
-            decoupled=self.decoupled,
-            angular_margin=self.angular_margin,
-            hardness=self.hardness,
-            label_smoothing=self.label_smoothing,
-            filter_margin=self.filter_margin,
-            filter_threshold=self.filter_threshold,
             guide=guide,
+            **options,
         )
 
     def extra_repr(self) -> str:
         parts = [f"temperature={self.initial_temperature}"]
         if self.log_temperature is not None:
             parts.append(f"learnable_temperature=True, temperature_range={self.temperature_range}")
-        names = ("num_noise", "noise_weight", "noise", "hard_negative_weight", "symmetric", "reduction", "backend")
-        parts += [f"{name}={getattr(self, name)!r}" for name in names]
-        parts += [
-            f"{name}={getattr(self, name)!r}" for name, off in _VARIANTS.items() if getattr(self, name) != off
-        ]
+        for name, field in OPTIONS.items():
+            value = getattr(self.config, name)
+            if value != field.default:
+                parts.append(f"{name}={value!r}")
         return ", ".join(parts)
+
+
+def _option(name: str) -> property:
+    """Makes the attribute of an option: reading and assigning it go to the module's config, which is checked."""
+
+    def assign(self: GSInfoNCELoss, value: Any) -> None:
+        self.config = _checked_config({**vars(self.config), name: value})
+
+    return property(lambda self: getattr(self.config, name), assign, doc=FIELDS[name].metadata["meaning"])
+
+
+def _signature() -> inspect.Signature:
+    """Makes the constructor's signature: its own arguments, and the options in the place of ``**options``."""
+    own = inspect.signature(GSInfoNCELoss.__init__)
+    parameters = [p for p in own.parameters.values() if p.kind != inspect.Parameter.VAR_KEYWORD]
+    for name, field in OPTIONS.items():
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(name, kind, default=field.default, annotation=field.type))
+    return own.replace(parameters=parameters)
+
+
+GSInfoNCELoss.__init__.__signature__ = _signature()  # type: ignore[attr-defined]
+for _name in OPTIONS:
+    setattr(GSInfoNCELoss, _name, _option(_name))
 
 
 class _IntoRange(torch.autograd.Function):
@@ -230,3 +192,20 @@ def _checked_range(value: Any) -> tuple[float, float]:
     if not 0 < low <= high < math.inf:
         raise ValueError(f"temperature_range must be (low, high) with 0 < low <= high, not {value}")
     return float(low), float(high)
+
+
+def _checked_temperature(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"temperature must be a float, not {type(value).__name__}")
+    number = float(value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"temperature must be a number > 0, not {value}")
+    return number
+
+
+def _checked_config(options: dict[str, Any]) -> LossConfig:
+    if isinstance(options.get("noise"), Tensor):
+        raise TypeError(
+            "noise must be one of 'sampled', 'expected'; vectors belong to a batch: give them to forward"
+        )
+    return LossConfig(**options)

@@ -1,22 +1,25 @@
-"""The loss as users call it."""
+"""The loss as users call it. The signature of ``gs_infonce`` is the one place that writes its arguments out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
-from .arguments import resolve, resolve_among
-from .backends import Backend
-from .compiled import compiled_loss
-from .distributed import Group, Strategy, resolve_group
-from .function import fused_loss
-from .options import Reduction
+from .autograd import fused_loss
+from .compile_op import compiled_loss
+from .config import NOISE_OPTIONS, Backend, Reduction, Strategy
+from .distributed import Group, resolve_group
 from .reference import reference_loss
+from .resolve import resolve, resolve_among
 from .smoothing import smoothing_term
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def gs_infonce(
@@ -136,140 +139,75 @@ def gs_infonce(
             every rank raises, also where ranks disagree about features, dtype, options or wanted gradients.
         NotImplementedError: forward-mode differentiation or a transform of torch.func.
     """
-    return _loss(
-        anchors,
-        positives,
-        negatives,
-        queue=queue,
-        temperature=temperature,
-        min_temperature=min_temperature,
-        num_noise=num_noise,
-        noise_weight=noise_weight,
-        noise=noise,
-        generator=generator,
-        hard_negative_weight=hard_negative_weight,
-        ids=ids,
-        negative_ids=negative_ids,
-        symmetric=symmetric,
-        reduction=reduction,
-        group=group,
-        strategy=strategy,
-        backend=backend,
-        workspace_bytes=workspace_bytes,
-        decoupled=decoupled,
-        angular_margin=angular_margin,
-        hardness=hardness,
-        label_smoothing=label_smoothing,
-        filter_margin=filter_margin,
-        filter_threshold=filter_threshold,
-        guide=guide,
-    )
+    return _loss(**locals())
 
 
-def info_nce(
-    anchors: Tensor,
-    positives: Tensor,
-    negatives: Tensor | None = None,
-    *,
-    queue: Tensor | None = None,
-    temperature: float | Tensor = 0.05,
-    min_temperature: float | None = None,
-    hard_negative_weight: float = 0.0,
-    ids: Tensor | None = None,
-    negative_ids: Tensor | None = None,
-    symmetric: bool = False,
-    reduction: Reduction = "mean",
-    group: Group = "local",
-    strategy: Strategy = "auto",
-    backend: Backend = "auto",
-    workspace_bytes: int | None = None,
-    decoupled: bool = False,
-    angular_margin: float = 0.0,
-    hardness: float = 0.0,
-    label_smoothing: float = 0.0,
-    filter_margin: float | None = None,
-    filter_threshold: float | None = None,
-    guide: Sequence[Tensor] | None = None,
-) -> Tensor:
+def with_signature_of(
+    source: Callable[P, Any], without: Sequence[str]
+) -> Callable[[Callable[..., R]], Callable[P, R]]:
+    """Decorates a function that passes its keyword arguments on to ``source``: it shows their names and defaults.
+
+    Arguments in ``without`` raise TypeError. Static type checkers show them, since no type removes an argument.
+    """
+    shown = inspect.signature(source)
+    names = [name for name in shown.parameters if name not in without]
+
+    def decorate(function: Callable[..., R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            for name in kwargs:
+                if name not in names:
+                    raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}")
+            return function(*args, **kwargs)
+
+        parameters = [shown.parameters[name] for name in names]
+        returns = inspect.signature(function).return_annotation
+        checked.__signature__ = shown.replace(parameters=parameters, return_annotation=returns)  # type: ignore[attr-defined]
+        return checked
+
+    return decorate
+
+
+@with_signature_of(gs_infonce, without=(*NOISE_OPTIONS, "generator"))
+def info_nce(*args: Any, **options: Any) -> Tensor:
     """InfoNCE over cosine similarities, without the N×M matrix: :func:`gs_infonce` without noise.
 
-    Arguments, result and errors are those of :func:`gs_infonce`.
+    Arguments, result and errors are those of :func:`gs_infonce`, but for the noise's arguments.
     """
-    return _loss(
-        anchors,
-        positives,
-        negatives,
-        queue=queue,
-        temperature=temperature,
-        min_temperature=min_temperature,
-        num_noise=0,
-        noise_weight=1.0,
-        noise="sampled",
-        generator=None,
-        hard_negative_weight=hard_negative_weight,
-        ids=ids,
-        negative_ids=negative_ids,
-        symmetric=symmetric,
-        reduction=reduction,
-        group=group,
-        strategy=strategy,
-        backend=backend,
-        workspace_bytes=workspace_bytes,
-        decoupled=decoupled,
-        angular_margin=angular_margin,
-        hardness=hardness,
-        label_smoothing=label_smoothing,
-        filter_margin=filter_margin,
-        filter_threshold=filter_threshold,
-        guide=guide,
-    )
+    return gs_infonce(*args, num_noise=0, **options)
 
 
-def _loss(
-    *inputs: Tensor | None,
-    generator: torch.Generator | None,
-    group: Group,
-    strategy: Strategy,
-    guide: Sequence[Tensor] | None,
-    **options: Any,
-) -> Tensor:
-    eager = _eager_loss
-    if torch.compiler.is_compiling():
-        local = group is None or group == "local"
-        if local and generator is None and guide is None and options["backend"] != "reference":
-            return compiled_loss(*inputs, **options)  # type: ignore[arg-type]
-        eager = _outside_compiler
-    return eager(inputs, generator, group, strategy, guide, options)
+def _loss(**arguments: Any) -> Tensor:
+    """arguments: those of ``gs_infonce``, all of them."""
+    if not torch.compiler.is_compiling():
+        return _eager_loss(arguments)
+    local = arguments["group"] is None or arguments["group"] == "local"
+    plain = arguments["generator"] is None and arguments["guide"] is None
+    if local and plain and arguments["backend"] != "reference":
+        return compiled_loss(**arguments)
+    return _outside_compiler(arguments)
 
 
-def _eager_loss(
-    inputs: tuple[Tensor | None, ...],
-    generator: torch.Generator | None,
-    group: Group,
-    strategy: Strategy,
-    guide: Sequence[Tensor] | None,
-    options: dict[str, Any],
-) -> Tensor:
-    ranks = resolve_group(group, stacklevel=5)
-    if ranks is None:
-        call = resolve(*inputs, strategy=strategy, generator=generator, guide=guide, **options)  # type: ignore[arg-type]
-    else:
-        call = resolve_among(ranks, strategy, *inputs, generator=generator, guide=guide, **options)
+def _eager_loss(arguments: dict[str, Any]) -> Tensor:
+    group = arguments.pop("group")
+    ranks = resolve_group(group)
+    call = resolve(**arguments) if ranks is None else resolve_among(ranks, **arguments)
     loss = reference_loss(call) if call.backend == "reference" else fused_loss(call)
-    asked = call.options
-    if not asked.label_smoothing:
+    options = call.options
+    if not options.label_smoothing:
         return loss
     smoothing = smoothing_term(
         call.inputs,
         call.temperature,
-        label_smoothing=asked.label_smoothing,
-        angular_margin=asked.angular_margin,
-        symmetric=asked.symmetric,
-        reduction=asked.reduction,
+        label_smoothing=options.label_smoothing,
+        angular_margin=options.angular_margin,
+        symmetric=options.symmetric,
+        reduction=options.reduction,
         dtype=torch.float64 if call.backend == "reference" else loss.dtype,
-        exchange=asked.exchange,
+        exchange=options.exchange,
     )
     return (loss + smoothing).to(loss.dtype)
 
 
-_outside_compiler = _disable_dynamo(_eager_loss)  # compilers do not trace a generator, nor the reference
+# Compilers do not trace a generator, a guide, a group, nor the reference.
+_outside_compiler: Callable[[dict[str, Any]], Tensor] = torch.compiler.disable(_eager_loss)  # type: ignore[no-untyped-call]

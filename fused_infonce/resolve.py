@@ -1,0 +1,221 @@
+"""A call's arguments, checked and resolved before any work: the inputs, the options, dtypes and the backend."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from . import checks
+from . import noise as noise_source
+from .backends import choose_backend
+from .config import MUST_AGREE_ACROSS_RANKS, SMOOTHING_IS_ALONE, LossConfig, make_config
+from .distributed import Counts, Exchange, Facts, agree, choose_strategy
+from .options import NoiseKind, Options, Similar
+
+_COLUMNS = ("positives", "negatives", "queue")
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """What a backend is given."""
+
+    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # anchors, positives, negatives, queue
+    noise_rows: Tensor | None  # (M, D), where the caller gave them
+    temperature: float | Tensor
+    kappa_bound: float | None  # an upper bound of 1/τ that the host knows without waiting for a device
+    options: Options
+    dtype: torch.dtype  # of the inputs, promoted
+    product_dtype: torch.dtype  # of the matrix products
+    backend: Literal["triton", "torch", "reference"]
+
+    @property
+    def takes_one_pass(self) -> bool:
+        """Whether one upstream gradient serves all rows of one direction, and offsets keep them in range.
+
+        torch's tiles hold whole rows, whose maxima are offsets at any temperature; elsewhere the offsets must be
+        known before the pass.
+        """
+        options, bound = self.options, self.kappa_bound
+        if options.exchange is not None and options.exchange.strategy == "ring":
+            return False
+        if options.reduction == "none" or options.symmetric:
+            return False
+        return self.backend == "torch" or (bound is not None and options.fits_known_offset(bound))
+
+
+@dataclass(slots=True, eq=False)
+class Traced:
+    """What is settled when a call is traced by a compiler, and not when it runs."""
+
+    seed: Tensor | None  # (1,) of sampled noise
+    autocast_dtype: torch.dtype | None
+
+
+def resolve(
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor | None,
+    *,
+    queue: Tensor | None,
+    temperature: float | Tensor,
+    noise: str | Tensor,
+    generator: torch.Generator | None,
+    ids: Tensor | None,
+    negative_ids: Tensor | None,
+    guide: Sequence[Tensor] | None,
+    traced: Traced | None = None,
+    seed_on_cpu: bool = False,
+    **options: Any,  # the other fields of LossConfig
+) -> Call:
+    """Returns the arguments of ``gs_infonce`` as a Call of one process; errors name what is wrong."""
+    tensors = checks.check_inputs(anchors, positives, negatives, queue)
+    noise_rows = checks.check_noise_vectors(noise, anchors) if isinstance(noise, Tensor) else None
+    temperature = checks.check_temperature(temperature, anchors.device)
+    checks.check_generator(generator)
+    config = make_config({**options, "noise": noise if noise_rows is None else "sampled"})
+    lengths = [0 if x is None else x.shape[0] for x in (anchors, negatives, queue)]
+    counts, given_negatives = Counts(*lengths), None if negatives is None else lengths[1]
+    ids, negative_ids = checks.check_both_ids(ids, negative_ids, given_negatives, counts.positives, anchors.device)
+    similar = _filter(config, guide, tensors)
+    _check_with_tensors(config, counts, ids, similar)
+    if traced is None and config.backend != "reference":
+        checks.check_transforms([*tensors, temperature, noise, ids, negative_ids, *(guide or ())])
+
+    dtype = tensors[0].dtype
+    for x in tensors[1:]:
+        dtype = dtype if x.dtype == dtype else torch.promote_types(dtype, x.dtype)
+    backend = choose_backend(config.backend, anchors.device, dtype, anchors.shape[1])
+    num_noise = config.num_noise if noise_rows is None else noise_rows.shape[0]
+    kind: NoiseKind = config.noise if noise_rows is None else "given"
+    if num_noise == 0 or config.noise_weight == 0:
+        kind = "none"
+    seed = None
+    if kind == "sampled":
+        seed = traced.seed if traced else _drawn_seed(backend, generator, anchors.device, seed_on_cpu)
+    resolved = Options.of(config, num_noise, counts, kind, ids, negative_ids, similar, seed)
+    autocast = autocast_dtype(anchors.device.type) if traced is None else traced.autocast_dtype
+    product_dtype = dtype if dtype == torch.float64 or autocast is None else autocast
+    bound = None if backend == "reference" else _kappa_bound(temperature, config.min_temperature)
+    inputs = (anchors, positives, negatives, queue)
+    if resolved.noise_kind != "given":
+        noise_rows = None
+    return Call(inputs, noise_rows, temperature, bound, resolved, dtype, product_dtype, backend)
+
+
+def _drawn_seed(
+    backend: str, generator: torch.Generator | None, device: torch.device, seed_on_cpu: bool
+) -> Tensor:
+    if backend == "triton" and not seed_on_cpu:
+        return noise_source.draw_device_seed(generator, device)
+    return noise_source.draw_seed(generator)
+
+
+def _filter(config: LossConfig, guide: Any, tensors: list[Tensor]) -> Similar | None:
+    """Returns which negatives are too similar; a guide without a filter has a margin of 0."""
+    similar = Similar(config.filter_margin, config.filter_threshold, None) if config.filters else None
+    if guide is None:
+        return similar
+    return replace(similar or Similar(0.0, None, None), guide=checks.check_guide(guide, tensors))
+
+
+def _check_with_tensors(config: LossConfig, counts: Counts, ids: Tensor | None, similar: Similar | None) -> None:
+    """Raises ValueError for an option that the call's tensors do not allow."""
+    if config.hard_negative_weight and counts.negatives % counts.positives:
+        raise ValueError(
+            f"negatives: {counts.negatives} rows came, but with hard_negative_weight they must be a multiple of "
+            f"the {counts.positives} anchors, row hN + i belonging to anchor i"
+        )
+    if config.label_smoothing and (ids is not None or similar is not None):
+        raise ValueError(SMOOTHING_IS_ALONE)
+
+
+def resolve_among(group: ProcessGroup, **arguments: Any) -> Call:
+    """Returns the same with a process group: the ranks agree on what must be equal, and the seed is rank 0's."""
+    try:
+        call = resolve(**arguments, seed_on_cpu=True)
+        if call.backend == "reference":
+            raise ValueError("backend='reference' knows one process only; use 'auto' or 'torch' with a group")
+        if arguments["guide"] is not None:
+            raise ValueError("guide knows one process only; leave it out with a group, or filter without a guide")
+    except Exception as error:  # whatever it is, the others must not wait for this rank
+        with contextlib.suppress(ValueError):  # the others' message
+            agree(group, Facts({}, Counts(0, 0, 0), error=f"{type(error).__name__}: {error}"))
+        raise
+    options, needs = call.options, _needs(call)
+    facts = {
+        "the number of features": call.inputs[0].shape[1],
+        "the dtype": call.dtype,
+        "the dtype of products (autocast)": call.product_dtype,
+        "the device type": call.inputs[0].device.type,
+        "the backend": call.backend,
+        "temperature": _known(arguments["temperature"]),
+        **{name: str(getattr(options, name)) for name in MUST_AGREE_ACROSS_RANKS},
+        "noise": options.noise_kind,
+        "whether ids are given": options.ids is not None,
+        "whether negative_ids are given": (
+            None if call.inputs[2] is None else arguments["negative_ids"] is not None
+        ),
+        **{f"whether {name} need a gradient": need for name, need in needs.items()},
+        "whether anything needs a gradient": any(needs.values()),
+    }
+    seed = None if options.seed is None else int(options.seed)
+    call.options = _with_exchange(call, group, agree(group, Facts(facts, options.counts, seed)))
+    return call
+
+
+def _with_exchange(call: Call, group: ProcessGroup, everyone: list[Facts]) -> Options:
+    options, counts = call.options, [other.counts for other in everyone]
+    columns = sum(other.columns for other in counts)
+    chosen: Literal["gather", "ring"] = "gather"  # a ring of one would send to itself
+    if len(everyone) > 1:
+        chosen = choose_strategy(options.strategy, columns, call.inputs[0].shape[1], call.product_dtype.itemsize)
+    wants = {name for other in everyone for name in _COLUMNS if other.same[f"whether {name} need a gradient"]}
+    masks_negatives = any(other.same["whether negative_ids are given"] for other in everyone)
+    seed = None
+    if options.seed is not None:
+        seed = torch.tensor([everyone[0].seed]).to(_seed_device(call), non_blocking=True)
+    return replace(
+        options,
+        exchange=Exchange(group, counts, frozenset(wants), chosen, masks_negatives),
+        own_log_weight=options.hard_negative_weight if any(other.negatives for other in counts) else 0.0,
+        seed=seed,
+    )
+
+
+def _seed_device(call: Call) -> torch.device:
+    """Kernels read a seed on their device, torch's generators one on the host."""
+    return call.inputs[0].device if call.backend == "triton" else torch.device("cpu")
+
+
+def _needs(call: Call) -> dict[str, bool | None]:
+    """Which gradients this rank asks for; None: it has not got that input."""
+    on, tau = torch.is_grad_enabled(), call.temperature
+    tensors = zip(("anchors", *_COLUMNS), call.inputs, strict=True)
+    asked = {name: None if x is None else on and x.requires_grad for name, x in tensors}
+    return {**asked, "temperature": on and isinstance(tau, Tensor) and tau.requires_grad}
+
+
+def _known(temperature: float | Tensor) -> str:
+    """The value, where the host knows it without waiting."""
+    if isinstance(temperature, Tensor) and temperature.device.type != "cpu":
+        return "a tensor on a device"
+    return str(float(temperature.detach() if isinstance(temperature, Tensor) else temperature))
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype of products where autocast is on."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def _kappa_bound(temperature: float | Tensor, min_temperature: float | None) -> float | None:
+    if isinstance(temperature, Tensor):
+        if temperature.device.type != "cpu":
+            return None if min_temperature is None else 1 / float(min_temperature)
+        temperature = temperature.item()
+    return 1 / temperature if temperature > 0 else None
