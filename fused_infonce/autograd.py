@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dense
+from . import dense, variants
 from .options import Options
 from .resolve import Call
 from .tiled import one_pass, stats, two_pass
@@ -290,11 +290,12 @@ def _kappa(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:
 
 
 def reduced(row_loss: Tensor, column_loss: Tensor | None, options: Options) -> Tensor:
-    """Losses of this rank's rows, (N,), or the sum or mean over all ranks'; the mean of both directions."""
-    if options.decoupled:  # rows without a negative count 0
-        row_loss = row_loss.nan_to_num(nan=math.nan, posinf=math.inf, neginf=0.0)
-        if column_loss is not None:
-            column_loss = column_loss.nan_to_num(nan=math.nan, posinf=math.inf, neginf=0.0)
+    """Losses of this rank's rows, (N,), or the sum or mean over all ranks'; the mean of both directions.
+
+    row_loss, column_loss: as ``variants.row_loss`` returns them, before ``variants.transformed_loss``.
+    """
+    row_loss = variants.counted_loss(row_loss, options)
+    column_loss = None if column_loss is None else variants.counted_loss(column_loss, options)
     losses = row_loss if column_loss is None else (row_loss + column_loss) / 2  # (N, 1)
     if options.reduction == "none":
         return losses[:, 0].clone()  # the caller's own: what the backward needs is not changed through it

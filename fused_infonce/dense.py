@@ -38,7 +38,7 @@ class Softmax(NamedTuple):
     """The ratios of one direction and their denominators; (N, T + M) and (N, 1), transposed for columns."""
 
     ratios: Tensor  # e^(z − m), m an offset per row; 0 at the positive
-    alpha: Tensor  # 1/(e^−m + total); decoupled: 1/total
+    alpha: Tensor  # f'(loss)/(e^−m + total), f' usually 1; decoupled: 1/total
     total: Tensor  # e^−m R_i
     constant: Tensor | None  # the part of expected noise in it
 
@@ -225,7 +225,10 @@ def _softmax(
         alpha = total.reciprocal().nan_to_num_(nan=math.nan, posinf=0.0)
     else:
         alpha = (total + (1.0 if offset is None else (-offset).exp_())).reciprocal_()
-    return variants.row_loss(total, offset, options), (ratios, alpha, total, constant)
+    losses = variants.row_loss(total, offset, options)
+    if variants.transforms_loss(options):
+        alpha.mul_(variants.transformed_loss(losses, options)[1])
+    return losses, (ratios, alpha, total, constant)
 
 
 def gradients(

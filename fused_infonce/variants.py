@@ -8,6 +8,7 @@ path over the logits (``dense``, ``tiled``) calls these functions and contains n
     log_expected_noise   a constant of each denominator                        (noise="expected")
     exponent_range       least and largest b_ij                                (weights)
     row_loss             from a denominator to a loss, log(1 + R) by default   (decoupled)
+    transformed_loss     f(loss) and f'(loss), by default the loss itself
 
 Terms of single entries (ids, own hard negatives, filters) are in ``entry_terms``; a term that needs no logits at
 all (label smoothing) is in ``smoothing``.
@@ -131,3 +132,20 @@ def row_loss(total: Tensor, offset: Tensor | None, options: Options) -> Tensor:
         return log_ratios
     # log(e^−offset + total) + offset would lose the digits of a small loss.
     return torch.where(offset > 0, torch.logaddexp(torch.zeros_like(offset), log_ratios), total.log1p())
+
+
+def counted_loss(loss: Tensor, options: Options) -> Tensor:
+    """The rows' losses as they are summed: a decoupled row without negatives counts 0; loss: ``row_loss``."""
+    if options.decoupled:
+        loss = loss.nan_to_num(nan=math.nan, posinf=math.inf, neginf=0.0)
+    return transformed_loss(loss, options)[0] if transforms_loss(options) else loss
+
+
+def transforms_loss(options: Options) -> bool:
+    """Whether the loss of a row is a function f of ``row_loss``, and not ``row_loss`` itself."""
+    return False
+
+
+def transformed_loss(loss: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """f(loss_i), and f'(loss_i), by which every path multiplies the weight of row i's gradient."""
+    return loss, torch.ones_like(loss)

@@ -180,10 +180,10 @@ class Accumulator:
 class RowStats:
     """Results of the rows, (N, 1) each."""
 
-    alpha: Tensor  # e^(−o_i)-scaled 1/(1 + R_i), decoupled 1/R_i
-    losses: Tensor  # nats
-    share: Tensor | None  # R_i/(1 + R_i); None where the tiles' diagonal held it
-    constant_share: Tensor | None  # T_i/(1 + R_i) of expected noise
+    alpha: Tensor  # e^(−o_i)-scaled f'(loss_i)/(1 + R_i), f as in variants.transformed_loss; decoupled 1/R_i
+    losses: Tensor  # nats, as variants.row_loss returns them
+    share: Tensor | None  # f'(loss_i) R_i/(1 + R_i); None where the tiles' diagonal held it
+    constant_share: Tensor | None  # f'(loss_i) T_i/(1 + R_i) of expected noise
 
 
 @dataclass(slots=True, eq=False)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from .. import variants
 from ..entry_terms import apply_to_rows_
 from .problem import LOG2_E, TiledProblem, shift_slice
 from .torch_tiles import TorchTiles, merge_ratios
@@ -41,8 +44,8 @@ def stats(problem: TiledProblem, tiles: TorchTiles, t: float = 2.0) -> dict[str,
         hits[rows] = hit.to(hits.dtype)
     losses = log_of(problem, row)
     return {
-        "loss": losses.mean(),
-        "noise_share": (log_noise - losses).exp().mean(),
+        "loss": variants.counted_loss(losses, problem.options).mean(),
+        "noise_share": (log_noise - losses.nan_to_num(nan=math.nan, neginf=0.0)).exp().mean(),
         "accuracy": hits.mean(),
         "positive_cosine": problem.cosines.mean(),
         "negative_cosine": cosine / count,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import noise
 from ..entry_terms import apply_to_rows_
-from ..variants import flush_subnormal_, least_maximum, row_loss
+from ..variants import flush_subnormal_, least_maximum, row_loss, transformed_loss, transforms_loss
 from .backend import OnePassRows
 from .operands import Accumulator, Columns, NormalizedBatch, RowDenominator, RowStats
 from .problem import LOG2_E, shift_slice
@@ -84,6 +84,8 @@ class TorchOnePassRows:
         alpha = (total + positive_term).reciprocal_()
         if self.denominator.options.decoupled:  # a row without negatives
             alpha.nan_to_num_(nan=math.nan, posinf=0.0)
+        if transforms_loss(self.denominator.options):
+            alpha.mul_(transformed_loss(self._losses(total, rows), self.denominator.options)[1])
         self.alpha[rows] = alpha
         if self.column_sums is not None:
             self.column_sums.addmv_(part.tile[:, self.columns].T, alpha[:, 0])
@@ -106,6 +108,10 @@ class TorchOnePassRows:
             return constant[rows]
         return (constant[rows] - self.maximum[rows] / LOG2_E).exp_()
 
+    def _losses(self, total: Tensor, rows: slice) -> Tensor:
+        offset = self.denominator.offset if self.maximum is None else self.maximum / LOG2_E
+        return row_loss(total, None if offset is None else offset[rows], self.denominator.options)
+
     def weighted_anchors(self, rows: slice) -> Tensor:
         column_major = self.backend.is_column_major(self.columns.stop - self.columns.start)
         return self.backend.centered_anchors(self.batch, rows, self.alpha[rows], column_major)
@@ -113,8 +119,7 @@ class TorchOnePassRows:
     def stats(self) -> RowStats:
         known, every = self.denominator, slice(0, len(self.sums))
         total, _ = self._total(every)
-        offset = known.offset if self.maximum is None else self.maximum / LOG2_E
-        losses = row_loss(total, offset, known.options)
+        losses = self._losses(total, every)
         constant_share = None if known.constant is None else self.alpha * self._constant(every)
         share = None if self.on_diagonal else self.alpha * total
         return RowStats(self.alpha, losses, share, constant_share)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import variants
 from ..kernels import noise, normalise, products, ratios, similarity
 from ..kernels.common import precision_of
 from ..kernels.settings import Settings, Tile, cdiv, default_settings, target_of
@@ -324,6 +325,11 @@ class TritonOnePassRows:
             partials, self.sums, own, known.constant, known.offset, self.results, rows.start,
             x, inv_norm, self.batch.center_q, anchors, known.options.decoupled,
         )  # fmt: skip
+        if variants.transforms_loss(known.options):
+            alpha, _, share, losses = (x[rows] for x in self.results)
+            slope = variants.transformed_loss(losses, known.options)[1]
+            for weighted in (alpha, share) if anchors is None else (alpha, share, anchors):
+                weighted.mul_(slope)
         return out, None
 
     def weighted_anchors(self, rows: slice) -> Tensor:

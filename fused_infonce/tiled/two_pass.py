@@ -9,6 +9,8 @@ and dq̂_i = κ [Σ_j G_ij k̃_j − h_i k̂_i + (Σ_j G_ij) c], h_i the share o
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -94,19 +96,18 @@ def gradients(
 ) -> Gradients:
     """Gradients of scale · Σ_i w_i loss_i."""
     backend = problem.backend
-    share, row_loss = _share(problem, row_loss)
+    rows, share = _direction(problem, row_loss, weights)
+    columns: _Direction | None = None
     if column_loss is not None:
-        more, column_loss = _share(problem, column_loss)
+        columns, more = _direction(problem, column_loss, weights)
         share += more
         scale = scale.times(0.5)
-    if weights is not None:
-        share *= weights
     margin = problem.positive if problem.options.angular_margin else None
     of_positive = share if margin is None or margin.slope is None else share * margin.slope
 
     sums = _GradientSums(problem, needs)
-    d_kappa = _noise_gradients(problem, needs, sums, (row_loss, column_loss), weights)
-    _column_gradients(problem, sums, row_loss, column_loss, weights)
+    d_kappa = _noise_gradients(problem, needs, sums, rows, columns)
+    _column_gradients(problem, sums, rows, columns)
     if problem.exchange is not None and problem.exchange.wants:
         sums.columns[problem.rank] = problem.exchange.home([[x] for x in sums.columns])
     anchors: RowGradArgs | None = None
@@ -120,7 +121,7 @@ def gradients(
     if needs.temperature and dots is not None:
         if margin is not None and margin.kappa_correction is not None:
             d_kappa += (share * margin.kappa_correction).sum()
-        out.kappa = (d_kappa + dots.sum() + _constant_part(problem, row_loss, column_loss, weights)) * scale.value
+        out.kappa = (d_kappa + dots.sum() + _constant_part(problem, rows, columns)) * scale.value
     return out
 
 
@@ -140,31 +141,30 @@ def _noise_gradients(
     problem: TiledProblem,
     needs: NeedsGrad,
     sums: _GradientSums,
-    losses: tuple[Tensor, Tensor | None],
-    weights: Tensor | None,
+    of_rows: _Direction,
+    of_columns: _Direction | None,
 ) -> Tensor:
     """Adds the noise's part to the accumulators; returns what the columns' direction adds to dκ, 0-dim.
 
     That direction's part goes to the positives' gradient, before any key does: dκ is read off it.
     """
     backend, N = problem.backend, problem.N
-    row_loss, column_loss = losses
     column_sums = sums.columns[problem.rank][:N, None]
     acc_keys: Tensor | None = None
-    if column_loss is not None and problem.options.has_noise_columns:
+    if of_columns is not None and problem.options.has_noise_columns:
         if needs.positives:
             acc_keys = sums.acc[:N]
         elif needs.temperature:
             acc_keys = _zeros(problem, N, problem.D)
-    targets = ((row_loss, sums.acc_rows, sums.rows), (column_loss, acc_keys, column_sums))
-    for side, (loss, acc, row_sums) in zip(problem.noise_sides(), targets, strict=False):
-        if acc is None or loss is None:
+    targets = ((of_rows, sums.acc_rows, sums.rows), (of_columns, acc_keys, column_sums))
+    for side, (direction, acc, row_sums) in zip(problem.noise_sides(), targets, strict=False):
+        if acc is None or direction is None:
             continue
-        shift = side.row_shift_log2 + loss * LOG2_E
+        shift = side.row_shift_log2 + direction.loss * LOG2_E
         for columns in problem.noise_blocks(side.center):
             unused = _zeros(problem, len(columns))
             for rows in problem.row_chunks(len(columns)):
-                w = None if weights is None else weights[rows]
+                w = None if direction.weights is None else direction.weights[rows]
                 tile = backend.weighted_ratios(
                     side.queries[rows], columns, rows.start, 0, shift[rows], w, (row_sums[rows], unused), None
                 )
@@ -179,18 +179,18 @@ def _noise_gradients(
 def _column_gradients(
     problem: TiledProblem,
     sums: _GradientSums,
-    row_loss: Tensor,
-    column_loss: Tensor | None,
-    weights: Tensor | None,
+    of_rows: _Direction,
+    of_columns: _Direction | None,
 ) -> None:
     """Adds the part of all ranks' columns to the accumulators."""
-    backend, symmetric = problem.backend, column_loss is not None
-    shift = problem.row_shift_log2 + row_loss * LOG2_E
+    backend, symmetric = problem.backend, of_columns is not None
+    shift, weights = problem.row_shift_log2 + of_rows.loss * LOG2_E, of_rows.weights
     row_bias, column_weights = shift, None
     column_shift: list[Tensor] = []
-    if column_loss is not None:
-        row_bias, column_shift = problem.column_direction(column_loss)
-        column_weights = None if weights is None else problem.of_positives(weights[:, 0])
+    if of_columns is not None:
+        row_bias, column_shift = problem.column_direction(of_columns.loss)
+        if of_columns.weights is not None:
+            column_weights = problem.of_positives(of_columns.weights[:, 0])
     for owner, owned, grad in iter_ranks(problem, sums.acc, sums.ranges):
         counts, chosen = problem.counts[owner], sums.ranges[owner]
         for rows in problem.row_chunks(min(backend.column_block, counts.columns)):
@@ -199,8 +199,8 @@ def _column_gradients(
             for block in problem.column_blocks(counts, split=symmetric):
                 other = None
                 if symmetric and block.start < counts.positives:
-                    of_columns = None if column_weights is None else column_weights[owner][block]
-                    other = (row_bias[rows], column_shift[owner][block], of_columns)
+                    w_columns = None if column_weights is None else column_weights[owner][block]
+                    other = (row_bias[rows], column_shift[owner][block], w_columns)
                 columns = owned.block(block)
                 tile = backend.weighted_ratios(
                     problem.operands.queries[rows], columns, rows.start, block.start, shift[rows], w,
@@ -215,25 +215,38 @@ def _column_gradients(
                 backend.grad_products(tile, columns.grad_rows, acc_rows, True, part, q, acc)
 
 
-def _share(problem: TiledProblem, loss: Tensor) -> tuple[Tensor, Tensor]:
-    """The share of all ratios in the denominator, R/(1 + R) or R/R, (N, 1); and the loss, finite."""
-    if not problem.options.decoupled:
-        return -torch.expm1(-loss), loss
-    empty = loss == -torch.inf
-    return 1.0 - empty.to(loss.dtype), loss.masked_fill(empty, 0.0)
+@dataclass(slots=True, eq=False)
+class _Direction:
+    """The rows' direction, or the columns'; (N, 1) each."""
+
+    loss: Tensor  # as the first pass returned it, but finite
+    weights: Tensor | None  # w_i f'(loss_i), f as in ``variants.transformed_loss``; None: 1
 
 
-def _constant_part(
-    problem: TiledProblem, row_loss: Tensor, column_loss: Tensor | None, weights: Tensor | None
-) -> Tensor | float:
+def _direction(problem: TiledProblem, loss: Tensor, weights: Tensor | None) -> tuple[_Direction, Tensor]:
+    """A direction, and h_i: the weighted share of all ratios in the denominator, R/(1 + R) or R/R, (N, 1)."""
+    if problem.options.decoupled:
+        empty = loss == -torch.inf
+        share, loss = 1.0 - empty.to(loss.dtype), loss.masked_fill(empty, 0.0)
+    else:
+        share = -torch.expm1(-loss)
+    if variants.transforms_loss(problem.options):
+        slope = variants.transformed_loss(loss, problem.options)[1]
+        weights = slope if weights is None else weights * slope
+    return _Direction(loss, weights), share if weights is None else share * weights
+
+
+def _constant_part(problem: TiledProblem, *directions: _Direction | None) -> Tensor | float:
     """Expected noise's part of dκ: Σ_i w_i ρ T_i/(1 + R_i), over both directions."""
     constant = problem.log_constant()
     if constant is None:
         return 0.0
-    share = (constant[0] - row_loss).exp_()
-    if column_loss is not None:
-        share += (constant[0] - column_loss).exp_()
-    return constant[1] * (share if weights is None else share * weights).sum()
+    total: Tensor | float = 0.0
+    for direction in directions:
+        if direction is not None:
+            share = (constant[0] - direction.loss).exp_()
+            total = total + (share if direction.weights is None else share * direction.weights).sum()
+    return constant[1] * total
 
 
 def _zeros(problem: TiledProblem, *shape: int) -> Tensor:
