@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 
@@ -13,6 +14,7 @@ from ranks import Ranks
 from test_simcse_model import make_tiny_model
 from torch import Tensor, nn
 
+from fused_infonce import info_nce
 from fused_infonce.integrations.ntxent import FusedNTXentLoss
 from fused_infonce.integrations.open_clip import FusedClipLoss
 
@@ -316,3 +318,27 @@ def test_two_ranks_are_one_batch(name, two_ranks):
         assert loss == pytest.approx(whole.item(), rel=1e-12)
         for part, grad in zip(parts, grads, strict=True):
             assert relative_error(torch.as_tensor(part), 2 * grad[rank * N : (rank + 1) * N]) < 1e-11
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_sentence_transformers_shows_and_takes_the_loss_s_other_options(cached):
+    """What the library's arguments do not decide: named in the signature, refused by name otherwise."""
+    module = pytest.importorskip("fused_infonce.integrations.sentence_transformers")
+    prefix = "FusedCached" if cached else "Fused"
+    loss = getattr(module, f"{prefix}MultipleNegativesRankingLoss")
+    shown = inspect.signature(loss).parameters
+    assert {"decoupled", "filter_margin", "noise", "backend"} <= set(shown)
+    assert shown["num_noise"].default == 0
+    assert not {"symmetric", "hardness", "options"} & set(shown)
+    model = nn.Sequential(nn.Identity())
+    q, k = rows(6, 5, seed=1), rows(6, 5, seed=2)
+    for options in (
+        {"decoupled": True},
+        {"angular_margin": 0.2, "filter_threshold": 0.5},
+        {"label_smoothing": 0.1},
+    ):
+        made = loss(model, **options)
+        assert made._loss(q, [k]) == info_nce(q, k, **options) != info_nce(q, k)
+        assert made.get_config_dict().items() >= options.items()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'symmetric'"):
+        loss(model, symmetric=True)

@@ -8,6 +8,7 @@ Both classes inherit the library's: embedding, gradient caching, model card and 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,11 +21,13 @@ from sentence_transformers.sentence_transformer.losses import (
 from sentence_transformers.util import cos_sim
 from torch import Tensor
 
+from ..config import FIELDS
 from ..distributed import Group
 from ..functional import gs_infonce
 
-_OURS = ("num_noise", "noise_weight", "noise", "mask_duplicates", "backend", "workspace_bytes")
-
+# Options of ``gs_infonce`` that the library's arguments do not decide, with their defaults.
+_DECIDED = ("symmetric", "hardness", "reduction", "strategy", "min_temperature")
+_OPTIONS = {name: field.default for name, field in FIELDS.items() if name not in _DECIDED} | {"num_noise": 0}
 
 # partition_mode → the sets of directions whose columns all belong to the query
 _DIRECTIONS = {
@@ -46,16 +49,15 @@ class _Fused:
     partition_mode: str
     hardness_mode: str | None
     hardness_strength: float
-    num_noise: int
-    noise_weight: float
-    noise: Any
     mask_duplicates: bool
-    backend: Any
-    workspace_bytes: int | None
 
-    def _set_up(self, **ours: Any) -> None:
-        for name in _OURS:
-            setattr(self, name, ours[name])
+    def _set_up(self, mask_duplicates: bool, options: dict[str, Any]) -> None:
+        for name in options:
+            if name not in _OPTIONS:
+                raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}")
+        self.mask_duplicates = mask_duplicates
+        for name, default in _OPTIONS.items():
+            setattr(self, name, options.get(name, default))
         self._ids: tuple[Tensor, Tensor | None] | None = None
         self._check()
 
@@ -140,16 +142,12 @@ class _Fused:
             negative_ids=negative_ids,
             symmetric="doc_to_query" in self.directions,
             hardness=self._hardness,
-            num_noise=self.num_noise,
-            noise_weight=self.noise_weight,
-            noise=self.noise,
-            backend=self.backend,
-            workspace_bytes=self.workspace_bytes,
             group=group,
+            **{name: getattr(self, name) for name in _OPTIONS},
         )
 
     def _own_config(self) -> dict[str, Any]:
-        ours = {name: getattr(self, name) for name in _OURS}
+        ours = {name: getattr(self, name) for name in ("mask_duplicates", *_OPTIONS)}
         return {name: value for name, value in ours.items() if not isinstance(value, Tensor)}
 
 
@@ -162,9 +160,9 @@ class FusedMultipleNegativesRankingLoss(_Fused, MultipleNegativesRankingLoss):  
             ``("query_to_doc",)``, that with ``"query_to_query"``, and ``("query_to_doc", "doc_to_query")`` with
             ``partition_mode="per_direction"``. Hardness in the first of these: ``"all_negatives"``, and of pairs
             ``"in_batch_negatives"``.
-        num_noise, noise_weight, noise: Gaussian-noise negatives, as in ``gs_infonce``; none by default.
         mask_duplicates: a document with the same tokens as an anchor's positive is no negative of it.
-        backend, workspace_bytes: as in ``gs_infonce``.
+        the other options of ``gs_infonce``, with its defaults, but for ``num_noise``: noise is off by default.
+            ``symmetric`` and ``hardness`` follow from ``directions`` and ``hardness_strength``.
 
     With ``gather_across_devices`` every rank returns the mean over all ranks, where the library returns its own
     rows'; the gradients after DistributedDataParallel's averaging are the same.
@@ -185,21 +183,14 @@ class FusedMultipleNegativesRankingLoss(_Fused, MultipleNegativesRankingLoss):  
         hardness_mode: str | None = None,
         hardness_strength: float = 0.0,
         *,
-        num_noise: int = 0,
-        noise_weight: float = 1.0,
-        noise: Any = "sampled",
         mask_duplicates: bool = False,
-        backend: str = "auto",
-        workspace_bytes: int | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(
             model, scale, similarity_fct, gather_across_devices, directions, partition_mode, hardness_mode,
             hardness_strength,
         )  # fmt: skip
-        self._set_up(
-            num_noise=num_noise, noise_weight=noise_weight, noise=noise, mask_duplicates=mask_duplicates,
-            backend=backend, workspace_bytes=workspace_bytes,
-        )  # fmt: skip
+        self._set_up(mask_duplicates, options)
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
         sentence_features = list(sentence_features)
@@ -240,21 +231,14 @@ class FusedCachedMultipleNegativesRankingLoss(_Fused, CachedMultipleNegativesRan
         hardness_mode: str | None = None,
         hardness_strength: float = 0.0,
         *,
-        num_noise: int = 0,
-        noise_weight: float = 1.0,
-        noise: Any = "sampled",
         mask_duplicates: bool = False,
-        backend: str = "auto",
-        workspace_bytes: int | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(
             model, scale, similarity_fct, mini_batch_size, mini_batch_num_tokens, gather_across_devices,
             directions, partition_mode, show_progress_bar, hardness_mode, hardness_strength,
         )  # fmt: skip
-        self._set_up(
-            num_noise=num_noise, noise_weight=noise_weight, noise=noise, mask_duplicates=mask_duplicates,
-            backend=backend, workspace_bytes=workspace_bytes,
-        )  # fmt: skip
+        self._set_up(mask_duplicates, options)
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
         sentence_features = list(sentence_features)
@@ -275,6 +259,20 @@ class FusedCachedMultipleNegativesRankingLoss(_Fused, CachedMultipleNegativesRan
 
     def get_config_dict(self) -> dict[str, Any]:
         return {**super().get_config_dict(), **self._own_config()}
+
+
+def _show_options(loss: type) -> None:
+    """Gives a constructor a signature with the options of the loss in the place of ``**options``."""
+    own = inspect.signature(loss.__init__)  # type: ignore[misc]
+    parameters = [p for p in own.parameters.values() if p.kind != inspect.Parameter.VAR_KEYWORD]
+    for name, default in _OPTIONS.items():
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(name, kind, default=default, annotation=FIELDS[name].type))
+    loss.__init__.__signature__ = own.replace(parameters=parameters)  # type: ignore[misc]
+
+
+for _loss_class in (FusedMultipleNegativesRankingLoss, FusedCachedMultipleNegativesRankingLoss):
+    _show_options(_loss_class)
 
 
 def _text_ids(features: dict[str, Tensor]) -> Tensor:
