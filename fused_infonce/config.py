@@ -161,6 +161,9 @@ class LossConfig:
     filter_threshold: float | None = option(
         None, or_none(finite), "Columns whose cosine exceeds this threshold are not used as negatives."
     )
+    focal_gamma: float = option(
+        0.0, non_negative, "Exponent γ of the focal weight (1 − p)^γ of a row, p its positive's probability."
+    )
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS:
@@ -170,6 +173,8 @@ class LossConfig:
     def _check_combinations(self) -> None:
         if self.label_smoothing and self.filters:
             raise ValueError(SMOOTHING_IS_ALONE)
+        if self.focal_gamma and (self.decoupled or self.label_smoothing):
+            raise ValueError("focal_gamma cannot be combined with decoupled or label_smoothing; leave one out")
 
     @property
     def filters(self) -> bool:

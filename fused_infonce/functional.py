@@ -49,6 +49,7 @@ def gs_infonce(
     label_smoothing: float = 0.0,
     filter_margin: float | None = None,
     filter_threshold: float | None = None,
+    focal_gamma: float = 0.0,
     guide: Sequence[Tensor] | None = None,
 ) -> Tensor:
     r"""Gaussian-smoothed InfoNCE over cosine similarities, without the N×M matrix.
@@ -119,6 +120,9 @@ def gs_infonce(
             2024; its margin is −filter_margin); in the other direction of ``symmetric`` with s_ij > s_jj + …
         filter_threshold: columns with s_ij > filter_threshold are no negatives either. A filter compares scores as
             the products round them; it has no derivative and leaves noise alone.
+        focal_gamma: γ >= 0: a row's loss is (1 − p_i)^γ loss_i, p_i = e^(−loss_i) the probability of its positive,
+            the weight's gradient included (Lin et al., ICCV 2017); ``symmetric``: in each direction. Not with
+            ``decoupled``, whose loss is not the logarithm of a probability, nor with ``label_smoothing``.
         guide: embeddings of the same rows by another model, (n, G) for each input given, in their order: their
             cosines are what a filter compares (``filter_margin`` then is 0 where no filter is given). GISTEmbed
             contrasts anchors and positives among themselves too, which this does not. Costs a second product a

@@ -79,7 +79,10 @@ def _direction(
         return z.masked_fill(empty, 0).logsumexp(1).masked_fill(empty[:, 0], 0)
     m = z.detach().amax(1).clamp(min=0)
     ratios = (z - m[:, None]).exp().sum(1)
-    return torch.where(m > 0, m + ((-m).exp() + ratios).log(), ratios.log1p())
+    loss = torch.where(m > 0, m + ((-m).exp() + ratios).log(), ratios.log1p())
+    if not options.focal_gamma:
+        return loss
+    return (-torch.expm1(-loss.clamp(min=1e-300))) ** options.focal_gamma * loss  # the power has no slope at 0
 
 
 def _too_similar(similar: Similar, s: Tensor, positive: Tensor, scores: Tensor | None) -> Tensor:  # (N, T)

@@ -8,7 +8,7 @@ path over the logits (``dense``, ``tiled``) calls these functions and contains n
     log_expected_noise   a constant of each denominator                        (noise="expected")
     exponent_range       least and largest b_ij                                (weights)
     row_loss             from a denominator to a loss, log(1 + R) by default   (decoupled)
-    transformed_loss     f(loss) and f'(loss), by default the loss itself
+    transformed_loss     f(loss) and f'(loss), by default the loss itself                (focal_gamma)
 
 Terms of single entries (ids, own hard negatives, filters) are in ``entry_terms``; a term that needs no logits at
 all (label smoothing) is in ``smoothing``.
@@ -143,9 +143,11 @@ def counted_loss(loss: Tensor, options: Options) -> Tensor:
 
 def transforms_loss(options: Options) -> bool:
     """Whether the loss of a row is a function f of ``row_loss``, and not ``row_loss`` itself."""
-    return False
+    return options.focal_gamma != 0
 
 
 def transformed_loss(loss: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """f(loss_i), and f'(loss_i), by which every path multiplies the weight of row i's gradient."""
-    return loss, torch.ones_like(loss)
+    miss = -torch.expm1(-loss)  # 1 − p_i
+    weight, ratio = miss**options.focal_gamma, torch.where(miss == 0, 1.0, loss / miss)
+    return weight * loss, weight * (1 + options.focal_gamma * (1 - miss) * ratio)

@@ -111,6 +111,7 @@ VARIANTS = {
     "filter": LossCase({"filter_margin": 0.05, "filter_threshold": 0.3}),
     "guide": LossCase({"filter_threshold": 0.7}, guide=True),
     "smoothing": LossCase({"label_smoothing": 0.1}),
+    "focal": LossCase({"focal_gamma": 2.0}),
     "all": LossCase({"decoupled": True, "angular_margin": 0.2, "hardness": 3.0, "filter_margin": 0.1}),
     "smoothed margin": LossCase(
         {"angular_margin": 0.2, "label_smoothing": 0.1, "decoupled": True, "hardness": 2.0}
@@ -147,6 +148,13 @@ CASES = {
     "expected, offset": LossCase({**EXPECTED, **COLD}),
     "expected, symmetric": LossCase({**EXPECTED, **_both_ways}),
     **{name: case for name, case in VARIANTS.items() if name != "guide"},
+    "focal, symmetric": LossCase({**_both_ways, "focal_gamma": 0.5}, **_more),
+    "focal, symmetric, none": LossCase({**GIVEN, **_both_ways, "focal_gamma": 2.0, "reduction": "none"}),
+    "focal, noise, offset": LossCase({**GIVEN, **COLD, "focal_gamma": 2.0}, **_more),
+    "focal, expected": LossCase({**EXPECTED, "focal_gamma": 1.0}),
+    "focal, expected, symmetric": LossCase({**EXPECTED, **_both_ways, "focal_gamma": 1.0}),
+    "focal, margin, hardness": LossCase({**_harder, "focal_gamma": 2.0}, ids=True, **_more),
+    "focal, two sweeps": LossCase({**COLDER, "focal_gamma": 2.0, "reduction": "sum"}),
     "decoupled, noise": LossCase({**GIVEN, "decoupled": True}, **_more),
     "decoupled, two sweeps": LossCase({**COLDER, **_both_ways, "decoupled": True}),
     "margin, hardness": LossCase(_harder, **_more),

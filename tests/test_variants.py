@@ -64,6 +64,12 @@ def cut_off(s: Tensor, positive: Tensor, tau: Tensor, threshold: float = 0.2) ->
     return F.cross_entropy((s / tau).masked_fill(similar, -math.inf), torch.arange(len(s)))
 
 
+def focal(s: Tensor, positive: Tensor, tau: Tensor, gamma: float = 2.0) -> Tensor:
+    """Lin et al. 2017, equation 4, of the softmax over the columns."""
+    log_p = (s / tau).log_softmax(1).diagonal()
+    return (-((1 - log_p.exp()) ** gamma) * log_p).mean()
+
+
 FORMULAS = {
     decoupled: {"decoupled": True},
     arccon: {"angular_margin": 0.3},
@@ -71,6 +77,7 @@ FORMULAS = {
     smoothed: {"label_smoothing": 0.1},
     filtered: {"filter_margin": 0.1},
     cut_off: {"filter_threshold": 0.2},
+    focal: {"focal_gamma": 2.0},
 }
 
 
@@ -113,7 +120,7 @@ def test_with_every_other_option(name, symmetric, reduction, dtype):
             assert relative_error(a, b) < limit, (what, noise, own, tau)
 
 
-@pytest.mark.parametrize("name", ["decoupled", "margin", "filter", "smoothing"])
+@pytest.mark.parametrize("name", ["decoupled", "margin", "filter", "smoothing", "focal"])
 @pytest.mark.parametrize("symmetric", [False, True], ids=["oneway", "symmetric"])
 def test_gradcheck(name, symmetric):
     """All but hardness, whose weights have no derivative on purpose."""
@@ -164,6 +171,33 @@ def test_close_and_equal_pairs_keep_the_margin_s_gradient():
     assert all(x.isfinite().all() for x in same)
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 5.0])
+def test_a_focal_row_without_a_loss_has_a_gradient_of_zero(gamma, backend):
+    """The weight's slope at a probability of 1 is infinite for γ < 1, and its product with the loss is not."""
+    q, k = rows(1, 5, seed=1), rows(1, 5, seed=2)
+    loss, dq, dk = loss_and_grads([q, k], num_noise=0, focal_gamma=gamma, backend=backend)
+    assert loss == 0
+    assert not dq.any()
+    assert not dk.any()
+    close = rows(16, 64, seed=3)  # losses about 1e-9
+    ours, want = (
+        loss_and_grads([close, close + 1e-3], num_noise=0, focal_gamma=gamma, backend=x)
+        for x in ("torch", "reference")
+    )
+    for a, b in zip(ours, want, strict=True):
+        assert b.any()
+        assert relative_error(a, b) < 1e-9
+
+
+def test_a_focal_gamma_of_zero_is_infonce():
+    q, k = rows(9, 5, seed=1), rows(9, 5, seed=2)
+    assert info_nce(q, k, focal_gamma=0) == info_nce(q, k)
+    slight, plain = (loss_and_grads([q, k], num_noise=0, focal_gamma=gamma) for gamma in (1e-9, 0.0))
+    for a, b in zip(slight, plain, strict=True):
+        assert relative_error(a, b) < 1e-6
+
+
 def test_equal_pairs_under_a_margin_in_the_reference_too():
     q = rows(6, 5, seed=1).requires_grad_()
     loss = info_nce(q, q.detach().clone(), angular_margin=0.2, backend="reference")
@@ -183,7 +217,7 @@ def test_rows_too_short_for_fp32_are_zero_rows_under_smoothing_too():
 def test_zero_rows_and_nan():
     q, k = rows(9, 5, seed=1), rows(9, 5, seed=2)
     q[3] = 0
-    for name in ("decoupled", "margin", "hardness", "filter", "smoothing"):
+    for name in ("decoupled", "margin", "hardness", "filter", "smoothing", "focal"):
         options = VARIANTS[name].options
         loss, dq, _ = loss_and_grads([q, k], num_noise=0, **options)
         want = loss_and_grads([q, k], num_noise=0, backend="reference", **options)
@@ -235,7 +269,7 @@ def test_defaults_change_nothing_to_the_bit():
 @pytest.mark.parametrize("symmetric", [False, True], ids=["oneway", "symmetric"])
 def test_fp32_is_as_exact_as_without_them(regime, symmetric):
     q, k = (x.float() for x in embeddings(regime, 200, 384))
-    for name in ("decoupled", "margin", "hardness", "filter", "smoothing", "all"):
+    for name in ("decoupled", "margin", "hardness", "filter", "smoothing", "focal", "all"):
         options = {"num_noise": 0, "symmetric": symmetric, "temperature": 0.05, **VARIANTS[name].options}
         ours = loss_and_grads([q, k], backend="torch", **options)
         want = loss_and_grads([q.double(), k.double()], backend="reference", **options)
