@@ -105,7 +105,11 @@ def losses(call: Call, kappa: float | Tensor, precision: Precision) -> tuple[Ten
         shift = positive_logit + (kappa * positive.value - scale * cosine)
         if options.noise_kind == "expected":
             constant, _ = variants.log_expected_noise(options, kappa, positive.value, q.shape[1])
-    z, z_back = _with_entry_terms(z, rows, options, scale, positive_logit, cosine)
+    z_back: Tensor | None = None
+    if _masks_positives_only(options):
+        z.fill_diagonal_(-math.inf)
+    else:
+        z, z_back = _with_entry_terms(z, rows, options, scale, positive_logit, cosine)
     row_loss, ahead = _softmax(z.sub_(shift), constant, call, 1)
     column_loss: Tensor | None = None
     back: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = (None, None, None, None)
@@ -155,6 +159,17 @@ def _positive(rows: _Rows, cosine: Tensor, options: Options) -> variants.Positiv
     half_squared_chord = (q - k).square_().sum(1, keepdim=True).div_(2)
     zero = (rows.inv_norm_q == 0) | (rows.inv_norm_x[: len(q)] == 0)
     return variants.positive_cosine(cosine, half_squared_chord, zero, options)
+
+
+def _masks_positives_only(options: Options) -> bool:
+    """Whether the positives' entries are the only ones that differ from (κ + β) s_ij, in one direction."""
+    return (
+        options.ids is None
+        and options.similar is None
+        and not options.own_log_weight
+        and not options.has_noise_columns
+        and not options.symmetric
+    )
 
 
 def _with_entry_terms(
@@ -216,7 +231,7 @@ def _softmax(
             offset = torch.maximum(offset, constant)
             constant = constant - offset.clamp(min=variants.least_maximum(options))
         z.sub_(offset.clamp_(min=variants.least_maximum(options)))
-    ratios = z.exp_()
+    ratios = z.exp_() if offset is None else variants.exp_normal_(z)
     total = ratios.sum(dim, keepdim=True)
     if constant is not None:
         constant = constant.exp()
@@ -244,7 +259,7 @@ def gradients(
     low_precision = kept.grad_columns.dtype != x.dtype
     G, lost, of_constant, of_noise = _weighted_ratios(kept, options, kappa, upstream)
     if not variants.exponents_fit(options, kappa if isinstance(kappa, float) else None, MAX_EXPONENT):
-        variants.flush_subnormal_(G)
+        variants.flush_tiny_(G)
     of_positive = lost if kept.slope is None else lost * kept.slope  # −dloss/ds_ii
     if not low_precision:
         G.diagonal().sub_(of_positive[:, 0])  # from 0
@@ -256,16 +271,19 @@ def gradients(
         if low_precision or options.symmetric or of_constant is not None or kept.slope is not None:
             v.addcmul_(G.sum(1, keepdim=True), kept.center)  # elsewhere these sums are 0
         out.anchors, dots = _through_norm(v, q, kept.inv_norm_anchors, dtypes[0])
-        d_kappa = dots.sum()
+        d_kappa = dots.sum() if needs.temperature else None
     chosen = grad_range(options.counts, needs.columns)
     if chosen.stop:
-        v = _column_products(G[:, chosen], q, kept.grad_columns.dtype)
+        unit, inv_norm = x, kept.inv_norm_columns
+        if chosen.stop - chosen.start < len(x):
+            G, unit, inv_norm = G[:, chosen], x[chosen], inv_norm[chosen]
+        v = _column_products(G, q, kept.grad_columns.dtype)
         if needs.positives:
             if low_precision:
                 v[:N].addcmul_(of_positive, q, value=-1)
             if of_noise is not None:
                 v[:N] += of_noise
-        v, _ = _through_norm(v, x[chosen], kept.inv_norm_columns[chosen], None)
+        v, _ = _through_norm(v, unit, inv_norm, None)
         for i, (name, columns) in enumerate(column_spans(options.counts), start=1):
             if name in needs.columns:
                 part = v[columns.start - chosen.start : columns.stop - chosen.start]

@@ -6,6 +6,7 @@ belongs to columns (T,), so that both broadcast over a tile.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass, replace
 
@@ -63,7 +64,8 @@ class Gradients:
         return self.anchors, self.positives, self.negatives, self.queue
 
 
-def column_spans(counts: Counts) -> list[tuple[str, slice]]:
+@functools.lru_cache(maxsize=64)  # batches seldom change their shapes, and small ones feel the time
+def column_spans(counts: Counts) -> tuple[tuple[str, slice], ...]:
     """The inputs whose rows are columns of the logits, and where they lie."""
     spans, start = [], 0
     for name in _COLUMN_INPUTS:
@@ -71,7 +73,7 @@ def column_spans(counts: Counts) -> list[tuple[str, slice]]:
         if count:
             spans.append((name, slice(start, start + count)))
             start += count
-    return spans
+    return tuple(spans)
 
 
 def grad_range(counts: Counts, needed: frozenset[str]) -> slice:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import noise
 from ..entry_terms import apply_to_rows_
-from ..variants import flush_subnormal_, least_maximum, row_loss, transformed_loss, transforms_loss
+from ..variants import exp2_normal_, least_maximum, row_loss, transformed_loss, transforms_loss
 from .backend import OnePassRows
 from .operands import Accumulator, Columns, NormalizedBatch, RowDenominator, RowStats
 from .problem import LOG2_E, shift_slice
@@ -68,9 +68,8 @@ class TorchOnePassRows:
                 self.sums[i] *= factor
                 self.maximum[i] = maximum
                 shift = shift + maximum
-            tile.sub_(shift).exp2_()
-            if self.maximum is not None:
-                flush_subnormal_(tile)
+            tile.sub_(shift)
+            tile.exp2_() if self.maximum is None else exp2_normal_(tile)
             self.sums[i] += tile.sum(1, keepdim=True)
             if is_last_block:
                 self._close(part, i)

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from .. import noise
+from ..variants import smallest_operand
 from .operands import GradScale, NormalizedBatch, NormalizedRows, Operands, RowGradArgs
 from .problem import row_slices
 from .torch_memory import TorchMemory
 
 CENTER_ROWS = 64  # rows that a centre is the mean of; any constant is exact
 BF16_CENTER_ROWS = 1024  # the same where sums of centred rows are rounded
-SMALLEST_WEIGHT_LOG2 = 26  # −log2 of the smallest usual weight of a row, as 1/N of a mean is
 SMALL_BATCH_ROWS = 256  # up to here a mean over more than CENTER_ROWS would take 4 % of the time
 
 
 class TorchRows(TorchMemory):
-    may_be_subnormal = False  # whether an exponentiated logit can be, where the row's maximum is the offset
+    may_be_tiny = False  # whether ratios can be below variants.smallest_operand
     product_scale: float = 1.0  # a factor of the similarity product, where the queries do not contain it
 
     def normalise(
@@ -35,8 +35,8 @@ class TorchRows(TorchMemory):
     ) -> tuple[NormalizedBatch, Operands]:
         precision = self.precision
         self.product_scale = scale_log2 if isinstance(scale_log2, float) else 1.0
-        least = SMALLEST_WEIGHT_LOG2 + math.log2(torch.finfo(precision.sums).tiny)
-        self.may_be_subnormal = not isinstance(scale_log2, float) or -2 * scale_log2 < least
+        least = math.log2(smallest_operand(precision.sums))
+        self.may_be_tiny = not isinstance(scale_log2, float) or -2 * scale_log2 < least
         q, keys = self._rows(anchors), [self._rows(x) for x in columns]
         center_q = None
         if precision.low_precision_products:

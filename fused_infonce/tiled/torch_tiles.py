@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..entry_terms import apply_to_columns_, apply_to_rows_, guide_scores, mask_
-from ..variants import flush_subnormal_
+from ..variants import exp2_normal_
 from .operands import Accumulator, Columns
 from .problem import row_slices
 from .torch_memory import COLUMN_MAJOR_MIN_ROWS
@@ -84,21 +84,20 @@ class TorchTiles(TorchRows):
         cols: tuple[Tensor, Tensor, Tensor | None] | None,
     ) -> Tensor:
         out = self.tile(queries.shape[0], columns.rows.shape[0])
+        exp2_ = exp2_normal_ if self.may_be_tiny else torch.Tensor.exp2_
         for part in self.logit_slices(queries, columns, i0, j0, out):
             i, tile, other = part.rows, part.tile, None
             if cols is not None:
                 row_bias, column_shift, column_weights = cols
-                other = self._column_logits(part, columns, row_bias[i], j0).sub_(column_shift).exp2_()
+                other = exp2_(self._column_logits(part, columns, row_bias[i], j0).sub_(column_shift))
                 if column_weights is not None:
                     other.mul_(column_weights)
             apply_to_rows_(tile, part.scores, columns.terms, i0 + i.start, j0)
-            tile.sub_(row_shift_log2[i]).exp2_()
+            exp2_(tile.sub_(row_shift_log2[i]))
             if weights is not None:
                 tile.mul_(weights[i])
             if other is not None:
                 tile.add_(other)
-            if self.may_be_subnormal:
-                flush_subnormal_(tile)
             sums[0][i].add_(tile.sum(1, keepdim=True))
             sums[1].add_(tile.sum(0))
             if tile.dtype != out.dtype:
