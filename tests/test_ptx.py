@@ -26,7 +26,7 @@ ARCHITECTURES = ("sm_80", "sm_90")
 
 
 def script(*arguments: str) -> str:
-    """Output of processes of their own, one per architecture at once: this one cannot compile what it interprets."""
+    """Output of processes of their own, one per architecture: this one cannot compile what it interprets."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(SCRIPT), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1800)
