@@ -109,9 +109,9 @@ class Bench:
             return small(target, dtype, precision, *((LARGE, LARGE) if self._large else (rows, columns)))
 
         settings.default_settings = chosen
-        from fused_infonce import function
+        from fused_infonce import autograd
 
-        function.SMALL_PRODUCT = 0  # so that products of half precision are
+        autograd.SMALL_PRODUCT = 0  # so that products of half precision are
 
     def run(self, call: Call, backend: str) -> list[Tensor]:
         """The loss and the gradients of its inputs, float64."""
