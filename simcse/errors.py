@@ -3,6 +3,7 @@
 import argparse
 import codecs
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ EXTRAS = {
     "sklearn": "transfer",
     "triton": "triton",
 }
+ASKS_FOR_A_PACKAGE = re.compile(r"\b(install|upgrade|requires? the)\b", re.IGNORECASE)
 OURS = ("bench", "fused_infonce", "simcse")
 # What consoles that lack a character get in its place; any other is shown as its code.
 PLAIN = {
@@ -67,7 +69,7 @@ def exit_cleanly(program: str) -> Iterator[None]:
                 yield
             except UserError as error:
                 _end(program, str(error))
-            except ModuleNotFoundError as error:
+            except ImportError as error:
                 _end(program, _missing(error))
             except BrokenPipeError:
                 raise
@@ -98,11 +100,14 @@ def _end(program: str, message: str) -> NoReturn:
     raise SystemExit(2) from None
 
 
-def _missing(error: ModuleNotFoundError) -> str:
+def _missing(error: ImportError) -> str:
+    """The package to install: the module that was not found, or what a library says instead of its name."""
     package = (error.name or "").partition(".")[0]
-    if not package or package in OURS:
+    if isinstance(error, ModuleNotFoundError) and package and package not in OURS:
+        return f"{package} is not installed; {install(EXTRAS.get(package, 'train'))}"
+    if package or not ASKS_FOR_A_PACKAGE.search(str(error)):  # a name that a module lacks is a fault
         raise error
-    return f"{package} is not installed; {install(EXTRAS.get(package, 'train'))}"
+    return str(error)
 
 
 def _refused(error: OSError) -> str:

@@ -4,6 +4,7 @@
 on. Nothing in it is a path, so a folder can be moved, linked or named in another way.
 """
 
+import errno
 import json
 import os
 import re
@@ -36,7 +37,9 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 START_AGAIN = "start a new run from its weights: --model_name_or_path {} without --resume_from_checkpoint"
 SCHEDULE = ("num_train_epochs", "max_steps")  # settings that may change at a resume
 
-TORCH_SAVE_FAILED = ("PytorchStreamWriter", "iostream error")  # in its RuntimeError, which has no errno
+# torch.save fails with a RuntimeError that has no errno; which one depends on the byte that no longer fits.
+TORCH_SAVE_FAILED = ("PytorchStreamWriter", "inline_container", "iostream error")
+FULL = 1 << 20  # bytes free on a disk that has no room for a checkpoint
 
 Warn = Callable[[str], None]
 
@@ -264,7 +267,10 @@ def check_settings(folder: Path, settings: dict[str, Any], warn: Warn) -> None:
     """Refuse to resume ``folder`` with settings that its state does not fit; changed lengths get a warning."""
     before = Run.read(folder)
     if before is None:
-        raise UserError(f"{folder} cannot be resumed: {RUN_FILE} is missing. {START_AGAIN.format(folder)}")
+        raise UserError(
+            f"{folder} cannot be resumed: {RUN_FILE} is missing. Resume another checkpoint, or "
+            + START_AGAIN.format(folder)
+        )
     now = Run.new(settings).settings
     changed = {name: (before.settings[name], now[name]) for name in now if name in before.settings}
     changed = {name: (old, new) for name, (old, new) in changed.items() if old != new}
@@ -329,13 +335,26 @@ def saving(what: Path | str, remedy: str = "free some space, or give another fol
     """A disk that is full, or refuses for another reason, as one line."""
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, BrokenPipeError):
-            raise
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in TORCH_SAVE_FAILED):
-            raise
+    except BrokenPipeError:
+        raise
+    except (OSError, SafetensorError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or _reason(error)
-        raise UserError(f"cannot write {what}: {reason}; {remedy}") from None
+    except RuntimeError as error:
+        full = _is_full(Path(what))
+        if not full and not any(words in str(error) for words in TORCH_SAVE_FAILED):
+            raise
+        reason = (
+            os.strerror(errno.ENOSPC) if full else f"torch.save could not write the whole file ({_reason(error)})"
+        )
+    else:
+        return
+    raise UserError(f"cannot write {what}: {reason}; {remedy}") from None
+
+
+def _is_full(place: Path) -> bool:
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free < FULL
 
 
 def _reason(error: Exception) -> str:

@@ -113,7 +113,7 @@ def read_table(
         table.warnings.append(delimited)
     if columns is None and _format(path) != ".txt":
         table.warnings += suspicions(table.columns, table.rows)
-    if len(table.columns) == 1 and _format(path) in (".csv", ".tsv"):
+    if _format(path) in (".csv", ".tsv"):
         table.warnings += _line_breaks(table.rows)
     return table
 
@@ -128,14 +128,12 @@ def read_sentences(source: str | Path, column: str | None = None) -> Table:
 
 
 def _line_breaks(rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """In a table of one column nothing tells a cell of several lines from lines that a stray mark joined."""
-    breaks = [cell.count("\n") for (cell,) in rows if "\n" in cell]
+    """A stray mark can join lines in ways that nothing tells from a cell of several lines; the user sees it."""
+    breaks = [cell.count("\n") for row in rows for cell in row if "\n" in cell]
     if not breaks:
         return []
-    return [
-        f"{len(breaks):,} quoted cells hold line breaks, the longest {max(breaks) + 1:,} lines; "
-        "a stray quotation mark does the same"
-    ]
+    cells = "1 quoted cell holds" if len(breaks) == 1 else f"{len(breaks):,} quoted cells hold"
+    return [f"{cells} line breaks, the longest {max(breaks) + 1:,} lines; a stray quotation mark does the same"]
 
 
 def _format(path: Path) -> str:

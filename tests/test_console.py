@@ -124,7 +124,27 @@ def test_a_missing_package_names_a_command_that_works(package, extra, capsys):
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("a fault"), OSError("a fault"), ModuleNotFoundError(name="simcse.x")]
+    "message",
+    [
+        "You have set `use_liger_kernel` but liger-kernel is not available. Please install it with `pip install it`",
+        "\nXModel requires the Y library but it was not found in your environment.\n",
+        "Using this needs accelerate >= 9; please upgrade",
+    ],
+)
+def test_a_library_that_asks_for_a_package_is_quoted_in_one_line(message, capsys):
+    assert ending(ImportError(message), capsys) == (2, f"prog: error: {message.strip()}\n")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("a fault"),
+        OSError("a fault"),
+        ModuleNotFoundError(name="simcse.x"),
+        ImportError("a fault"),
+        ImportError("cannot import name 'install' from 'transformers'", name="transformers"),
+    ],
+    ids=repr,
 )
 def test_a_fault_of_the_program_keeps_its_traceback(error):
     with pytest.raises(type(error)), exit_cleanly("prog"):

@@ -67,6 +67,92 @@ def test_stray_mark_costs_its_own_line_and_is_reported(tmp_path, kind, marks):
         read_table(path, strict=True)
 
 
+def joined(rows, opening, closing, header=("sent0", "sent1")):
+    """(name, header, rows) of a table where lines 102 to 702 stand between two marks."""
+    rows = [list(row) for row in rows]
+    rows[100], rows[700] = opening(rows[100]), closing(rows[700])
+    return header, rows
+
+
+MANY = [(f"Sentence number {i} is here", f"Phrase number {i} stands there") for i in range(1000)]
+TRIPLETS = [(*row, "negative") for row in MANY]
+SPACED = [(a, " " + b) for a, b in MANY]
+NUMBERED = [(f"Sentence {i}", f"{i} phrases stand there") for i in range(1000)]
+HALF_EMPTY = [(*row, "") for row in MANY]
+JOINED = {
+    "right width, first line with another number of cells": (
+        *joined(
+            TRIPLETS,
+            lambda row: ["In 2019", "2 men", f'"{row[0]}'],
+            lambda row: [*row[:2], 'foo"'],
+            ("sent0", "sent1", "hard_neg"),
+        ),
+        [],
+    ),
+    "right width, last line with digits": (
+        *joined(MANY, lambda row: [row[0], f'"{row[1]}'], lambda row: ["In 2019", '2 men"']),
+        [],
+    ),
+    "right width, a further cell after the mark": (
+        *joined(MANY, lambda row: [row[0], f'"{row[1]}', " really"], lambda row: [row[0], row[1] + '"']),
+        [],
+    ),
+    "right width, spaces after the delimiter": (
+        *joined(SPACED, lambda row: [row[0], f'"{row[1]}'], lambda row: [row[0], row[1] + '"']),
+        [],
+    ),
+    "right width, digits around every delimiter": (
+        *joined(NUMBERED, lambda row: [row[0], f'"{row[1]}'], lambda row: [row[0], row[1] + '"']),
+        [],
+    ),
+    "right width, a column that is empty": (
+        *joined(
+            HALF_EMPTY,
+            lambda row: ['"' + row[0], *row[1:]],
+            lambda row: [row[0] + '"', *row[1:]],
+            ("a", "b", "note"),
+        ),
+        [],
+    ),
+    "closed on a line with a further cell": (
+        *joined(MANY, lambda row: ['"' + row[0], row[1]], lambda row: [*row, ' too"']),
+        [702],
+    ),
+    "closed on a line with fewer cells": (
+        *joined(MANY, lambda row: ['"' + row[0], row[1]], lambda row: [row[0] + '"']),
+        [702],
+    ),
+    "opened on a line with a further cell": (
+        *joined(MANY, lambda row: ["x", "y", f'"{row[0]}'], lambda row: [row[0], row[1] + '"']),
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DELIMITERS)
+@pytest.mark.parametrize(("header", "rows", "further"), JOINED.values(), ids=JOINED)
+def test_no_line_between_two_stray_marks_is_lost(tmp_path, kind, header, rows, further):
+    path = write_raw(tmp_path / f"a.{kind}", rows, header)
+    table = read_table(path, columns=header[:2])
+    assert [line for line, _ in table.bad] == [102, *further]
+    assert "stray quotation mark" in table.bad[0][1]
+    left_out = {line - 2 for line, _ in table.bad}
+    assert table.rows == [
+        tuple(cell.strip() for cell in row[:2]) for i, row in enumerate(rows) if i not in left_out
+    ]
+    with pytest.raises(UserError, match=r"line 102: stray quotation mark.*--strict_data"):
+        read_table(path, strict=True, columns=header[:2])
+
+
+@pytest.mark.parametrize("kind", DELIMITERS)
+@pytest.mark.parametrize("mark", [("sent0", '"sent1'), ('"sent0', "sent1")])
+def test_stray_mark_in_the_header_is_refused(tmp_path, kind, mark):
+    rows = [[*row] for row in PAIRS]
+    rows[200][1] += '"'
+    with pytest.raises(UserError, match="line 1, the header: stray quotation mark"):
+        read_table(write_raw(tmp_path / f"a.{kind}", rows, mark))
+
+
 @pytest.mark.parametrize("kind", DELIMITERS)
 def test_text_after_a_closing_mark_is_reported_not_joined(tmp_path, kind):
     path = write_raw(tmp_path / f"a.{kind}", [("one", "two"), ('"Yes" she said', "yes"), ("three", "four")])
@@ -96,12 +182,34 @@ def test_well_formed_cells_are_read_as_csv_wrote_them(tmp_path, kind, width):
     assert table.rows == rows
 
 
-def test_cells_of_several_lines_in_a_single_column_are_pointed_out(tmp_path):
+PARAGRAPHS = (
+    "Dear all,\nthank you, once more.\n\nYours, Ann",
+    'He said: "well, no",\nand left, at 10,30.\nShe, too',
+    "roses, red\nviolets, blue\nsugar,sweet",
+    "one line, nothing more",
+    "- first, second\n- third, fourth\n- fifth, sixth\n- seventh, eighth\n- ninth, tenth",
+)
+
+
+@pytest.mark.parametrize("kind", DELIMITERS)
+@pytest.mark.parametrize("width", [1, 2, 3])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_paragraphs_in_cells_are_read_as_csv_wrote_them(tmp_path, kind, width, end):
+    draw = random.Random(1)
+    rows = [tuple(draw.choice(PARAGRAPHS).replace("\n", end) for _ in range(width)) for _ in range(400)]
+    table = read_table(write_quoted(tmp_path / f"a.{kind}", rows, [f"text{i}" for i in range(width)]))
+    assert table.rows == rows
+    assert any("line breaks, the longest 5 lines" in warning for warning in table.warnings)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_cells_of_several_lines_are_pointed_out(tmp_path, width):
     path = tmp_path / "a.csv"
-    path.write_text('text\nfirst\n"second\nthird\nfourth"\nfifth\n')
+    rest = ",b" * (width - 1)
+    path.write_text(f'text{",other" * (width - 1)}\nfirst{rest}\n"second\nthird\nfourth"{rest}\nfifth{rest}\n')
     table = read_table(path)
-    assert table.rows == [("first",), ("second\nthird\nfourth",), ("fifth",)]
-    assert any("3 lines" in warning for warning in table.warnings)
+    assert [row[0] for row in table.rows] == ["first", "second\nthird\nfourth", "fifth"]
+    assert any("1 quoted cell holds line breaks, the longest 3 lines" in warning for warning in table.warnings)
 
 
 def test_stray_mark_in_graded_pairs_is_refused_with_its_line(tmp_path):

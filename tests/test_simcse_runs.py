@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from test_simcse_sts import write_sts
 from test_simcse_train import flags
 from transformers.training_args import OptimizerNames
 
-from simcse import convert, train
+from simcse import convert, runs, train
 from simcse.dataset import shipped
 from simcse.errors import UserError
 from simcse.layout import save_encoder
@@ -388,10 +389,12 @@ def test_run_that_is_at_its_end_trains_no_further_step(folder, tmp_path, capsys)
 # Disks that are full
 
 
+@pytest.mark.parametrize("missing", [1, 64, 1000, 20_000])
 @pytest.mark.parametrize("part", ["model.safetensors", "optimizer.pt"])
-def test_full_disk_is_one_line(folder, full, tmp_path, capsys, part):
+def test_full_disk_is_one_line(folder, full, tmp_path, capsys, part, missing):
+    """``torch.save`` fails in other words for each number of bytes that do not fit."""
     resource = pytest.importorskip("resource", reason="limits of processes are POSIX's")
-    size = (full / "checkpoint-2" / part).stat().st_size - 1000  # the optimizer's state is the larger file
+    size = (full / "checkpoint-2" / part).stat().st_size - missing  # the optimizer's state is the larger file
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -418,6 +421,29 @@ def test_full_disk_in_any_save_is_one_line(folder, tmp_path, capsys, monkeypatch
     assert "No space left on device" in error
     assert str(tmp_path / "run") in error
     assert not (tmp_path / "run" / ".unfinished").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "free"),
+    [
+        ("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0", 1 << 40),
+        ("basic_ios::clear: iostream error", 1 << 40),
+        ("PytorchStreamWriter failed writing file data/1", 1 << 40),
+        ("words of another release", 0),
+    ],
+)
+def test_saving_knows_a_failed_write_by_its_words_or_by_the_disk(tmp_path, monkeypatch, text, free):
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with (
+        pytest.raises(UserError, match=r"cannot write .*checkpoint-2: "),
+        runs.saving(tmp_path / "run/checkpoint-2"),
+    ):
+        raise RuntimeError(text)
+
+
+def test_saving_hides_no_error_of_another_kind(tmp_path):
+    with pytest.raises(RuntimeError, match="shapes"), runs.saving(tmp_path):
+        raise RuntimeError("shapes do not match")
 
 
 # Small matters
