@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from simcse.errors import UserError
+from simcse.errors import UserError, install
 from simcse.weights import first_line, read_tensors
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -145,4 +145,4 @@ def merge_saved(backbone: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 def _check_installed(what: str) -> None:
     if find_spec("peft") is None:
-        raise UserError(f"{what}: it takes the package peft: pip install 'fused-infonce[lora]'")
+        raise UserError(f"{what}: the package peft is not installed; {install('lora')}")

