@@ -48,6 +48,8 @@ def uniformity(x: Tensor, t: float = 2.0) -> Tensor:
     differentiable once. Returns a 0-dim tensor; fp32, or fp64 for fp64 inputs.
     """
     check_matrix("x", x)
+    if x.is_meta:
+        raise ValueError("x is on meta, where tensors have no values; move it to another device")
     N = _at_least_two_rows("x", x)
     t = finite("t", t)
     if not t > 0:

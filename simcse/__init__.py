@@ -1,11 +1,11 @@
 """SimCSE: train, evaluate and use sentence encoders. ``from simcse import SimCSE`` loads a trained one."""
 
-from typing import Any
+from typing import Any as _Any
 
 __all__ = ["SimCSE", "__version__"]
 
 
-def __getattr__(name: str) -> Any:  # `import simcse` takes no seconds
+def __getattr__(name: str) -> _Any:  # `import simcse` takes no seconds
     if name == "SimCSE":
         from simcse.tool import SimCSE
 
@@ -18,4 +18,4 @@ def __getattr__(name: str) -> Any:  # `import simcse` takes no seconds
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

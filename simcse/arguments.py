@@ -240,8 +240,10 @@ class SimCSETrainingArguments(TrainingArguments):
         "Use an --output_dir that holds files: what an earlier run wrote there is deleted; other files stay, "
         "unless the run writes a file of the same name.",
     )
-    per_device_train_batch_size: int = flag(64, "Sentences a batch on each device; the others are its negatives.")
-    per_device_eval_batch_size: int = flag(64, "Sentences a batch at evaluation.")
+    per_device_train_batch_size: int = flag(
+        64, "Sentences per batch on each device; the others are its negatives."
+    )
+    per_device_eval_batch_size: int = flag(64, "Sentences per batch at evaluation.")
     learning_rate: float = flag(3e-5, "AdamW's peak learning rate.")
     num_train_epochs: float = flag(1.0, "Passes over the sentences.")
     logging_steps: float = flag(10, "Log every so many steps; below 1: a share of all steps.")

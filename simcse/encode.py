@@ -27,7 +27,7 @@ class EncodeArguments:
     input: str | None = flag(None, "The sentences: .txt, or a column of .csv, .tsv, .jsonl, .parquet.")
     columns: str | None = flag(None, "The name of the column that holds the sentences. Default: the first.")
     output: str | None = flag(None, "File to write, .npy or .parquet.")
-    batch_size: int = flag(64, "Sentences a batch.")
+    batch_size: int = flag(64, "Sentences per batch.")
     max_length: int | None = flag(None, "Maximum tokens per sentence. Default: what the model's folder states.")
     normalize: bool = flag(True, "Write unit vectors.")
     prompt_name: str | None = flag(

@@ -89,7 +89,7 @@ class EvaluationArguments:
         "Folder for plots of the watched pairs: cosine densities by grade, singular values (anisotropy), and the "
         "alignment-uniformity plane, with the run's path where the model's folder has a trainer_state.json.",
     )
-    batch_size: int = flag(64, "Sentences a batch.")
+    batch_size: int = flag(64, "Sentences per batch.")
     query_prompt: str | None = flag(
         None,
         "Text before the first sentence of each pair, and before the sentences of transfer tasks. Default: "

@@ -407,10 +407,20 @@ def _load_backbone(source: Path, name: str, **changed: float) -> tuple[PreTraine
     try:
         with _quiet():
             backbone, report = AutoModel.from_pretrained(
-                **_place(source), dtype=torch.float32, output_loading_info=True, **changed
+                **_place(source),
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                **changed,
             )
     except Exception as error:  # a damaged or hostile file ends in errors of many kinds
         raise UserError(f"cannot load the model in {name}: {first_line(error)}") from error
+    if report["mismatched_keys"]:
+        key, saved, expected = min(report["mismatched_keys"])
+        raise UserError(
+            f"the weights of {name} are not those of its config.json: {key} has the shape {tuple(saved)} in the "
+            f"file, and {tuple(expected)} by the configuration"
+        )
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     further = left_over(report["unexpected_keys"], f"{backbone.base_model_prefix}.")
     if any(key.startswith("mlp.") for key in further):

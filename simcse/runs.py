@@ -234,7 +234,7 @@ def check_checkpoint(folder: Path, required: list[str]) -> TrainerState:
         file = folder / name
         if not os.path.lexists(file):
             raise UserError(
-                f"{folder} cannot be resumed: {name} is missing. Resume another checkpoint, or "
+                f"{folder} cannot be resumed: {name} is missing; resume another checkpoint, or "
                 + START_AGAIN.format(folder)
             )
         with reading(file):
@@ -268,7 +268,7 @@ def check_settings(folder: Path, settings: dict[str, Any], warn: Warn) -> None:
     before = Run.read(folder)
     if before is None:
         raise UserError(
-            f"{folder} cannot be resumed: {RUN_FILE} is missing. Resume another checkpoint, or "
+            f"{folder} cannot be resumed: {RUN_FILE} is missing; resume another checkpoint, or "
             + START_AGAIN.format(folder)
         )
     now = Run.new(settings).settings

@@ -1,5 +1,6 @@
 """``from simcse import SimCSE``: encode sentences, compare them, search among them."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -76,11 +77,12 @@ class SimCSE:
         if prompt is None and prompt_name is not None:
             prompt = self._prompt(prompt_name)
         single = isinstance(sentence, str)
+        sentences = [sentence] if single else _texts(sentence)
         self.encoder.to(_device(device or self.device))
         vectors = encode_rows(
             self.encoder,
             self.tokenizer,
-            [sentence] if single else list(sentence),
+            sentences,
             batch_size,
             max_length=max_length,
             prompt=prompt,
@@ -227,6 +229,20 @@ def _sentences(given: str | Path | list[str]) -> list[str]:
         from simcse.table import read_sentences
 
         return read_sentences(given).sentences
-    if not given:
+    sentences = _texts(given)
+    if not sentences:
         raise UserError("sentences must hold at least one sentence to index")
-    return list(given)
+    for number, text in enumerate(sentences):
+        if not text.strip():
+            raise UserError(f"sentences[{number}] is blank; leave it out")
+    return sentences
+
+
+def _texts(given: Iterable[str]) -> list[str]:
+    if not isinstance(given, Iterable) or isinstance(given, bytes):
+        raise UserError(f"sentences must be a string or a list of strings, not {type(given).__name__}")
+    texts = list(given)
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UserError(f"sentences[{number}] must be a string, not {type(text).__name__}")
+    return texts

@@ -260,7 +260,7 @@ def _train_unwatched(args: SimCSETrainingArguments, given: set[str]) -> None:
         idle.append("save_strategy")
     if idle:
         flags = ", ".join(f"--{name}" for name in idle)
-        _warn(f"without --sts_data nothing is evaluated: {flags} has no effect")
+        _warn(f"without --sts_data nothing is evaluated: {flags} {'have' if len(idle) > 1 else 'has'} no effect")
     if args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
         raise UserError(
             f"--lr_scheduler_type {args.lr_scheduler_type.value} follows a score: give --sts_data, or another one"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -356,6 +357,9 @@ def test_ntxent_takes_lightlys_arguments_in_its_order():
         ({"temperature": -0.5}, "temperature must be > 0"),
         ({"memory_bank_size": True}, "memory_bank_size must be 0 or .*gather_distributed is the third"),
         ({"memory_bank_size": -1}, "memory_bank_size must be 0 or"),
+        ({"memory_bank_size": 1.5}, "memory_bank_size must be 0 or"),
+        ({"memory_bank_size": None}, "memory_bank_size must be 0 or"),
+        ({"memory_bank_size": "16"}, "memory_bank_size must be 0 or"),
         ({"memory_bank_size": (4, 8, 2)}, "memory_bank_size must be 0 or"),
         ({"memory_bank_size": (8,)}, "memory_bank_size must be 0 or"),
         ({"memory_bank_size": (4, -8)}, "memory_bank_size must be 0 or"),
@@ -365,6 +369,15 @@ def test_ntxent_takes_lightlys_arguments_in_its_order():
 def test_ntxent_arguments_out_of_range(arguments, message):
     with pytest.raises(ValueError, match=message):
         FusedNTXentLoss(**arguments)
+
+
+@pytest.mark.parametrize(
+    "size", [np.int64(16), (np.int32(16), np.int64(8)), torch.Size([16, 8]), [16, 8]], ids=repr
+)
+def test_memory_bank_takes_numbers_of_numpy(size):
+    loss = FusedNTXentLoss(0.5, size)
+    assert loss(torch.randn(4, 8), torch.randn(4, 8)).isfinite()
+    assert loss.memory_bank.size == (16, 8)
 
 
 def test_ntxent_attributes_assigned_later():

@@ -160,6 +160,8 @@ def test_metrics():
         uniformity(x[:1])
     with pytest.raises(ValueError, match="t must be > 0"):
         uniformity(x, t=0)
+    with pytest.raises(ValueError, match="x is on meta"):
+        uniformity(x.to("meta"))
     for wrong in ([1.0], x.int(), x.to_sparse()):
         for metric in (uniformity, lambda z: alignment(z, x)):
             with pytest.raises(TypeError, match="must be"):

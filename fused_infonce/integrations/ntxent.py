@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 import torch.distributed as dist
@@ -92,13 +93,14 @@ class MemoryBank(nn.Module):
 
     def __init__(self, size: int | Sequence[int], gather_distributed: bool = False) -> None:
         super().__init__()
-        shape = (size,) if isinstance(size, int) else tuple(size)
-        right = len(shape) == 2 or (len(shape) == 1 and (isinstance(size, int) or shape == (0,)))
-        if not right or any(isinstance(x, bool) or not isinstance(x, int) or x < 0 for x in shape):
+        given = tuple(size) if isinstance(size, Sequence) else (size,)
+        numbers_only = all(isinstance(x, Integral) and not isinstance(x, bool) and x >= 0 for x in given)
+        if not numbers_only or not (len(given) == 2 or given == (0,) or given == (size,)):
             raise ValueError(
                 f"memory_bank_size must be 0 or (rows, features), not {size!r}; gather_distributed is the third "
                 "argument"
             )
+        shape = tuple(int(x) for x in given)
         self.size = shape
         self.gather_distributed = gather_distributed
         self.bank_ptr = 0
