@@ -70,7 +70,7 @@ def check_temperature(temperature: Any, device: torch.device) -> float | Tensor:
         if temperature.numel() != 1 or temperature.ndim > 1 or not temperature.is_floating_point():
             raise ValueError(
                 "temperature must be a float or a floating-point tensor of one element, "
-                f"not {temperature.dtype} {_shape(temperature)}"
+                f"not a {temperature.dtype} tensor of shape {tuple(temperature.shape)}"
             )
         if temperature.device.type != "cpu":
             _check_device("temperature", temperature, device)

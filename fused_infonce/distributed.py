@@ -73,12 +73,16 @@ def resolve_group(group: Group) -> ProcessGroup | None:
                 stacklevel=_stacklevel_of_caller(),
             )
         return None
-    if group == "world" and ready:
+    if group == "world":
+        if not ready:
+            raise TypeError(
+                "group='world' must come after torch.distributed.init_process_group, which was not called"
+            )
         group = dist.group.WORLD
     if not dist.is_available() or not isinstance(group, ProcessGroup):
         raise TypeError(
-            "group must be a process group this rank belongs to, such as torch.distributed.group.WORLD, or "
-            f"'local', or, once torch.distributed.init_process_group has been called, 'world'; not {group!r}"
+            "group must be 'local', 'world', or a process group this rank belongs to, such as "
+            f"torch.distributed.group.WORLD after init_process_group, not {group!r}"
         )
     return group
 

@@ -140,9 +140,13 @@ def resolve_among(group: ProcessGroup, **arguments: Any) -> Call:
     try:
         call = resolve(**arguments, seed_on_cpu=True)
         if call.backend == "reference":
-            raise ValueError("backend='reference' knows one process only; use 'auto' or 'torch' with a group")
+            raise ValueError(
+                "backend='reference' supports a single process only; use 'auto' or 'torch' with a group"
+            )
         if arguments["guide"] is not None:
-            raise ValueError("guide knows one process only; leave it out with a group, or filter without a guide")
+            raise ValueError(
+                "guide supports a single process only; leave it out with a group, or filter without a guide"
+            )
     except Exception as error:  # whatever it is, the others must not wait for this rank
         with contextlib.suppress(ValueError):  # the others' message
             agree(group, Facts({}, Counts(0, 0, 0), error=f"{type(error).__name__}: {error}"))

@@ -328,7 +328,7 @@ def _resolve(name_or_path: str) -> Path:
                 "on the hub"
             )
         if not HUB_NAME.fullmatch(name_or_path):
-            raise UserError(f"there is no model folder {name_or_path}; check --model_name_or_path")
+            raise UserError(f"the model folder {name_or_path} does not exist; check --model_name_or_path")
         folder = _fetch(name_or_path)
     if (folder / ADAPTER_CONFIG).is_file():
         if not (folder / ADAPTER_WEIGHTS).is_file():

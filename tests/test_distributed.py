@@ -504,7 +504,7 @@ DISAGREEMENTS = [
     ({"grad": False}, "whether anchors need a gradient"),
     ({"shape": (3, 6)}, "rank 2: ValueError: ids must have shape"),
     ({"strategy": "star"}, "rank 2: ValueError: strategy must be one of"),
-    ({"backend": "reference"}, "rank 2: ValueError: backend='reference' knows one process only"),
+    ({"backend": "reference"}, "rank 2: ValueError: backend='reference' supports a single process only"),
 ]
 
 
