@@ -104,7 +104,7 @@ def _image(chart: Chart | None, folder: Path, base: Path) -> str:
 
 
 def _reasons(documents: dict[str, Document]) -> Table | None:
-    """Returns candidate → why there is no number, and in how many cases."""
+    """Returns, per candidate, the reason of each missing number and the count of its cases."""
     found: dict[tuple[str, ...], int] = {}
     for job, document in documents.items():
         for row in document["rows"]:

@@ -354,7 +354,7 @@ def _fetch(name: str) -> Path:
                 folder = Path(snapshot_download(name, allow_patterns=[WEIGHTS[1]]))
     except Exception as error:  # the hub, its client and the network raise many kinds
         raise UserError(
-            f"there is no folder {name} here, and it cannot be fetched from the Hugging Face hub "
+            f"the folder {name} does not exist, and it cannot be fetched from the Hugging Face hub "
             f"({first_line(error)}); check the name or the connection, or name a folder"
         ) from error
     return folder

@@ -80,8 +80,8 @@ def read_table(
         numbered = _hub_rows(str(source))
     else:
         raise UserError(
-            f"there is no file {path}; expected is a file of {', '.join(FORMATS)} (all but the last also .gz), "
-            "or a dataset 'owner/name' on the hub"
+            f"{path} is not a file that exists; expected is a file of {', '.join(FORMATS)} (all but the last also "
+            ".gz), or a dataset 'owner/name' on the hub"
         )
     table = Table(str(source), [], [], [])
     try:
@@ -216,7 +216,7 @@ def _csv_rows(path: Path) -> Numbered:
 
 
 def _json_rows(path: Path, every_key: bool) -> Numbered:
-    """``every_key``: a key that the first object lacks is a fault, for it would be left out without a word."""
+    """``every_key``: refuse a key that the first object lacks, because its values would be ignored silently."""
     columns: list[str] | None = None
     with _lines(path) as lines:
         numbered = ((number, _json_object(line)) for number, line in enumerate(lines, 1))

@@ -69,7 +69,7 @@ class FakeDriver:
         return 1, 1, 0, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        """Returns what launches a kernel."""
+        """Returns a function that launches the kernel."""
         return lambda *arguments: None
 
 

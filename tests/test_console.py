@@ -348,7 +348,7 @@ MISTAKES = [
     (["experiments.scaling", "stray"], "stray"),
     (["experiments.theory", "stray"], "stray"),
     (["experiments.theory", "--models", *"abcd"], "--models takes up to 3 encoders, not 4"),
-    (["experiments.theory", "--models", "./nowhere:avg"], "no model folder ./nowhere"),
+    (["experiments.theory", "--models", "./nowhere:avg"], "the model folder ./nowhere does not exist"),
     (["experiments.theory", "--sts_data", "nowhere.tsv"], "nowhere.tsv"),
     (["experiments.theory", "--out", ""], "--out must name a folder"),
 ]

@@ -255,7 +255,7 @@ def test_command_serves_until_ctrl_c(tiny, tmp_path):
         (["--port", "0"], "--port must be from 1 to 65535, not 0"),
         (["--port", "70000"], "--port must be from 1 to 65535, not 70000"),
         (["--compare_pooler", "avg"], "--compare_with"),
-        (["--model_name_or_path", "./nowhere"], "no model folder ./nowhere"),
+        (["--model_name_or_path", "./nowhere"], "the model folder ./nowhere does not exist"),
         (["--port", "taken"], "Address already in use"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -60,9 +60,9 @@ def test_what_is_not_sentences_is_named(tmp_path, name, raw, message):
 
 
 def test_missing_file_and_folder_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"no file .*nowhere\.txt"):
+    with pytest.raises(UserError, match=r"nowhere\.txt is not a file"):
         read_table(tmp_path / "nowhere.txt")
-    with pytest.raises(UserError, match="there is no file"):
+    with pytest.raises(UserError, match="is not a file"):
         read_table(tmp_path)
 
 

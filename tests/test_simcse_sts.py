@@ -209,7 +209,7 @@ def test_sets_of_the_hub_are_read_as_mteb_has_them(monkeypatch):
     ("arguments", "message"),
     [
         (["--sts_data", "nowhere.tsv"], "nowhere.tsv"),
-        (["--model_name_or_path", "./nowhere"], "no model folder ./nowhere"),
+        (["--model_name_or_path", "./nowhere"], "the model folder ./nowhere does not exist"),
         (["--pooler", "median"], "median"),
         (["--poler", "avg"], "--pooler"),
         (["--output_json", "nowhere/scores.json"], "nowhere"),

@@ -98,7 +98,7 @@ class Program:
             if dotted.startswith("bar.warp"):  # lanes of a warp go on together here
                 continue
             if dotted.startswith("wgmma.wait_group") and blocks[-1].instructions:
-                blocks.append(Block())  # alone in its block, for it may have to be tried again
+                blocks.append(Block())  # alone in its block, because it may be retried
             if instruction.opcode[0] in ENDS or dotted.startswith("wgmma.wait_group"):
                 blocks[-1].end = instruction
                 blocks.append(Block())
