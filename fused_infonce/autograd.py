@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dense, variants
+from . import backends, dense, variants
 from .options import Options
 from .resolve import Call
 from .tiled import one_pass, stats, two_pass
@@ -213,7 +213,8 @@ def _backend(call: Call) -> TileBackend:
 def _precision(call: Call) -> Precision:
     anchors, options, dtype = call.inputs[0], call.options, call.product_dtype
     size = options.total("positives") * options.total("columns") * anchors.shape[1]
-    if size <= SMALL_PRODUCT and dtype != torch.float64:
+    in_fp32 = size <= SMALL_PRODUCT or not backends.multiplies_half_faster(anchors.device.type)
+    if in_fp32 and dtype != torch.float64:
         dtype = torch.float32
     return Precision.of(dtype, anchors.device)
 

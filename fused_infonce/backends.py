@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import logging
 import os
+import platform
 from typing import Literal
 
 import torch
@@ -76,3 +77,15 @@ def _missing_for_triton(device: torch.device, dtype: torch.dtype, D: int) -> str
     if D > MAX_TRITON_D:
         return f"the Triton kernels take at most {MAX_TRITON_D} features, not {D}"
     return None
+
+
+@functools.cache
+def multiplies_half_faster(device_type: str) -> bool:
+    """Whether products of bf16 or fp16 matrices take less time than those of fp32.
+
+    On x86 CPUs this takes AMX: with AVX512-BF16 alone the three products of N = 2048, D = 768 take 1.7 times as
+    long in bf16 as in fp32, and 1.05 times as long in fp16 (torch 2.13, two cores).
+    """
+    if device_type != "cpu" or platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    return bool(torch.cpu._is_amx_tile_supported())

@@ -136,9 +136,9 @@ def exp_normal_(z: Tensor) -> Tensor:
     return torch.threshold_(z, math.log(smallest_operand(z.dtype)), -math.inf).exp_()
 
 
-def exp2_normal_(z: Tensor) -> Tensor:
-    """2^z in place, cut as ``exp_normal_`` cuts e^z."""
-    return torch.threshold_(z, math.log2(smallest_operand(z.dtype)), -math.inf).exp2_()
+def exp2_normal_(z: Tensor, unit_log2: float = 0.0) -> Tensor:
+    """2^z in place, cut as ``exp_normal_`` cuts e^z; with a unit below ``smallest_operand`` times the unit."""
+    return torch.threshold_(z, math.log2(smallest_operand(z.dtype)) + unit_log2, -math.inf).exp2_()
 
 
 def row_loss(total: Tensor, offset: Tensor | None, options: Options) -> Tensor:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from helpers import loss_and_grads, relative_error, rows
 
-from fused_infonce import dense, gs_infonce, info_nce
+from fused_infonce import backends, dense, gs_infonce, info_nce
 
+DECIDE = backends.multiplies_half_faster  # before conftest.py replaces it
 N, D, H, Q, M, G = 17, 12, 34, 5, 9, 7
 VARIANTS = {
     "plain": {},
@@ -117,3 +118,29 @@ def test_tensors_of_the_caller_may_change_between_forward_and_backward():
         for x in given if isinstance(given, list) else [given]:
             x.mul_(-3).add_(1)
         assert torch.equal(torch.autograd.grad(loss, q)[0], want), name
+
+
+@pytest.mark.parametrize("n", [300, 900], ids=["dense", "tiled"])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["oneway", "symmetric"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_where_half_precision_is_slower_products_are_fp32(n, symmetric, dtype, monkeypatch):
+    """So the loss is that of fp32, and gradients differ by no more than the rounding to their own dtype."""
+    monkeypatch.setattr(backends, "multiplies_half_faster", lambda device_type: False)
+    q, k = (rows(n, 64, seed=s, dtype=dtype) for s in (1, 2))
+    options = {"num_noise": 0, "symmetric": symmetric, "temperature": torch.tensor(0.1)}
+    found = loss_and_grads([q, k], backend="torch", **options)
+    want = loss_and_grads([q.double(), k.double()], backend="reference", **options)
+    assert relative_error(found[0], want[0]) < 1e-6
+    for a, b in zip(found[1:3], want[1:3], strict=True):
+        assert a.dtype == dtype
+        assert relative_error(a, b.to(dtype)) < 4 * torch.finfo(dtype).eps * 1e-2  # few round to another neighbour
+    assert relative_error(found[3], want[3]) < 1e-6
+
+
+def test_which_devices_multiply_half_precision_faster(monkeypatch):
+    function = DECIDE.__wrapped__
+    for machine, amx, faster in (("x86_64", False, False), ("AMD64", True, True), ("aarch64", False, True)):
+        monkeypatch.setattr(backends.platform, "machine", lambda machine=machine: machine)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        assert function("cpu") is faster
+        assert function("cuda")

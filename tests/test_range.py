@@ -127,3 +127,30 @@ def test_no_subnormal_number_reaches_a_product(n, options, monkeypatch):
         torch.autograd.grad(info_nce(q, k, temperature=0.005, backend="torch", **options).sum(), q)
     assert seen
     assert not any(seen)
+
+
+@pytest.mark.parametrize("tau", [0.001, 0.005, 0.01, 0.0103])
+@pytest.mark.parametrize("spread", [0.4, 4.0], ids=["trained", "random"])
+def test_small_temperatures_sum_normal_numbers(tau, spread, monkeypatch):
+    """Ratios are tiny there; a CPU takes many times as long for products whose operands or sums are subnormal."""
+    from fused_infonce.tiled.torch_backend import TorchBackend
+
+    seen, product = [], TorchBackend.grad_products
+
+    def checked(self, tile, keys, acc_rows, add_rows, columns, anchors, acc, **options):
+        product(self, tile, keys, acc_rows, add_rows, columns, anchors, acc, **options)
+        seen.extend(x.clone() for x in (tile, anchors, acc_rows, acc.grad))
+
+    monkeypatch.setattr(TorchBackend, "grad_products", checked)
+    q = rows(400, 96, seed=1, dtype=torch.float32)
+    inputs = [q, q + spread * rows(400, 96, seed=2, dtype=torch.float32)]
+    options = {"num_noise": 0, "temperature": torch.tensor(tau)}
+    found = loss_and_grads(inputs, backend="torch", workspace_bytes=200_000, **options)
+    assert len(seen) > 4, "the batch is not dense"
+    tiny = torch.finfo(torch.float32).tiny
+    for x in seen:
+        assert ((x != 0) & (x.abs() < tiny)).sum() <= 1e-4 * x.numel()
+    want = loss_and_grads([x.double() for x in inputs], backend="reference", **options)
+    for a, b in zip(found, want, strict=True):
+        if b.norm() > 1e-30:  # elsewhere fp32 has no digits left
+            assert relative_error(a * 1e20, b * 1e20) < 2e-5

@@ -136,6 +136,7 @@ def gradients(
 ) -> Gradients:
     """Gradients of scale · Σ_i loss_i, in the inputs' dtypes or in ``dtype``."""
     stats, batch, anchors = kept.stats, kept.batch(inputs), None
+    scale = scale.times(1 / stats.unit)
     share, constant_share = stats.share, stats.constant_share
     of_positive = share  # −dloss_i/ds_ii
     if kept.positive is not None and kept.positive.slope is not None and share is not None:

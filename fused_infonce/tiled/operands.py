@@ -180,12 +180,13 @@ class Accumulator:
 
 @dataclass(slots=True, eq=False)
 class RowStats:
-    """Results of the rows, (N, 1) each."""
+    """Results of the rows, (N, 1) each. Both shares, as the tiles, are given in ``unit``s."""
 
     alpha: Tensor  # e^(−o_i)-scaled f'(loss_i)/(1 + R_i), f as in variants.transformed_loss; decoupled 1/R_i
     losses: Tensor  # nats, as variants.row_loss returns them
     share: Tensor | None  # f'(loss_i) R_i/(1 + R_i); None where the tiles' diagonal held it
     constant_share: Tensor | None  # f'(loss_i) T_i/(1 + R_i) of expected noise
+    unit: float = 1.0  # the factor of every E_ij in the tiles and in the sums and products that they enter
 
 
 @dataclass(slots=True, eq=False)

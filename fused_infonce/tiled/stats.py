@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import variants
 from ..entry_terms import apply_to_rows_
 from .problem import LOG2_E, TiledProblem, shift_slice
-from .torch_tiles import TorchTiles, merge_ratios
+from .torch_tiles import TorchTiles
 from .two_pass import add_noise, log_of, start
 
 
@@ -40,7 +40,7 @@ def stats(problem: TiledProblem, tiles: TorchTiles, t: float = 2.0) -> dict[str,
                     potential += (2 * t * (s - 1)).exp_().sum()
                     hit[part.rows] &= (tile <= positive_log2[i]).all(1)
                 apply_to_rows_(tile, part.scores, columns.terms, i.start, block.start)
-                merge_ratios(tile, shift[i], 1, row[0][i], row[1][i])
+                tiles.merge_ratios(tile, shift[i], 1, row[0][i], row[1][i])
         hits[rows] = hit.to(hits.dtype)
     losses = log_of(problem, row)
     return {

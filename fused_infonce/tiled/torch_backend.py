@@ -15,6 +15,10 @@ from .operands import Accumulator, Columns, NormalizedBatch, RowDenominator, Row
 from .problem import LOG2_E, shift_slice
 from .torch_tiles import TileSlice, TorchTiles
 
+# Where ratios can be far below 1, tiles hold 2^20 times them: their products with components of unit rows, and the
+# sums of these, stay normal numbers, which a CPU adds several times as fast as subnormal ones.
+TINY_TILE_UNIT_LOG2 = 20.0
+
 
 class TorchBackend(TorchTiles):
     """See ``backend.TileBackend``; memory, rows and tiles are in the ``torch_…`` files."""
@@ -45,7 +49,9 @@ class TorchOnePassRows:
         self.columns, self.column_sums = columns, column_sums
         self.sums, self.alpha = backend.zeros(N, 1), backend.empty(N, 1)
         self.maximum: Tensor | None = None
+        self.unit_log2 = 0.0  # a tile holds 2^unit_log2 E_ij, and ``sums`` their sums
         if denominator.offset_is_maximum:
+            self.unit_log2 = TINY_TILE_UNIT_LOG2
             self.maximum = backend.zeros(N, 1) + least_maximum(denominator.options)
             if denominator.constant is not None:
                 self.maximum = torch.maximum(self.maximum, denominator.constant * LOG2_E)
@@ -67,9 +73,9 @@ class TorchOnePassRows:
                 rescale[part.rows] = factor = torch.exp2(self.maximum[i] - maximum)
                 self.sums[i] *= factor
                 self.maximum[i] = maximum
-                shift = shift + maximum
+                shift = shift + (maximum - self.unit_log2)
             tile.sub_(shift)
-            tile.exp2_() if self.maximum is None else exp2_normal_(tile)
+            tile.exp2_() if self.maximum is None else exp2_normal_(tile, self.unit_log2)
             self.sums[i] += tile.sum(1, keepdim=True)
             if is_last_block:
                 self._close(part, i)
@@ -89,11 +95,13 @@ class TorchOnePassRows:
         if self.column_sums is not None:
             self.column_sums.addmv_(part.tile[:, self.columns].T, alpha[:, 0])
         if self.on_diagonal and part.diagonal is not None:
-            part.diagonal.sub_(total.squeeze(1))  # from 0
+            part.diagonal.sub_(total.squeeze(1) * 2.0**self.unit_log2)  # from 0
 
     def _total(self, rows: slice) -> tuple[Tensor, Tensor | float]:
         """R_i and the positive's part of the denominator, both times e^(−o_i)."""
         total, term = self.sums[rows], self.denominator.positive_term
+        if self.unit_log2:
+            total = total * 2.0**-self.unit_log2
         if self.denominator.constant is not None:
             total = total + self._constant(rows)
         if self.maximum is not None and not self.denominator.options.decoupled:
@@ -119,6 +127,7 @@ class TorchOnePassRows:
         known, every = self.denominator, slice(0, len(self.sums))
         total, _ = self._total(every)
         losses = self._losses(total, every)
-        constant_share = None if known.constant is None else self.alpha * self._constant(every)
-        share = None if self.on_diagonal else self.alpha * total
-        return RowStats(self.alpha, losses, share, constant_share)
+        unit = 2.0**self.unit_log2
+        constant_share = None if known.constant is None else self.alpha * self._constant(every) * unit
+        share = None if self.on_diagonal else self.alpha * total * unit
+        return RowStats(self.alpha, losses, share, constant_share, unit)

@@ -68,9 +68,10 @@ class TorchTiles(TorchRows):
             i = part.rows
             if cols is not None:
                 row_bias, column_shift, maximum, total = cols
-                merge_ratios(self._column_logits(part, columns, row_bias[i], j0), column_shift, 0, maximum, total)
+                logits = self._column_logits(part, columns, row_bias[i], j0)
+                self.merge_ratios(logits, column_shift, 0, maximum, total)
             apply_to_rows_(part.tile, part.scores, columns.terms, i0 + i.start, j0)
-            merge_ratios(part.tile, row_shift_log2[i], 1, rows[0][i], rows[1][i])
+            self.merge_ratios(part.tile, row_shift_log2[i], 1, rows[0][i], rows[1][i])
 
     def weighted_ratios(
         self,
@@ -84,16 +85,15 @@ class TorchTiles(TorchRows):
         cols: tuple[Tensor, Tensor, Tensor | None] | None,
     ) -> Tensor:
         out = self.tile(queries.shape[0], columns.rows.shape[0])
-        exp2_ = exp2_normal_ if self.may_be_tiny else torch.Tensor.exp2_
         for part in self.logit_slices(queries, columns, i0, j0, out):
             i, tile, other = part.rows, part.tile, None
             if cols is not None:
                 row_bias, column_shift, column_weights = cols
-                other = exp2_(self._column_logits(part, columns, row_bias[i], j0).sub_(column_shift))
+                other = self._exp2_(self._column_logits(part, columns, row_bias[i], j0).sub_(column_shift))
                 if column_weights is not None:
                     other.mul_(column_weights)
             apply_to_rows_(tile, part.scores, columns.terms, i0 + i.start, j0)
-            exp2_(tile.sub_(row_shift_log2[i]))
+            self._exp2_(tile.sub_(row_shift_log2[i]))
             if weights is not None:
                 tile.mul_(weights[i])
             if other is not None:
@@ -143,11 +143,13 @@ class TorchTiles(TorchRows):
             torch.mm(some, b, out=product)
             part.add_(product) if add else part.copy_(product)
 
+    def merge_ratios(self, z: Tensor, shift: Tensor, dim: int, maximum: Tensor, total: Tensor) -> None:
+        """Merges Σ 2^(z − shift) along ``dim`` into a running maximum and sum; overwrites z."""
+        peak = torch.maximum(maximum, z.amax(dim, keepdim=dim == 1) - shift)
+        total.mul_(torch.exp2(maximum - peak))
+        self._exp2_(z.sub_(shift + peak))
+        total.add_(z.sum(dim, keepdim=dim == 1))
+        maximum.copy_(peak)
 
-def merge_ratios(z: Tensor, shift: Tensor, dim: int, maximum: Tensor, total: Tensor) -> None:
-    """Merges Σ 2^(z − shift) along ``dim`` into a running maximum and sum; overwrites z."""
-    peak = torch.maximum(maximum, z.amax(dim, keepdim=dim == 1) - shift)
-    total.mul_(torch.exp2(maximum - peak))
-    z.sub_(shift + peak).exp2_()
-    total.add_(z.sum(dim, keepdim=dim == 1))
-    maximum.copy_(peak)
+    def _exp2_(self, z: Tensor) -> Tensor:
+        return exp2_normal_(z) if self.may_be_tiny else z.exp2_()
