@@ -132,11 +132,12 @@ def gs_infonce(
         The loss in nats: 0-dim, or (N,) with ``reduction="none"``; float32, float64 for float64 inputs.
 
     Products run in the inputs' dtype, or in autocast's; for fp16 the gradient products in bf16; on x86 CPUs
-    without AMX all in fp32, which is faster there. Sums, exponentials and the positives' cosines are fp32. Memory beyond inputs, gradients and one normalised copy of the rows is the
-    workspace. Deterministic. NaN or Inf in an input gives NaN. Differentiable once, in reverse mode: a second
-    derivative, forward mode and torch.func's transforms raise an error; the reference supports them. Under
-    ``torch.compile`` and ``torch.export`` the loss is one operator of the graph, for any batch size, temperature
-    and number of noise vectors; a ``generator``, a ``guide``, a group or the reference breaks the graph.
+    without AMX all in fp32, which is faster there. Sums, exponentials and the positives' cosines are fp32. Memory
+    beyond inputs, gradients and one normalised copy of the rows is the workspace. Deterministic. NaN or Inf in an
+    input gives NaN. Differentiable once, in reverse mode: a second derivative, forward mode and torch.func's
+    transforms raise an error; the reference supports them. Under ``torch.compile`` and ``torch.export`` the loss
+    is one operator of the graph, for any batch size, temperature and number of noise vectors; a ``generator``, a
+    ``guide``, a group or the reference breaks the graph.
 
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong kind; the message names it. With a group
