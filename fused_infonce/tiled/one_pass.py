@@ -74,8 +74,8 @@ def one_pass(
     for rows in chunks:
         tile, rescale = rows_state.exp_tile(problem.operands.queries, every.columns, rows, is_last_block=True)
         part = None if acc_rows is None else acc_rows[rows]
-        if part is not None and rescale is not None:
-            part.mul_(rescale)
+        if add and part is not None and rescale is not None:
+            part.mul_(rescale)  # the noise's part; elsewhere the product is written to new memory
         anchors = None if acc is None else rows_state.weighted_anchors(rows)
         backend.grad_products(
             tile, every.columns.grad_rows, part, add, grad_columns, anchors, acc, add_columns=rows.start > 0
