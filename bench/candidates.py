@@ -33,7 +33,9 @@ def load(also: str | None = None) -> dict[str, Candidate]:
 # ------------------------------------------------------------------ ours
 
 
-def _ours(case: Case, backend: str, noise: str = "sampled", reduction: str = "mean") -> Loss:
+def _ours(
+    case: Case, backend: str, noise: str = "sampled", reduction: str = "mean", workspace_bytes: int | None = None
+) -> Loss:
     def loss(batch: Batch) -> Tensor:
         given = isinstance(batch.noise, Tensor)
         value = gs_infonce(
@@ -46,6 +48,7 @@ def _ours(case: Case, backend: str, noise: str = "sampled", reduction: str = "me
             symmetric=case.mode == "symmetric",
             reduction=reduction,
             backend=backend,
+            workspace_bytes=workspace_bytes,
         )
         return value.mean()
 
@@ -67,8 +70,9 @@ for _name, _facts in {
     "ours-reference": {"backend": "reference"},  # float64 with the whole matrix
     "ours-two-sweeps": {"backend": "auto", "reduction": "none"},
     "ours-expected": {"backend": "auto", "noise": "expected"},
+    "ours-256MiB": {"backend": "auto", "workspace_bytes": 256 << 20},  # a workspace that holds more of the matrix
 }.items():
-    _modes = ("one-way",) if _name == "ours-two-sweeps" else ALL_MODES
+    _modes = {"ours-two-sweeps": ("one-way",), "ours-256MiB": ("symmetric",)}.get(_name, ALL_MODES)
     _expects = _facts.get("noise", "sampled")
     candidate(_name, modes=_modes, noise=True, negatives=True, expects=_expects)(
         functools.partial(_ours, **_facts)
