@@ -15,7 +15,6 @@ from bench import peers  # noqa: F401 (registers the published packages)
 from bench.cases import Batch, Case, Loss
 from bench.registry import ALL_MODES, CANDIDATES, Candidate, Unsupported, candidate, first_line
 from fused_infonce import gs_infonce, info_nce
-from fused_infonce.testing import naive
 
 
 def load(also: str | None = None) -> dict[str, Candidate]:
@@ -94,10 +93,8 @@ def _naive(case: Case) -> Loss:
             return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
         return both
-    if not case.noise and not case.negatives:
-        return lambda batch: naive(batch.q, batch.k, case.temperature)
 
-    def with_more_columns(batch: Batch) -> Tensor:
+    def one_way(batch: Batch) -> Tensor:
         q, k = F.normalize(batch.q, dim=1), batch.k
         if batch.negatives is not None:
             k = torch.cat([k, batch.negatives])
@@ -109,7 +106,7 @@ def _naive(case: Case) -> Loss:
             cosines = torch.cat([cosines, q @ F.normalize(noise, dim=1).T], 1)
         return F.cross_entropy(cosines / case.temperature, torch.arange(len(q), device=q.device))
 
-    return with_more_columns
+    return one_way
 
 
 @candidate("naive-compile", modes=ALL_MODES, noise=True, negatives=True)

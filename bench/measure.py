@@ -70,7 +70,7 @@ MIB = 2**20
 def memory(case: Case, candidates: list[Candidate], device: str, seconds: float) -> Iterator[Event]:
     """Measures the peak of a step beyond its inputs. On a CPU it takes one candidate in a fresh process.
 
-    ``beyond`` leaves out what scales with N·D alone: the gradients, their accumulators and the normalised rows.
+    ``beyond`` leaves out what scales with N·D: the gradients, their accumulators and the normalised rows.
     """
 
     def work(candidate: Candidate) -> Facts:
@@ -104,7 +104,7 @@ def _random(case: Case, device: str) -> Batch:
 def loss(case: Case, candidates: list[Candidate], device: str, seconds: float) -> Iterator[Event]:
     """Measures the time of every candidate that passes the gate, and of the bare products.
 
-    On a CPU candidates take turns; on a GPU each is timed alone by ``triton.testing.do_bench``.
+    On a CPU candidates take turns; on a GPU each is timed by itself by ``triton.testing.do_bench``.
     """
     gate, batch = Gate(case, device), make_batch(case, device)
     steps: dict[str, Step] = {}

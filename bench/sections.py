@@ -12,10 +12,9 @@ from bench.cases import Case
 from bench.floor import COPY, FLOOR
 from bench.render import Chart, Panel, Point, Table, beside, number
 from bench.results import Document, Row
-from bench.tables import Found, by_case, median, multiple, names_in
+from bench.tables import HEADLINE_D, Found, by_case, median, multiple, names_in
 from fused_infonce.testing import REGIMES
 
-HEADLINE_D = 768
 LARGEST_RATIO = 3.0  # to the naive loss, that is drawn
 README_ROWS = 8
 README_NAMES = ("ours-triton", "ours-torch", "naive", "st-mnrl", "st-cached-mnrl", "torch-linear-ce", "memeff")
@@ -96,7 +95,7 @@ def _share_of_floor(row: Row, found: Found) -> float:
 
 
 def _memory_panels(rows: list[Row]) -> list[Panel]:
-    floors = []  # rows for the chart alone
+    floors = []  # rows for the chart only
     for case, found in by_case(rows).items():
         if measured := next((row["mib"] for row in found.values() if "mib" in row), None):
             mib = {"all": measured["all"] - measured["beyond"]}
@@ -136,8 +135,8 @@ def _loss(rows: list[Row]) -> Iterator[Section]:
             [*over_n, *below],
             N_AXIS,
             PRODUCTS,
-            "Forward and backward. Above: ms, on logarithmic axes. Below: the ratio to the naive loss, whose 1.0 is "
-            f"dotted; ratios above {LARGEST_RATIO:g} are left out. {IN_FP32}",
+            "Forward and backward. Above: ms, on logarithmic axes. Below: the ratio to the naive loss (1.0 is "
+            f"dotted; ratios above {LARGEST_RATIO:g} are left out). {IN_FP32}",
             columns=len(over_n),
         )
     groups = by_case(rows)
@@ -190,8 +189,8 @@ def _accuracy(rows: list[Row]) -> Iterator[Section]:
             "Error of the gradient at each stage of training for every candidate",
             [_error_panel(rows, dtype) for dtype in dtypes],
             STAGE,
-            caption="‖error of dq‖ / ‖dq‖ against float64, one-way; at 1 (dotted) no digit of the gradient is right. "
-            f"τ = 0.05, at retrieval 0.01. {IN_FP32}",
+            caption="‖error of dq‖ / ‖dq‖ against float64, one-way; at 1 (dotted) no digit of the gradient is "
+            f"right. τ = 0.05, at retrieval 0.01. {IN_FP32}",
             ticks=_stages(rows),
         )
     short = tables.matrix("accuracy", "dq", [row for row in one_way if row["dtype"] in dtypes[-1:]] or rows)

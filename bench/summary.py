@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterator
 from bench.cases import Case
 from bench.render import number
 from bench.results import Document, Row
-from bench.tables import Found, best_peer, by_case, ours_in
-
-HEADLINE_D = 768
+from bench.tables import HEADLINE_D, Found, best_peer, by_case, ours_in
 
 
 def sentences(documents: dict[str, Document]) -> list[str]:

@@ -10,6 +10,7 @@ from bench.floor import COPY, FLOOR
 from bench.render import Table, number
 from bench.results import Document, Row
 
+HEADLINE_D = 768
 OURS = ("ours-triton", "ours-torch")  # the first one that was measured stands for this package
 SHORT = {"out of memory": "memory", "too slow": "slow", "skipped": "–"}
 SPREAD = 1.25  # of the floor's times: beyond it something else was running

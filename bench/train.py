@@ -52,7 +52,9 @@ class TrainCase:
 @dataclass(frozen=True)
 class Trainer:
     name: str
-    make: Callable[[TrainCase, bool, list[str], Path, str], Any]  # case, mini batches, sentences, folder, device
+    make: Callable[
+        [TrainCase, bool, list[str], Path, str], Any
+    ]  # of case, mini batches, sentences, folder, device
     mini_batches: bool = False
     loss: str = ""  # the candidate that computes its loss; "": ours
 
