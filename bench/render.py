@@ -107,6 +107,8 @@ class Chart:
             if index % columns == 0 or not self.share_y:
                 axes.set_ylabel(panel.y)
         for axes, panel in zip(grid.flat, self.panels, strict=False):  # once the shared limits are known
+            if not panel.log_y and self.share_y:
+                axes.set_ylim(0, max(1.15, axes.get_ylim()[1]))
             if not self.ticks:
                 self._name_ends(axes, panel)
         if self.ticks:
@@ -130,8 +132,6 @@ class Chart:
             axes.set_yscale("log")
             if axes.get_ylim()[0] > 1e-3:  # milliseconds and MiB; errors keep their powers of ten
                 axes.yaxis.set_major_formatter(FuncFormatter(_plain))
-        elif self.share_y:
-            axes.set_ylim(0, max(1.15, axes.get_ylim()[1]))
         if lowest:
             axes.set_xlabel(self.x)
         if self.ticks:
@@ -174,20 +174,17 @@ class Chart:
 
 def _apart(heights: list[float], gap: float) -> list[float]:
     """Returns ascending heights within 0 to 1, moved as little as makes them ``gap`` apart."""
+
+    def lowest(group: list[float]) -> float:
+        height = gap * (len(group) - 1)
+        return max(0.0, min(sum(group) / len(group) - height / 2, 1 - height))
+
     groups: list[list[float]] = []  # of heights that touch, each group centred where it was
     for height in heights:
         groups.append([height])
-        while (
-            len(groups) > 1 and _center(groups[-1]) - _center(groups[-2]) < gap * len(groups[-2] + groups[-1]) / 2
-        ):
+        while len(groups) > 1 and lowest(groups[-1]) < lowest(groups[-2]) + gap * len(groups[-2]):
             groups[-2:] = [groups[-2] + groups[-1]]
-    places = [_center(group) + gap * (i - (len(group) - 1) / 2) for group in groups for i in range(len(group))]
-    shift = max(0.0, places[-1] - 1) if places else 0.0
-    return [place - shift for place in places]
-
-
-def _center(group: list[float]) -> float:
-    return sum(group) / len(group)
+    return [lowest(group) + gap * i for group in groups for i in range(len(group))]
 
 
 def _plain(x: float, _: int) -> str:

@@ -142,8 +142,11 @@ def matrix(
             return _cell(job, column, row, found) or "ok"
         return _status(row)
 
+    def label(case: Case) -> str:
+        return f"{case.dtype} {case.mode} {case.regime}" if job == "accuracy" else case.label
+
     lines = [
-        [case.label, *(make(found) for make in more.values()), *(show(found, name) for name in names)]
+        [label(case), *(make(found) for make in more.values()), *(show(found, name) for name in names)]
         for case, found in groups.items()
     ]
     return Table(["case", *more, *names], lines)

@@ -344,9 +344,9 @@ def accuracy_rows(errors):
 def test_sentences_name_the_size_the_ratio_and_the_opponent():
     (said,) = sentences(accuracy_rows({"ours-torch": 1e-3, "naive": 0.2, "st-mnrl": 1e-4, "pml-ntxent": 0.1}))
     assert said == (
-        "Accuracy: at the stage trained, N = 512, D = 768 in bf16, the gradient of ours-torch has a relative error "
-        "of 1.0e-03, 200× smaller than naive (2.0e-01) and 10× larger than the best other candidate, st-mnrl "
-        "(1.0e-04)."
+        "Accuracy: at the stage trained, N = 512, D = 768 in bf16, the gradient of ours-torch has a relative "
+        "error of 1.0e-03, 200× smaller than naive (2.0e-01) and 10× larger than the best other candidate, st-mnrl"
+        " (1.0e-04)."
     )
     rows = [fake(n, ms, name) for n, ms, name in [(64, 3.0, "ours-torch"), (64, 2.0, "naive"),
             (4096, 10.0, "ours-torch"), (4096, 25.0, "naive"), (4096, 12.0, "naive-compile")]]  # fmt: skip
