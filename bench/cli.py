@@ -103,7 +103,7 @@ def user_errors(parser: Parser, folder: Path, remedy: str) -> Iterator[None]:
 def check_outputs(folder: Path, names: Iterable[str], pages: Iterable[Path]) -> None:
     """Raises UserError where a result could not be written."""
     for page in pages:
-        report.check_page(page)
+        report.read_page(page)
         output_file("--readme", str(page))
     if output_folder("--out", str(folder)).is_dir():
         for name in names:

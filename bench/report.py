@@ -41,7 +41,7 @@ def write(
         blocks |= {"machine": head, "summary": summary, "pictures": _side_by_side(pictures, folder, base)}
         parts = [f"**{s.title}**\n\n{_body(s, folder, base, short=True)}" for s in made if s.unnamed]
         blocks[""] = "\n".join([head, *parts, f"All measurements, and why some are missing: [{link}]({link}).\n"])
-        write_text(page, BLOCK.sub(lambda match, blocks=blocks: _filled(match, blocks), _read(page)))
+        write_text(page, BLOCK.sub(lambda match, blocks=blocks: _filled(match, blocks), read_page(page)))
 
 
 def _filled(match: re.Match[str], blocks: dict[str, str]) -> str:
@@ -70,18 +70,14 @@ def _path(chart: Chart, folder: Path, base: Path) -> str:
     return relpath((folder / chart.file).resolve(), base.resolve())
 
 
-def check_page(page: Path) -> None:
-    """Raises UserError unless the page has blocks, and knows their names."""
-    for _, name, _ in BLOCK.findall(_read(page)):
-        if name and name not in NAMES:
-            raise UserError(f"{page} has a block named {name}; known are {', '.join(sorted(NAMES))}")
-
-
-def _read(page: Path) -> str:
+def read_page(page: Path) -> str:
+    """Returns its text; raises UserError unless it has blocks, and only such whose names are known."""
     text = page.read_text(encoding="utf-8")
-    count = len(BLOCK.findall(text))
-    if not count or any(text.count(mark) != count for mark in ("<!-- bench: begin", END)):
+    names = [name for _, name, _ in BLOCK.findall(text)]
+    if not names or any(text.count(mark) != len(names) for mark in ("<!-- bench: begin", END)):
         raise UserError(f"{page} must hold the lines '{BEGIN}' and '{END}', as often and in this order")
+    if unknown := set(names) - NAMES - {""}:
+        raise UserError(f"{page} has a block named {min(unknown)}; known are {', '.join(sorted(NAMES))}")
     return text
 
 
