@@ -15,7 +15,6 @@ from bench import peers  # noqa: F401 (registers the published packages)
 from bench.cases import Batch, Case, Loss
 from bench.registry import ALL_MODES, CANDIDATES, Candidate, Unsupported, candidate, first_line
 from fused_infonce import gs_infonce, info_nce
-from fused_infonce.testing import naive
 
 
 def load(also: str | None = None) -> dict[str, Candidate]:
@@ -33,7 +32,9 @@ def load(also: str | None = None) -> dict[str, Candidate]:
 # ------------------------------------------------------------------ ours
 
 
-def _ours(case: Case, backend: str, noise: str = "sampled", reduction: str = "mean") -> Loss:
+def _ours(
+    case: Case, backend: str, noise: str = "sampled", reduction: str = "mean", workspace_bytes: int | None = None
+) -> Loss:
     def loss(batch: Batch) -> Tensor:
         given = isinstance(batch.noise, Tensor)
         value = gs_infonce(
@@ -46,6 +47,7 @@ def _ours(case: Case, backend: str, noise: str = "sampled", reduction: str = "me
             symmetric=case.mode == "symmetric",
             reduction=reduction,
             backend=backend,
+            workspace_bytes=workspace_bytes,
         )
         return value.mean()
 
@@ -67,8 +69,9 @@ for _name, _facts in {
     "ours-reference": {"backend": "reference"},  # float64 with the whole matrix
     "ours-two-sweeps": {"backend": "auto", "reduction": "none"},
     "ours-expected": {"backend": "auto", "noise": "expected"},
+    "ours-256MiB": {"backend": "auto", "workspace_bytes": 256 << 20},  # a workspace that holds more of the matrix
 }.items():
-    _modes = ("one-way",) if _name == "ours-two-sweeps" else ALL_MODES
+    _modes = {"ours-two-sweeps": ("one-way",), "ours-256MiB": ("symmetric",)}.get(_name, ALL_MODES)
     _expects = _facts.get("noise", "sampled")
     candidate(_name, modes=_modes, noise=True, negatives=True, expects=_expects)(
         functools.partial(_ours, **_facts)
@@ -90,10 +93,8 @@ def _naive(case: Case) -> Loss:
             return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
         return both
-    if not case.noise and not case.negatives:
-        return lambda batch: naive(batch.q, batch.k, case.temperature)
 
-    def with_more_columns(batch: Batch) -> Tensor:
+    def one_way(batch: Batch) -> Tensor:
         q, k = F.normalize(batch.q, dim=1), batch.k
         if batch.negatives is not None:
             k = torch.cat([k, batch.negatives])
@@ -105,7 +106,7 @@ def _naive(case: Case) -> Loss:
             cosines = torch.cat([cosines, q @ F.normalize(noise, dim=1).T], 1)
         return F.cross_entropy(cosines / case.temperature, torch.arange(len(q), device=q.device))
 
-    return with_more_columns
+    return one_way
 
 
 @candidate("naive-compile", modes=ALL_MODES, noise=True, negatives=True)

@@ -10,9 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fused_infonce.testing import REGIMES, Result, embeddings, naive
-
-__all__ = ["MODES", "TEMPERATURE", "Batch", "Case", "Loss", "Mode", "naive"]
+from fused_infonce.testing import REGIMES, Result, embeddings
 
 Mode = Literal["one-way", "symmetric", "forward"]
 MODES: tuple[Mode, ...] = ("one-way", "symmetric", "forward")
@@ -31,15 +29,15 @@ class Case:
     dtype: str = "fp32"  # of the matrix products
     noise: int = 0  # M random directions
     negatives: int = 0  # H hard negatives
-    regime: str = "middle"
+    regime: str = "middle"  # the stage of training that the rows come from
+    temperature: float = 0.0  # 0: that of the regime
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "temperature", self.temperature or REGIMES[self.regime])
 
     @property
     def gradients(self) -> bool:
         return self.mode != "forward"
-
-    @property
-    def temperature(self) -> float:
-        return REGIMES[self.regime]
 
     @property
     def product_dtype(self) -> torch.dtype:
@@ -56,6 +54,7 @@ class Case:
     def label(self) -> str:
         extra = f" M={self.noise}" * bool(self.noise) + f" H={self.negatives}" * bool(self.negatives)
         extra += f" {self.regime}" * (self.regime != "middle")
+        extra += f" τ={self.temperature:g}" * (self.temperature != REGIMES[self.regime])
         return f"{self.dtype} {self.mode} N={self.N} D={self.D}{extra}"
 
     def at(self, N: int) -> Case:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import report, results, suites, train, tune
+from bench import report, results, sections, suites, tables, tune
 from bench.candidates import load
-from bench.cases import DTYPES, MODES, Case
+from bench.cases import DTYPES, MODES
 from bench.registry import Candidate
-from bench.results import Results, Row, describe
+from bench.results import ROOT, Results, Row, describe
 from bench.runner import Runner
+from bench.summary import sentences
+from bench.train import TRAINERS
 from fused_infonce.testing import REGIMES
 from simcse import errors
 from simcse.files import output_file, output_folder
@@ -27,20 +30,23 @@ from simcse.files import output_file, output_folder
 JOBS = {
     "loss": "time of the loss, forward and backward, against bare matrix products and other implementations",
     "memory": "peak memory of the loss beyond its inputs",
-    "accuracy": "error of loss and gradients against float64 in several regimes",
+    "accuracy": "error of loss and gradients against float64 at several stages of training",
     "train": "steps of simcse.train against those of sentence-transformers' trainer",
     "tune": "the fastest settings on this machine, and where to put them",
 }
 MEASURED = ("loss", "memory", "accuracy", "train")  # by ``python -m bench`` without a subcommand
+RESULTS = ROOT / "bench" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")  # show what is in RESULTS
 EPILOG = """\
 examples:
   python -m bench --quick                      all of it on small sizes, within 5 minutes on 2 cores
-  python -m bench --out bench/results --readme README.md    what the README shows (an hour on 2 cores)
+  python -m bench --out bench/results          what README and docs show (25 minutes on 2 cores)
   python -m bench loss --n 4096 --d 768 --dtype bf16 --candidates ours-torch naive st-mnrl
   python -m bench loss --also my_losses.py     your own loss beside the others (see docs/benchmarks.md)
-  python -m bench report bench/results         tables and pictures anew
+  python -m bench report                       tables and pictures of bench/results, README and docs anew
 """
-LIMITS = {"quick": 30.0, "standard": 120.0, "paper": 600.0}  # seconds without a sign of life
+LIMITS = {"quick": 60.0, "standard": 120.0, "paper": 600.0}  # seconds without a sign of life
+TRAINING_LIMIT = 1800.0  # seconds of one training, which gives no sign of life
 
 
 class Parser(errors.Parser):
@@ -73,6 +79,16 @@ def console() -> Console:
 
 
 @contextmanager
+def progress_bar(out: Console, total: int | None) -> Iterator[Callable[..., None]]:
+    """Gives a function of a description; it counts on with ``advance=1``."""
+    text = TextColumn("{task.description}", markup=False)
+    count = TextColumn("{task.completed}/{task.total}")
+    with Progress(text, BarColumn(), count, TimeElapsedColumn(), console=out, transient=True) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda text=None, advance=0: progress.update(task, description=text, advance=advance)
+
+
+@contextmanager
 def user_errors(parser: Parser, folder: Path, remedy: str) -> Iterator[None]:
     """Ends a command as ``exit_cleanly`` does, and says what an interruption leaves."""
     with errors.exit_cleanly(parser.prog):
@@ -84,11 +100,11 @@ def user_errors(parser: Parser, folder: Path, remedy: str) -> Iterator[None]:
             raise SystemExit(130) from None
 
 
-def check_outputs(folder: Path, names: Iterable[str], readme: Path | None) -> None:
+def check_outputs(folder: Path, names: Iterable[str], pages: Iterable[Path]) -> None:
     """Raises UserError where a result could not be written."""
-    if readme is not None:
-        report.around_marks(readme)
-        output_file("--readme", str(readme))
+    for page in pages:
+        report.read_page(page)
+        output_file("--readme", str(page))
     if output_folder("--out", str(folder)).is_dir():
         for name in names:
             output_file("--out", str(folder / name))
@@ -101,19 +117,23 @@ def main(argv: list[str] | None = None) -> None:
     args.command_line = sys.argv[1:] if argv is None else argv
     made = args.folder if args.job == "report" else args.out
     folder = Path(made or Path("runs/bench") / datetime.now().strftime("%Y%m%d-%H%M%S"))
+    pages = args.readme or (PAGES if folder.resolve() == RESULTS else ())
     with user_errors(parser, folder, "python -m bench report {} makes its tables"):
         if args.job != "report":
-            check_outputs(folder, (*(f"{job}.json" for job in JOBS), "report.md"), args.readme)
+            check_outputs(folder, (*(f"{job}.json" for job in JOBS), "report.md"), pages)
             known = _check(parser, args)
             for job in [args.job] if args.job else MEASURED:
                 out = console()
                 out.rule(f"{job}: {JOBS[job]}")
-                measure = {"train": _train, "tune": _tune}.get(job, _measure)
-                measure(args, Results(job, folder, **_head(args, known)), known, out)
+                (_tune if job == "tune" else _measure)(
+                    args, Results(job, folder, **_head(args, known)), known, out
+                )
         documents = results.read(folder) if folder.is_dir() else {}
         if not documents:
             parser.error(f"{folder} contains no results; python -m bench --out {folder} makes them")
-        report.write(documents, report.sections(documents), folder, args.readme)
+        report.write(documents, sections.make(documents), folder, pages)
+        for sentence in sentences(documents):
+            print(sentence)
         print(f"{folder}: results (.json), pictures (.png) and all tables (report.md)")
 
 
@@ -131,23 +151,24 @@ def make_parser() -> Parser:
     size.add_argument("--suite", choices=suites.SUITES, help="default: standard")
     size.add_argument("--quick", dest="suite", action="store_const", const="quick", help="small sizes")
     common.add_argument("--also", metavar="FILE", help="a Python file with more candidates")
-    readme = "file whose section between the marks is replaced by the results"
-    common.add_argument("--readme", type=Path, help=readme)
+    page: dict[str, Any] = {"type": Path, "action": "append", "metavar": "FILE"}
+    page["help"] = "Markdown file whose marked blocks are replaced by the results; may be given several times"
+    common.add_argument("--readme", **page)
     common.add_argument("--out", help="folder for the results (default: runs/bench/DATE-TIME)")
-    common.add_argument("--seconds", type=float, help="that each candidate is timed for, at least 5 turns")
+    common.add_argument("--seconds", type=float, help="time given to each candidate, at least 5 turns")
     common.add_argument("--limit", type=float, help="seconds after which one run is given up as too slow")
     common.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU")
     cases = argparse.ArgumentParser(add_help=False)
     cases.add_argument("--n", type=int, nargs="+", help="anchors, instead of the suite's cases")
     cases.add_argument("--d", type=int, nargs="+", help="features (default: 768)")
-    dtype = "of the products (default: those that the machine multiplies without emulation)"
-    for flags, choices, text in (
-        (("--dtype",), DTYPES, dtype),
-        (("--mode", "--way"), MODES, "default: one-way"),
-        (("--regime",), REGIMES, "default: middle; accuracy: all"),
+    for flag, choices, text in (
+        ("--dtype", DTYPES, "of the products (default: those that the machine multiplies without emulation)"),
+        ("--mode", MODES, "default: one-way"),
+        ("--regime", REGIMES, "stage of training (default: middle; accuracy: all)"),
     ):
         listed = f"{', '.join(choices)}: {text}"
-        cases.add_argument(*flags, choices=list(choices), nargs="+", metavar="NAME", help=listed)
+        cases.add_argument(flag, choices=list(choices), nargs="+", metavar="NAME", help=listed)
+    cases.add_argument("--temperature", type=float, nargs="+", help="default: the stage's own")
     cases.add_argument("--candidates", nargs="+", metavar="NAME", help="only these")
     jobs = parser.add_subparsers(dest="job", metavar="SUBCOMMAND", parser_class=Parser)
     for job, text in JOBS.items():
@@ -157,24 +178,24 @@ def make_parser() -> Parser:
             made.add_argument("--train_file", help="text, one sentence per line (default: the package's)")
             made.add_argument("--model", help="encoder, as simcse.train takes it (default: minilm)")
             made.add_argument("--batch", type=int, nargs="+", help="sentences per batch, instead of the suite's")
-            made.add_argument("--steps", type=int, help="that are timed, instead of the suite's")
+            made.add_argument("--steps", type=int, help="timed steps, instead of the suite's")
     found = jobs.add_parser("report", help="tables and pictures of results", description="Tables and pictures.")
-    found.add_argument("folder", nargs="?", default="bench/results", help="default: %(default)s")
-    found.add_argument("--readme", type=Path, default=argparse.SUPPRESS, help=readme)
+    found.add_argument("folder", nargs="?", default=str(RESULTS), help="default: bench/results of the checkout")
+    found.add_argument("--readme", default=argparse.SUPPRESS, **page)
     # The common flags stand before or after the subcommand: python -m bench --quick, python -m bench loss --quick.
     for action in common._actions:
         parser._add_action(action)
     optional = ("also", "out", "seconds", "limit", "device", "readme", "n", "d", "dtype", "mode", "regime")
-    optional += ("candidates", "train_file", "model", "batch", "steps")
+    optional += ("temperature", "candidates", "train_file", "model", "batch", "steps")
     parser.set_defaults(suite="standard", **dict.fromkeys(optional))
     return parser
 
 
 def _check(parser: Parser, args: argparse.Namespace) -> dict[str, Candidate]:
-    """Fills in the device, the seconds and the limit. Returns the candidates."""
+    """Fills in the device and the seconds. Returns the candidates."""
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device; leave it out, or install a CUDA build of torch")
-    parser.check_positive(args, "seconds", "limit", "steps", "n", "d", "batch")
+    parser.check_positive(args, "seconds", "limit", "steps", "n", "d", "batch", "temperature")
     parser.check_file(args, "train_file", "one sentence per line")
     try:
         known = load(args.also)
@@ -185,44 +206,33 @@ def _check(parser: Parser, args: argparse.Namespace) -> dict[str, Candidate]:
             parser.error(f"--candidates {name} is unknown; known are {', '.join(known)}")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.seconds = args.seconds or suites.SECONDS[args.suite]
-    # Kernels compile and tune themselves on a GPU.
-    args.limit = args.limit or LIMITS[args.suite if args.device == "cpu" else "paper"]
     return known
 
 
 def _head(args: argparse.Namespace, known: dict[str, Candidate]) -> dict[str, Any]:
+    # Kernels compile and tune themselves on a GPU.
+    limit = args.limit or LIMITS[args.suite if args.device == "cpu" else "paper"]
     return {
         "command": " ".join(["python -m bench", *args.command_line]),
         "suite": args.suite,
         "device": args.device,
-        "settings": {"seconds": args.seconds, "limit": args.limit},
+        "settings": {"seconds": args.seconds, "limit": limit},
         **describe(args.device, known.values()),
     }
-
-
-@contextmanager
-def progress_bar(out: Console, total: int | None) -> Iterator[Callable[..., None]]:
-    """Gives a function of a description; it counts on with ``advance=1``."""
-    columns = [
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-    ]
-    with Progress(*columns, TimeElapsedColumn(), console=out, transient=True) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda text=None, advance=0: progress.update(task, description=text, advance=advance)
 
 
 def _measure(args: argparse.Namespace, found: Results, known: dict[str, Candidate], out: Console) -> None:
     job = found.document["job"]
     if job != "accuracy" and not args.dtype and "bf16" not in suites.dtypes_for(args.device):
         out.print("this CPU has no bf16 instructions: fp32 only (--dtype bf16 emulates it)", style="dim")
+    if job == "train" and not args.limit:
+        found.document["settings"]["limit"] = TRAINING_LIMIT
     entries = list(_entries(job, args))
     reported: set[tuple[str, str]] = set()
     with progress_bar(out, sum(len(entry.cases) for entry in entries)) as update:
 
-        def done(case: Case, rows: list[Row]) -> None:
-            out.print(report.case_table(job, rows).rich(case.label))
+        def done(case: Any, rows: list[Row]) -> None:
+            out.print(tables.case_table(job, rows).rich(case.label))
             for row in rows:
                 news = (row["candidate"], row.get("reason", ""))
                 if row["status"] == "skipped" and news not in reported:
@@ -232,50 +242,39 @@ def _measure(args: argparse.Namespace, found: Results, known: dict[str, Candidat
 
         also = str(Path(args.also).resolve()) if args.also else None
         only = tuple(args.candidates) if args.candidates else None
-        Runner(found, known, also=also, progress=update, done=done).run(entries, only)
+        names = TRAINERS if job == "train" else known
+        Runner(found, names, also=also, progress=update, done=done).run(entries, only)
 
 
 def _entries(job: str, args: argparse.Namespace) -> Iterator[suites.Entry]:
-    if not (args.n or args.d or args.dtype or args.mode or args.regime):
-        yield from getattr(suites, job)(args.suite, args.device)
-        return
-    dtypes = args.dtype or suites.dtypes_for(args.device)
-    regimes = args.regime or (REGIMES if job == "accuracy" else ["middle"])
-    cases = suites.grid(
-        sorted(args.n or [1024]), args.d or [768], dtypes, args.mode or ["one-way"], regimes=regimes
-    )
-    yield suites.Entry(cases)
-
-
-def _train(args: argparse.Namespace, found: Results, known: dict[str, Candidate], out: Console) -> None:
-    plan = suites.train(args.suite, args.device)
-    spec = {
-        "model": args.model or "minilm",
-        "train_file": str(Path(args.train_file).resolve()) if args.train_file else None,
-        "steps": args.steps or plan.steps,
-        "mini_batch": plan.mini_batch,
-        "device": args.device,
-    }
-    found.document["settings"] |= spec
-    # fp16 needs a loss scaler.
-    dtypes = [name for name in suites.dtypes_for(args.device) if name != "fp16"]
-    batches = sorted(args.batch or plan.batches)
-    with progress_bar(out, len(batches) * len(train.TRAINERS) * len(dtypes)) as update:
-        train.run(found, spec, dtypes, batches, update)
-    print_sections(found, out)
+    """Yields the suite's cases, or those that the arguments describe."""
+    own = list(getattr(suites, job)(args.suite, args.device))
+    if job == "train":
+        file = str(Path(args.train_file).resolve()) if args.train_file else None
+        for entry in own:
+            batches = sorted(args.batch or {case.N for case in entry.cases})
+            by_dtype = {case.dtype: case for case in entry.cases}.values()
+            changed = {"train_file": file, "model": args.model or "minilm"}
+            changed |= {"steps": args.steps} if args.steps else {}
+            yield suites.Entry(tuple(replace(case, N=N, **changed) for case in by_dtype for N in batches))
+    elif args.n or args.d or args.dtype or args.mode or args.regime or args.temperature:
+        yield suites.Entry(
+            suites.grid(
+                sorted(args.n or [1024]),
+                args.d or [768],
+                args.dtype or suites.dtypes_for(args.device),
+                args.mode or ["one-way"],
+                regimes=args.regime or (REGIMES if job == "accuracy" else ["middle"]),
+                temperatures=args.temperature or [0.0],
+            )
+        )
+    else:
+        yield from own
 
 
 def _tune(args: argparse.Namespace, found: Results, known: dict[str, Candidate], out: Console) -> None:
     with progress_bar(out, None) as update:
         for advice in tune.run(found, args.suite, args.device, update):
             out.print(advice, highlight=False)
-    print_sections(found, out)
-
-
-def print_sections(found: Results, out: Console) -> None:
-    for section in report.sections({found.document["job"]: found.document}):
-        out.print(section.table.rich(section.title))
-    for row in found.rows:
-        if row.get("status", "ok") != "ok":
-            what = ", ".join(str(row[name]) for name in ("trainer", "dtype", "batch"))
-            out.print(f"{what}: {row['status']} ({row['reason']})", style="dim")
+    for one in sections.make({"tune": found.document}):
+        out.print(one.table.rich(one.title))

@@ -15,7 +15,7 @@ GAP_BYTES = 64  # between the rows of a tile: rows a power of two long share few
 
 
 def floor(case: Case, batch: Batch) -> Callable[[], object]:
-    """Returns a step of the matrix products alone, of the same shapes and dtype, into memory allocated before.
+    """Returns a step of the bare matrix products, of the same shapes and dtype, into memory allocated before.
 
     Three products one-way, four symmetric, one forward; in chunks of rows of the size that is fastest here.
     """

@@ -15,6 +15,7 @@ from fused_infonce.testing import Result, relative_errors
 # of 20 that is rounded to bf16 is off by up to 0.06, its ratio by 6 %, as in the standard implementation under
 # autocast; 5e-3 lets tf32 pass in fp32. The error is printed beside each time.
 TOLERANCE = {"fp32": 5e-3, "bf16": 0.1, "fp16": 2e-2}
+LARGEST_TOLERANCE = 0.5
 NO_MEMORY = (
     "can't allocate memory",
     "out of memory",
@@ -57,7 +58,7 @@ class Gate:
         temperature = self.case.temperature
         got = result_of(loss, self.batch, self.case, self.device)
         found = relative_errors(got, self.answers[candidate.expects], temperature)
-        tolerance = TOLERANCE[self.case.dtype] * max(1, TEMPERATURE / temperature)
+        tolerance = min(LARGEST_TOLERANCE, TOLERANCE[self.case.dtype] * max(1, TEMPERATURE / temperature))
         if not all(value <= tolerance for value in found.values()):  # also rejects NaN
             raise Wrong(found)
         if self.case.noise and candidate.expects == "sampled":

@@ -6,7 +6,7 @@ The events are ``start`` before a candidate runs, ``alive`` as a sign of life, a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +30,8 @@ Step = Callable[[], object]
 Times = dict[str, Any]  # median, p20, p80 in milliseconds, and the number of calls
 
 
-def _each(candidates: list[Candidate], work: Callable[[Candidate], Facts]) -> Iterator[Event]:
+def each(candidates: Iterable[Any], work: Callable[[Any], Facts]) -> Iterator[Event]:
+    """Yields the facts of each candidate, or why there are none."""
     for candidate in candidates:
         yield "start", {"candidate": candidate.name}
         try:
@@ -58,7 +59,7 @@ def accuracy(case: Case, candidates: list[Candidate], device: str, seconds: floa
         found = relative_errors(result_of(loss, batch, case, device), answer, case.temperature)
         return {"errors": found, "exact_loss": float(answer["loss"])}
 
-    yield from _each(candidates, work)
+    yield from each(candidates, work)
 
 
 # ------------------------------------------------------------------ memory
@@ -69,7 +70,7 @@ MIB = 2**20
 def memory(case: Case, candidates: list[Candidate], device: str, seconds: float) -> Iterator[Event]:
     """Measures the peak of a step beyond its inputs. On a CPU it takes one candidate in a fresh process.
 
-    ``beyond`` leaves out what scales with N·D alone: the gradients, their accumulators and the normalised rows.
+    ``beyond`` leaves out what scales with N·D: the gradients, their accumulators and the normalised rows.
     """
 
     def work(candidate: Candidate) -> Facts:
@@ -85,7 +86,7 @@ def memory(case: Case, candidates: list[Candidate], device: str, seconds: float)
             "mib": {"all": used / MIB, "beyond": (used - unavoidable) / MIB, "inputs": rows * case.D * 4 / MIB}
         }
 
-    yield from _each(candidates, work)
+    yield from each(candidates, work)
 
 
 def _random(case: Case, device: str) -> Batch:
@@ -103,7 +104,7 @@ def _random(case: Case, device: str) -> Batch:
 def loss(case: Case, candidates: list[Candidate], device: str, seconds: float) -> Iterator[Event]:
     """Measures the time of every candidate that passes the gate, and of the bare products.
 
-    On a CPU candidates take turns; on a GPU each is timed alone by ``triton.testing.do_bench``.
+    On a CPU candidates take turns; on a GPU each is timed by itself by ``triton.testing.do_bench``.
     """
     gate, batch = Gate(case, device), make_batch(case, device)
     steps: dict[str, Step] = {}
@@ -221,6 +222,3 @@ def clock_for(device: str) -> Callable[[Step], float]:
     from triton.testing import do_bench
 
     return lambda step: float(do_bench(step, warmup=25, rep=100, return_mode="median"))
-
-
-JOBS = {"loss": loss, "memory": memory, "accuracy": accuracy}

@@ -7,6 +7,7 @@ of the timing. What a package cannot compute, or not on this machine, is recorde
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,12 +17,9 @@ from torch import Tensor
 from bench.cases import Batch, Case, Loss
 from bench.registry import ALL_MODES, Unsupported, candidate
 
+NO_MASK = 2.0  # a margin that no difference of two cosines exceeds
+UNSCALED = {"stable": False}  # memeff's default, True, scales the gradients by another factor
 CACHED_ROWS = 1024  # rows of a mini batch: its documentation says that larger ones are faster
-
-
-def _needs_cuda() -> None:
-    if not torch.cuda.is_available():
-        raise Unsupported("needs CUDA")
 
 
 def _unit(batch: Batch, case: Case) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,11 +107,10 @@ def _torch_linear_cross_entropy(case: Case) -> Loss:
     return _outside_autocast(lambda batch: F.linear_cross_entropy(*_unit(batch, case), options=options))
 
 
-@candidate("liger", package="liger-kernel")
+@candidate("liger", package="liger-kernel", cuda=True)
 def _liger(case: Case) -> Loss:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    _needs_cuda()
     loss = LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.float32)
 
     def run(batch: Batch) -> Tensor:
@@ -126,7 +123,6 @@ def _liger(case: Case) -> Loss:
 def _cut_cross_entropy(case: Case, **options: object) -> Loss:
     from cut_cross_entropy import linear_cross_entropy
 
-    _needs_cuda()
     if case.dtype == "fp32" and case.gradients:
         raise Unsupported("gradients in bf16 and fp16 only")
 
@@ -136,22 +132,23 @@ def _cut_cross_entropy(case: Case, **options: object) -> Loss:
     return run
 
 
-@candidate("cce", package="cut-cross-entropy")
+@candidate("cce", package="cut-cross-entropy", cuda=True)
 def _cce(case: Case) -> Loss:
     """With its default filter, which leaves small gradients out."""
     return _cut_cross_entropy(case)
 
 
-@candidate("cce-exact", package="cut-cross-entropy")
+@candidate("cce-exact", package="cut-cross-entropy", cuda=True)
 def _cce_exact(case: Case) -> Loss:
     return _cut_cross_entropy(case, filter_eps=None)
 
 
-@candidate("quack", modes=("one-way",), package="quack-kernels")  # its forward always computes the gradients
+@candidate(
+    "quack", modes=("one-way",), package="quack-kernels", cuda=True
+)  # its forward always computes the gradients
 def _quack(case: Case) -> Loss:
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    _needs_cuda()
     if case.dtype == "fp32":
         raise Unsupported("bf16 and fp16 only")
     if case.N % 8 or case.D % 8:
@@ -159,11 +156,10 @@ def _quack(case: Case) -> Loss:
     return lambda batch: chunked_linear_cross_entropy(*_unit(batch, case))
 
 
-@candidate("inf-cl", package="inf-cl")
+@candidate("inf-cl", package="inf-cl", cuda=True)
 def _inf_cl(case: Case) -> Loss:
     from inf_cl import cal_inf_loss
 
-    _needs_cuda()
     head = min(256, case.D & -case.D)  # its kernels need the largest power of 2 that divides D
     if head < 16:
         raise Unsupported("D must be a multiple of 16")
@@ -176,21 +172,41 @@ def _inf_cl(case: Case) -> Loss:
     return run
 
 
-@candidate("memeff", modes=("symmetric",), package="memeff")
+@candidate("memeff", modes=("symmetric",), package="memeff", cuda=True)
 def _memeff(case: Case) -> Loss:
     from memeff import MemoryEfficientCLIPLoss
 
-    _needs_cuda()
-    # stable=True, its default, scales the gradients by another factor.
-    loss = MemoryEfficientCLIPLoss(temperature=case.temperature, stable=False)
+    return _in_dtype(MemoryEfficientCLIPLoss(temperature=case.temperature, **UNSCALED), case)
+
+
+@candidate("memeff-qwen3", modes=("one-way",), package="memeff", cuda=True)
+def _memeff_qwen3(case: Case) -> Loss:
+    """Qwen3-Embedding's loss, InfoNCE once its margin masks nothing and both extra terms are off, its default."""
+    from memeff import MemoryEfficientQwen3Loss
+
+    return _in_dtype(MemoryEfficientQwen3Loss(temperature=case.temperature, margin=NO_MASK, **UNSCALED), case)
+
+
+@candidate("memeff-matryoshka", modes=("one-way",), package="memeff", cuda=True, loss="Matryoshka InfoNCE")
+def _memeff_matryoshka(case: Case) -> Loss:
+    """The same loss summed over the prefixes D/8, D/4, D/2 and D, in one pass."""
+    from memeff import MemoryEfficientMatryoshkaQwen3Loss
+
+    if case.D % 512:
+        raise Unsupported("D must be a multiple of 512")  # its kernels take prefixes of multiples of 64
+    dims = [case.D // share for share in (8, 4, 2, 1)]
+    loss = MemoryEfficientMatryoshkaQwen3Loss(dims, temperature=case.temperature, margin=NO_MASK, **UNSCALED)
+    return _in_dtype(loss, case)
+
+
+def _in_dtype(loss: Callable[[Tensor, Tensor], Tensor], case: Case) -> Loss:
     return lambda batch: loss(batch.q.to(case.product_dtype), batch.k.to(case.product_dtype))
 
 
-@candidate("siglip-kernel", modes=("symmetric",), package="siglip-kernel", loss="sigmoid")
+@candidate("siglip-kernel", modes=("symmetric",), package="siglip-kernel", cuda=True, loss="sigmoid")
 def _siglip(case: Case) -> Loss:
     from siglip_kernel import fused_siglip_loss
 
-    _needs_cuda()
     scale = torch.tensor(10.0, device="cuda").log()
     bias = torch.tensor(-10.0, device="cuda")
 

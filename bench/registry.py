@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+import torch
 from torch import Tensor
 
 from bench.cases import MODES, Batch, Case, Loss, Mode
@@ -31,6 +32,7 @@ class Candidate:
     noise: bool = False  # whether it takes noise
     negatives: bool = False  # whether it takes hard negatives
     package: str | None = None  # on PyPI, whose version is recorded
+    cuda: bool = False  # whether it needs CUDA
     expects: str = "sampled"  # "expected": noise in closed form
     loss: str = "InfoNCE"  # another loss is not checked, and is timed for scale only
 
@@ -44,6 +46,8 @@ class Candidate:
             raise Unsupported("no hard negatives")
         if self.expects == "expected" and not case.noise:
             raise Unsupported("without noise it is ours-torch or ours-triton")
+        if self.cuda and not torch.cuda.is_available():
+            raise Unsupported("needs CUDA" + (f" and the package {self.package}" if not self.version() else ""))
         try:
             return self.make(case)
         except ImportError as error:
@@ -63,7 +67,7 @@ class Candidate:
         if self.expects == "expected":
             from scipy.special import hyp0f1
 
-            log_constant = math.log(case.noise) + math.log(hyp0f1(case.D / 2, (1 / case.temperature) ** 2 / 4))
+            log_constant = math.log(case.noise) + math.log(hyp0f1(case.D / 2, case.temperature**-2 / 4))
             noise = None
         return exact(
             batch.q,

@@ -38,8 +38,8 @@ STYLE = {
     "inf-cl": ("#637939", "H", 1.2),
     "memeff": ("#843c39", "8", 1.2),
     "open-clip": ("#7b4173", "1", 1.2),
-    "siglip-kernel": ("#aaaaaa", "2", 1.2),
 }
+LABEL_GAP = 0.05  # between the names of two lines, in heights of a panel
 
 Point = tuple[float, ...]  # x, y and, where there is one, the spread of y
 
@@ -55,6 +55,9 @@ class Table:
         lines = [self.header, rule, *self.rows]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
+    def first(self, count: int) -> Table:
+        return Table(self.header, self.rows[:count], self.text_columns)
+
     def rich(self, title: str) -> RichTable:
         table = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         for i, name in enumerate(self.header):
@@ -68,78 +71,129 @@ class Table:
 class Panel:
     title: str
     lines: dict[str, list[Point]]
+    y: str = ""
+    log_y: bool = True
+    mark: float | None = None  # a horizontal line
 
 
 @dataclass
 class Chart:
-    """Panels side by side. The line named ``baseline`` is dashed and black."""
+    """Panels in rows. The line named ``baseline`` is dashed and black.
+
+    Over numbers, lines are named at their ends; over ``ticks``, the names of x = 0, 1, …, by a legend.
+    """
 
     file: str
     alt: str  # text for readers without the picture
     panels: list[Panel]
     x: str
-    y: str
     baseline: str | None = None
-    log_y: bool = True
+    caption: str = ""
+    columns: int = 2  # panels in a row, which share their y axis
+    ticks: list[str] = field(default_factory=list)
     share_y: bool = True
-    ticks: list[str] = field(default_factory=list)  # names of x = 0, 1, …; without them x is logarithmic
     style: dict[str, tuple[str, str, float]] = field(default_factory=lambda: STYLE)
+    size: tuple[float, float] | None = None  # inches
 
     def draw(self, folder: Path) -> Path:
-        width = max(7.6, 5.2 * len(self.panels) + 0.4)  # inches, so that the legend fits
-        figure = Figure(figsize=(width, 5.6), layout="constrained")
-        all_axes = figure.subplots(1, len(self.panels), sharey=self.share_y, squeeze=False)[0]
-        for axes, panel in zip(all_axes, self.panels, strict=True):
-            for name, points in panel.lines.items():
-                if points:
-                    x, y, *spread = zip(*points, strict=True)
-                    axes.errorbar(x, y, *spread, capsize=3, **self._look(name))
-            axes.set_title(panel.title)
-            axes.set_xlabel(self.x)
-            axes.set_axisbelow(True)
-            self._x_axis(axes, panel)
-        for axes in all_axes[: 1 if self.share_y else None]:
-            if self.log_y:
-                axes.set_yscale("log")
-            elif self.share_y:
+        columns = min(self.columns, len(self.panels))
+        rows = -(-len(self.panels) // columns)
+        size = self.size or (max(7.6, 5.6 * columns), 1.2 + 4.0 * rows)
+        figure = Figure(figsize=size, layout="constrained")
+        share = "row" if self.share_y else False
+        grid = figure.subplots(rows, columns, sharey=share, squeeze=False)
+        for index, (axes, panel) in enumerate(zip(grid.flat, self.panels, strict=False)):
+            self._panel(axes, panel, index >= len(self.panels) - columns)
+            if index % columns == 0 or not self.share_y:
+                axes.set_ylabel(panel.y)
+        for axes, panel in zip(grid.flat, self.panels, strict=False):  # once the shared limits are known
+            if not panel.log_y and self.share_y:
                 axes.set_ylim(0, max(1.15, axes.get_ylim()[1]))
-        all_axes[0].set_ylabel(self.y)
-        names = dict.fromkeys(name for panel in self.panels for name, points in panel.lines.items() if points)
-        columns = min(3 if width < 10 else 5, len(names))
-        handles = [Line2D([], [], label=name, **self._look(name)) for name in names]
-        figure.legend(handles=handles, loc="outside lower center", ncols=max(1, columns), frameon=False)
+            if not self.ticks:
+                self._name_ends(axes, panel)
+        if self.ticks:
+            self._legend(figure, 2 if self.size else 5)
         FigureCanvasAgg(figure)
         with replaced(folder / self.file) as unfinished:
-            figure.savefig(unfinished, dpi=120, format="png")
+            figure.savefig(unfinished, dpi=200 if self.size else 120, format="png", facecolor="white")
         return folder / self.file
 
-    def _look(self, name: str) -> dict[str, Any]:
-        if name == self.baseline:
-            return {"color": "black", "linestyle": "--", "linewidth": 1.4}
-        colour, marker, width = self.style.get(name, ("#555555", "+", 1.2))
-        line = {"linestyle": "none"} if self.ticks else {"linewidth": width}
-        return {"color": colour, "marker": marker, "markersize": 4 + width, "zorder": 2 + width, **line}
-
-    def _x_axis(self, axes: Axes, panel: Panel) -> None:
+    def _panel(self, axes: Axes, panel: Panel, lowest: bool) -> None:
+        axes.set_title(panel.title, fontsize="medium")
+        axes.set_axisbelow(True)
         axes.grid(color="0.92", axis="y" if self.ticks else "both")
+        for name, points in panel.lines.items():
+            if points:
+                x, y, *spread = zip(*points, strict=True)
+                axes.errorbar(x, y, *spread, capsize=3, **self._look(name))
+        if panel.mark is not None:
+            axes.axhline(panel.mark, color="black", linestyle=":", linewidth=1)
+        if panel.log_y:
+            axes.set_yscale("log")
+            if axes.get_ylim()[0] > 1e-3:  # milliseconds and MiB; errors keep their powers of ten
+                axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+        if lowest:
+            axes.set_xlabel(self.x)
         if self.ticks:
             axes.set_xticks(range(len(self.ticks)), self.ticks)
             for edge in range(1, len(self.ticks)):
                 axes.axvline(edge - 0.5, color="0.85", linewidth=1)
             return
         axes.set_xscale("log")
-        axes.set_xticks(sorted({round(point[0]) for points in panel.lines.values() for point in points}))
+        axes.set_xticks(sorted({round(point[0], 6) for points in panel.lines.values() for point in points}))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
+        axes.xaxis.set_major_formatter(FuncFormatter(_plain))
+        axes.tick_params(axis="x", labelsize="small")
+
+    def _name_ends(self, axes: Axes, panel: Panel) -> None:
+        """Names each line beside the panel, at the height of its last point; names are moved apart."""
+        to_axes = axes.transData + axes.transAxes.inverted()
+        ends = sorted((to_axes.transform(p[-1][:2])[1], name) for name, p in panel.lines.items() if p)
+        places = _apart([height for height, _ in ends], LABEL_GAP * (1.3 if self.size else 1))
+        for place, (_, name) in zip(places, ends, strict=True):
+            colour = self._look(name)["color"]
+            leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
+            axes.annotate(
+                name, panel.lines[name][-1][:2], (1.04, place), textcoords="axes fraction", va="center",
+                fontsize="small", color=colour, arrowprops=leader, annotation_clip=False,
+            )  # fmt: skip
+
+    def _legend(self, figure: Figure, columns: int) -> None:
+        names = dict.fromkeys(name for panel in self.panels for name, points in panel.lines.items() if points)
+        handles = [Line2D([], [], label=name, **self._look(name)) for name in names]
+        columns = max(1, min(columns, len(names)))
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
+
+    def _look(self, name: str) -> dict[str, Any]:
+        if name == self.baseline:
+            return {"color": "black", "linestyle": "--", "linewidth": 1.4}
+        colour, marker, width = self.style.get(name.split(",")[0], ("#555555", "+", 1.2))
+        line = {"linestyle": "none"} if self.ticks else {"linewidth": width}
+        return {"color": colour, "marker": marker, "markersize": 4 + width, "zorder": 2 + width, **line}
 
 
-def _thousands(x: float, _: int) -> str:
-    return f"{x:,.0f}" if x < 10_000 else f"{x / 1024:,.0f}k"
+def _apart(heights: list[float], gap: float) -> list[float]:
+    """Returns ascending heights within 0 to 1, moved as little as makes them ``gap`` apart."""
+
+    def lowest(group: list[float]) -> float:
+        height = gap * (len(group) - 1)
+        return max(0.0, min(sum(group) / len(group) - height / 2, 1 - height))
+
+    groups: list[list[float]] = []  # of heights that touch, each group centred where it was
+    for height in heights:
+        groups.append([height])
+        while len(groups) > 1 and lowest(groups[-1]) < lowest(groups[-2]) + gap * len(groups[-2]):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return [lowest(group) + gap * i for group in groups for i in range(len(group))]
+
+
+def _plain(x: float, _: int) -> str:
+    return f"{x:,.0f}" if x >= 10 else f"{x:g}"
 
 
 def number(x: float) -> str:
-    """Three digits."""
-    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
+    """Returns three digits."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def beside(points: Iterable[Point], place: int, count: int) -> list[Point]:

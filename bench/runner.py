@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from bench.cases import Case
 from bench.floor import COPY, FLOOR
-from bench.registry import Candidate
 from bench.results import Results, Row
 from bench.suites import Entry
 from bench.worker import Worker
 
-GIVE_UP = ("out of memory", "too slow")  # holds at more rows too
+GIVE_UP = ("out of memory", "too slow")  # these results hold at more rows too
 
 
 class Runner:
@@ -21,18 +19,21 @@ class Runner:
     def __init__(
         self,
         results: Results,
-        candidates: dict[str, Candidate],
+        candidates: Iterable[str],
         *,
         also: str | None,
         progress: Callable[[str], None],
-        done: Callable[[Case, list[Row]], None],
+        done: Callable[[Any, list[Row]], None],
     ) -> None:
         head = results.document
         self.job, self.device, self.settings = head["job"], head["device"], head["settings"]
-        self.results, self.candidates = results, candidates
+        self.results, self.candidates = results, list(candidates)
         self.progress, self.done = progress, done
-        self.worker = Worker(also, self.device)
+        self.worker = Worker(also, self.device, silent=self.job == "train")
         self.gave_up: dict[tuple[Any, ...], tuple[int, str]] = {}
+        # On a CPU the peak of memory is that of the process, so each candidate has its own.
+        self.isolated = self.job == "train" or (self.job == "memory" and self.device == "cpu")
+        self.bounds = (FLOOR, COPY) if self.job == "loss" else ()
 
     def run(self, entries: Iterable[Entry], only: tuple[str, ...] | None) -> None:
         try:
@@ -42,7 +43,7 @@ class Runner:
                     for name in entry.candidates or self.candidates
                     if name not in entry.without and (only is None or name in only) and name in self.candidates
                 ]
-                names += [name for name in only or () if name not in names]  # those asked for run in every case
+                names += [name for name in only or () if name not in names]  # the ones asked for run in every case
                 for case in entry.cases:
                     self.progress(case.label)
                     rows = self._case(case, names)
@@ -52,7 +53,7 @@ class Runner:
             self.worker.stop()
         self.results.close()
 
-    def _case(self, case: Case, names: list[str]) -> list[Row]:
+    def _case(self, case: Any, names: list[str]) -> list[Row]:
         rows: dict[str, Row] = {}
 
         def keep(name: str, facts: dict[str, Any]) -> None:
@@ -60,14 +61,12 @@ class Runner:
             if facts["status"] in GIVE_UP:
                 self.gave_up[_series(case, name)] = (case.N, facts["status"])
 
-        for name in (FLOOR, *names):
+        for name in (*self.bounds, *names):
             N, status = self.gave_up.get(_series(case, name), (case.N + 1, ""))
             if N <= case.N:
                 keep(name, {"status": status, "reason": f"{status} at N = {N} already"})
         while todo := [name for name in names if name not in rows]:
-            # On a CPU the peak of memory is that of the process, so each candidate has its own.
-            isolated = self.job == "memory" and self.device == "cpu"
-            some, running = todo[:1] if isolated else todo, None
+            some, running = todo[:1] if self.isolated else todo, None
             spec = {"job": self.job, "case": case.as_dict(), "candidates": some} | self.settings
             for event in self.worker.run(spec, self.settings["limit"]):
                 kind = event.pop("event")
@@ -80,18 +79,22 @@ class Runner:
                     if running not in rows:
                         keep(running, event)
                 elif kind in ("died", "failed"):  # outside of any candidate
-                    for name in (FLOOR, *names):
+                    for name in (*self.bounds[:1], *(some if self.isolated else names)):
                         if name not in rows:
                             keep(name, dict(event))
-            if isolated:
+            if self.isolated:
                 self.worker.stop()
         floor = rows.get(FLOOR, {}).get("ms", {}).get("median")
         for name, row in rows.items():
             if floor and "ms" in row and name != FLOOR:
                 row["of_floor"] = row["ms"]["median"] / floor
-        return [rows[name] for name in (*names, FLOOR, COPY) if name in rows]
+        return [rows[name] for name in (*names, *self.bounds) if name in rows]
 
 
-def _series(case: Case, name: str) -> tuple[Any, ...]:
-    """What is alike in cases of growing N."""
-    return (name, case.D, case.mode, case.dtype, case.noise > 0, case.negatives > 0, case.regime)
+def _series(case: Any, name: str) -> tuple[Any, ...]:
+    """Returns what cases of growing N have in common."""
+    facts = {key: value for key, value in case.as_dict().items() if key != "N"}
+    for key in ("noise", "negatives"):  # in proportion to N
+        if key in facts:
+            facts[key] = facts[key] > 0
+    return (name, *facts.values())

@@ -1,211 +1,171 @@
 """Steps of the trainers: sentences per second and peak memory, ours against sentence-transformers'.
 
-Both take the same encoder, sentences, batch, length, precision and optimiser, for unsupervised SimCSE, where a
-sentence is its own positive. Each run is a process of its own: ``python -m bench.train '{...}'`` prints its row.
+All take the same encoder, sentences, batch, length, precision and optimiser, for unsupervised SimCSE, where a
+sentence is its own positive. Each training runs in a process of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
-from itertools import product
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.results import ROOT, Results, Row
-from bench.runner import GIVE_UP
-from bench.worker import environment
-from simcse.errors import exit_cleanly
+import torch
+
+from bench.candidates import load
+from bench.cases import Case, make_batch, run_step
+from bench.measure import MIB, Event, Facts, clock_for, each, summary
+from bench.registry import Unsupported
+from fused_infonce.testing import begin_peak, process_memory
+from simcse.errors import UserError
 
 WARM_UP = 1  # steps that are not timed
-LOSS_CALLS = 5  # of the loss alone
+LOSS_CALLS = 5  # of the loss by itself
 LENGTH = 32  # tokens per sentence
 LEARNING_RATE = 3e-5
-LIMIT_SECONDS = 1800.0  # of one training
-# trainer → whether it splits the encoder's pass into mini batches
-TRAINERS = {"simcse.train": False, "st-mnrl": False, "simcse.train, mini batches": True, "st-cached-mnrl": True}
 
 
-def run(
-    found: Results, spec: dict[str, Any], dtypes: list[str], batches: list[int], progress: Callable[[str], None]
-) -> None:
-    """Measures every trainer; one that ran out of memory or time is not tried at larger batches."""
-    gave_up: dict[tuple[str, str], str] = {}
-    for dtype, batch, trainer in product(dtypes, batches, TRAINERS):
-        one = spec | {"trainer": trainer, "batch": batch, "dtype": dtype}
-        progress(f"train  {dtype}, batch {batch}  {trainer}")
-        if (trainer, dtype) in gave_up:
-            row = one | {"status": gave_up[trainer, dtype], "reason": "already at a smaller batch"}
-        else:
-            row = measure(one, LIMIT_SECONDS)
-        if row["status"] in (*GIVE_UP, "skipped"):
-            gave_up[trainer, dtype] = row["status"]
-        found.add([row])
-    found.close()
+@dataclass(frozen=True)
+class TrainCase:
+    """One training; ``Runner`` treats it as a case of a loss."""
+
+    N: int  # sentences per batch
+    dtype: str = "fp32"
+    steps: int = 3  # that are timed
+    mini_batch: int = 64  # of the trainers that split the encoder's pass
+    model: str = "minilm"
+    train_file: str | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.dtype} batch {self.N}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
-def measure(spec: dict[str, Any], limit: float) -> Row:
-    """Returns the row of one trainer, batch and precision, measured in a fresh process."""
-    command = [sys.executable, "-m", "bench.train", json.dumps(spec)]
-    try:
-        env = environment(spec["device"])
-        out = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=limit, env=env)
-    except subprocess.TimeoutExpired:
-        return {**spec, "status": "too slow", "reason": f"stopped after {limit:g} s"}
-    if out.returncode == 0:
-        return {**spec, **json.loads(out.stdout.splitlines()[-1])}
-    if out.returncode == -9:
-        return {**spec, "status": "out of memory", "reason": "killed by SIGKILL"}
-    last = (out.stderr.strip().splitlines() or ["no message"])[-1]
-    return {**spec, "status": "failed", "reason": f"exit status {out.returncode}: {last[:200]}"}
+@dataclass(frozen=True)
+class Trainer:
+    name: str
+    make: Callable[
+        [TrainCase, bool, list[str], Path, str], Any
+    ]  # of case, mini batches, sentences, folder, device
+    mini_batches: bool = False
+    loss: str = ""  # the candidate that computes its loss; "": ours
 
 
-# ------------------------------------------------------------------ inside of the process
+def train(case: TrainCase, trainers: list[Trainer], device: str, seconds: float) -> Iterator[Event]:
+    """Measures each trainer's steps, its peak memory, and the share that the loss has of a step."""
+
+    def work(trainer: Trainer) -> Facts:
+        with tempfile.TemporaryDirectory() as folder:
+            made = trainer.make(case, trainer.mini_batches, _sentences(case), Path(folder), device)
+            clock = _clock(device)
+            made.add_callback(clock)
+            before = torch.cuda.memory_allocated() if device == "cuda" else begin_peak()
+            made.train()
+            peak = torch.cuda.max_memory_allocated() if device == "cuda" else process_memory("VmHWM")
+        ms = summary(clock.milliseconds[WARM_UP:])
+        found = {"ms": ms, "sentences_per_second": 1e3 * case.N / ms["median"], "mib": (peak - before) / MIB}
+        with contextlib.suppress(Exception):  # the steps are measured even if this fails
+            found["loss_share"] = _milliseconds_of_loss(case, trainer, made.model, device) / ms["median"]
+        return found
+
+    yield from each(trainers, work)
 
 
-def child(spec: dict[str, Any]) -> Row:
-    import torch
-
-    from bench.gate import outcome
-    from bench.measure import MIB, summary
-    from bench.worker import limit_memory
-    from fused_infonce.testing import begin_peak, process_memory
-
-    on_gpu = spec["device"] == "cuda"
-    if not on_gpu:
-        limit_memory()
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            make = _simcse if spec["trainer"].startswith("simcse.train") else _sentence_transformers
-            trainer = make(spec, _sentences(spec), Path(folder))
-            clock = _clock(on_gpu)
-            trainer.add_callback(clock)
-            before = torch.cuda.memory_allocated() if on_gpu else begin_peak()
-            trainer.train()
-        except Exception as error:
-            return outcome(error)
-        peak = torch.cuda.max_memory_allocated() if on_gpu else process_memory("VmHWM")
-    ms = summary(clock.milliseconds[WARM_UP:])
-    found = {
-        "status": "ok",
-        "ms": ms,
-        "sentences_per_second": 1e3 * spec["batch"] / ms["median"],
-        "mib": (peak - before) / MIB,
-    }
-    with contextlib.suppress(Exception):  # the steps are measured even if this fails
-        found["loss_share"] = _loss_alone(spec, trainer.model) / ms["median"]
-    return found
-
-
-def _loss_alone(spec: dict[str, Any], model: Any) -> float:
+def _milliseconds_of_loss(case: TrainCase, trainer: Trainer, model: Any, device: str) -> float:
     """Returns the median milliseconds of the loss on vectors of a batch, forward and backward."""
-    from bench.candidates import load
-    from bench.cases import Case, make_batch, run_step
-    from bench.measure import clock_for
-
-    ours = spec["trainer"].startswith("simcse.train")
-    D = model.encoder.config.hidden_size if ours else model.get_embedding_dimension()
-    case, known = Case(spec["batch"], D, dtype=spec["dtype"]), load()
-    name = ("ours-triton" if spec["device"] == "cuda" else "ours-torch") if ours else spec["trainer"]
-    loss = known[name].loss_for(case)
-    batch, clock = make_batch(case, spec["device"]), clock_for(spec["device"])
-    run_step(loss, batch, case, spec["device"])
-    return statistics.median(clock(lambda: run_step(loss, batch, case, spec["device"])) for _ in range(LOSS_CALLS))
+    D = model.get_embedding_dimension() if trainer.loss else model.encoder.config.hidden_size
+    one = Case(case.N, D, dtype=case.dtype)
+    loss = load()[trainer.loss or ("ours-triton" if device == "cuda" else "ours-torch")].loss_for(one)
+    batch, clock = make_batch(one, device), clock_for(device)
+    run_step(loss, batch, one, device)
+    return statistics.median(clock(lambda: run_step(loss, batch, one, device)) for _ in range(LOSS_CALLS))
 
 
-def _sentences(spec: dict[str, Any]) -> list[str]:
+def _sentences(case: TrainCase) -> list[str]:
     """Returns as many sentences as the steps take, repeated where the file has fewer."""
     from simcse.dataset import shipped
     from simcse.table import read_table
 
-    some = [row[0] for row in read_table(spec["train_file"] or shipped("sentences.txt")).rows]
-    count = spec["batch"] * (WARM_UP + spec["steps"])
+    some = [row[0] for row in read_table(case.train_file or shipped("sentences.txt")).rows]
+    count = case.N * (WARM_UP + case.steps)
     return (some * -(-count // len(some)))[:count]
 
 
-def _simcse(spec: dict[str, Any], sentences: list[str], folder: Path) -> Any:
-    from bench.registry import Unsupported
-    from simcse.errors import UserError
+def _common(case: TrainCase, folder: Path) -> dict[str, Any]:
+    """Returns the training arguments that both libraries take."""
+    return {
+        "output_dir": str(folder / "run"),
+        "per_device_train_batch_size": case.N,
+        "max_steps": WARM_UP + case.steps,
+        "learning_rate": LEARNING_RATE,
+        "bf16": case.dtype == "bf16",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def _simcse(case: TrainCase, mini_batches: bool, sentences: list[str], folder: Path, device: str) -> Any:
     from simcse.train import prepare
 
     file = folder / "sentences.txt"
     file.write_text("\n".join(sentences), encoding="utf-8")
-    flags = {
+    flags = _common(case, folder) | {
         "train_file": file,
-        "model_name_or_path": spec["model"],
+        "model_name_or_path": case.model,
         "pooler_type": "cls_before_pooler",
         "num_noise": 0,
-        "per_device_train_batch_size": spec["batch"],
-        "max_steps": WARM_UP + spec["steps"],
         "max_seq_length": LENGTH,
-        "learning_rate": LEARNING_RATE,
-        "output_dir": folder / "run",
-        "save_strategy": "no",
         "eval_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": "true",
-        "bf16": "true" if spec["dtype"] == "bf16" else "false",
     }
-    if TRAINERS[spec["trainer"]]:
-        flags["mini_batch_size"] = spec["mini_batch"]
+    if mini_batches:
+        flags["mini_batch_size"] = case.mini_batch
     try:
         return prepare([part for name, value in flags.items() for part in (f"--{name}", str(value))])
     except UserError as error:
         raise Unsupported(str(error)) from None
 
 
-def _sentence_transformers(spec: dict[str, Any], sentences: list[str], folder: Path) -> Any:
+def _sentence_transformers(
+    case: TrainCase, mini_batches: bool, sentences: list[str], folder: Path, device: str
+) -> Any:
     from datasets import Dataset
     from sentence_transformers import (
         SentenceTransformer,
         SentenceTransformerTrainer,
         SentenceTransformerTrainingArguments,
-    )
-    from sentence_transformers.sentence_transformer.losses import (
-        CachedMultipleNegativesRankingLoss,
-        MultipleNegativesRankingLoss,
+        losses,
     )
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
     from simcse.model import load_encoder
 
-    encoder, tokenizer = load_encoder(spec["model"], "cls_before_pooler")
+    encoder, tokenizer = load_encoder(case.model, "cls_before_pooler")
     place = folder / "model"
     encoder.backbone.save_pretrained(place)
     tokenizer.save_pretrained(place)
     transformer = Transformer(str(place), max_seq_length=LENGTH)
-    model = SentenceTransformer(
-        modules=[transformer, Pooling(encoder.config.hidden_size, pooling_mode="cls")],
-        device=None if spec["device"] == "cuda" else "cpu",
-    )
-    if TRAINERS[spec["trainer"]]:
-        loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=spec["mini_batch"])
-    else:
-        loss = MultipleNegativesRankingLoss(model)
+    pooling = Pooling(encoder.config.hidden_size, pooling_mode="cls")
+    model = SentenceTransformer(modules=[transformer, pooling], device=None if device == "cuda" else "cpu")
+    loss = losses.MultipleNegativesRankingLoss(model)
+    if mini_batches:
+        loss = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=case.mini_batch)
     args = SentenceTransformerTrainingArguments(
-        output_dir=str(folder / "run"),
-        per_device_train_batch_size=spec["batch"],
-        max_steps=WARM_UP + spec["steps"],
-        learning_rate=LEARNING_RATE,
-        bf16=spec["dtype"] == "bf16",
-        use_cpu=spec["device"] == "cpu",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_drop_last=True,
+        **_common(case, folder), use_cpu=device == "cpu", dataloader_drop_last=True
     )
     pairs = Dataset.from_dict({"anchor": sentences, "positive": sentences})
     return SentenceTransformerTrainer(model=model, args=args, train_dataset=pairs, loss=loss)
 
 
-def _clock(on_gpu: bool) -> Any:
-    import torch
+def _clock(device: str) -> Any:
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
@@ -219,7 +179,7 @@ def _clock(on_gpu: bool) -> Any:
             self.last = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            if on_gpu:
+            if device == "cuda":
                 torch.cuda.synchronize()
             now = time.perf_counter()
             self.milliseconds.append(1e3 * (now - (self.last or now)))
@@ -228,8 +188,12 @@ def _clock(on_gpu: bool) -> Any:
     return Clock()
 
 
-if __name__ == "__main__":
-    with exit_cleanly("bench.train"):
-        found = child(json.loads(sys.argv[1]))
-        print()
-        print(json.dumps(found))
+TRAINERS = {
+    trainer.name: trainer
+    for trainer in (
+        Trainer("simcse.train", _simcse),
+        Trainer("st-mnrl", _sentence_transformers, loss="st-mnrl"),
+        Trainer("simcse.train, mini batches", _simcse, mini_batches=True),
+        Trainer("st-cached-mnrl", _sentence_transformers, mini_batches=True, loss="st-cached-mnrl"),
+    )
+}

@@ -38,7 +38,7 @@ def run(found: Results, suite: str, device: str, progress: Callable[[str], None]
         case = Case(N, D, dtype=dtype)
         for one in searches(case, device):
             progress(f"{case.label}  {one.what}")
-            *_, (_, ranked) = search(one.settings, one.step, clock_for(device))
+            ranked = search(one.settings, one.step, clock_for(device))
             found.add([{"search": one.what, "case": case.label, "setting": str(s), "ms": ms} for s, ms in ranked])
             best = f"put {one.what} = {ranked[0][0]} into {one.where}" if ranked else f"no {one.what} could be run"
             yield f"{case.label}: {best}"
@@ -72,8 +72,8 @@ def workspace(case: Case, device: str) -> Search:
 
 def search(
     settings: list[Any], step: Callable[[Any], Step], clock: Callable[[Step], float], rounds: int = ROUNDS
-) -> Iterator[tuple[int, list[tuple[Any, dict[str, Any]]]]]:
-    """Yields after each round its number and the settings with their times, the fastest first.
+) -> list[tuple[Any, dict[str, Any]]]:
+    """Returns the settings with their times, the fastest first.
 
     ``clock`` gives the milliseconds of one call. The settings take turns; those far from the best are left out of
     the next round, and a setting that raises takes no part.
@@ -86,17 +86,17 @@ def search(
         except Exception:
             continue
         steps.append((setting, made, []))
-    for turn in range(1, rounds + 1):
+    for _ in range(rounds):
         for _, made, times in steps:
             times.append(clock(made))
         best = min((min(times) for _, _, times in steps), default=0.0)
         steps = [entry for entry in steps if min(entry[2]) <= WITHIN * best]
-        ranked = [(setting, summary(times)) for setting, _, times in steps]
-        yield turn, sorted(ranked, key=lambda entry: entry[1]["median"])
+    ranked = [(setting, summary(times)) for setting, _, times in steps]
+    return sorted(ranked, key=lambda entry: entry[1]["median"])
 
 
 def kernel_searches(case: Case, device: str, candidates: list[Any]) -> list[Search]:
-    """Returns searches of the three kernels that multiply, each timed alone on a chunk of rows."""
+    """Returns searches of the three kernels that multiply, each timed by itself on a chunk of rows."""
     from fused_infonce.kernels import products, ratios, similarity
     from fused_infonce.kernels.common import NOTHING_SPECIAL
     from fused_infonce.kernels.settings import default_settings, target_of

@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from bench.cases import Case
 from bench.results import ROOT
 
 Event = dict[str, Any]
@@ -29,8 +28,8 @@ Event = dict[str, Any]
 class Worker:
     """A process that runs jobs. It is started at the first job, and again after a crash."""
 
-    def __init__(self, also: str | None = None, device: str = "cpu") -> None:
-        self.also, self.device = also, device
+    def __init__(self, also: str | None = None, device: str = "cpu", silent: bool = False) -> None:
+        self.also, self.device, self.silent = also, device, silent
         self.process: subprocess.Popen[str] | None = None
         self.reader: threading.Thread | None = None
         self.lines: queue.Queue[str | None] = queue.Queue()
@@ -87,19 +86,16 @@ class Worker:
             [sys.executable, "-m", "bench.worker", self.device, self.also or ""],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL if self.silent else None,  # trainers print
             text=True,
             cwd=ROOT,
-            env=environment(self.device),
+            # On the CPU no candidate sees a GPU.
+            env={**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if self.device == "cpu" else {})},
             start_new_session=True,  # Ctrl-C reaches the parent only, which ends this process
         )
         self.lines = queue.Queue()
         self.reader = threading.Thread(target=_read, args=(self.process.stdout, self.lines), daemon=True)
         self.reader.start()
-
-
-def environment(device: str) -> dict[str, str]:
-    """Returns the environment of a process that measures: on the CPU it hides the GPUs from every candidate."""
-    return {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})}
 
 
 def _read(stream: TextIO, lines: queue.Queue[str | None]) -> None:
@@ -135,16 +131,20 @@ def _serve(out: TextIO, device: str, also: str) -> None:
         out.write(json.dumps({"event": event, **facts}) + "\n")
         out.flush()
 
+    from bench import measure, train
     from bench.candidates import load
+    from bench.cases import Case
     from bench.gate import outcome
-    from bench.measure import JOBS
 
-    known = load(also)
+    losses: dict[str, Any] = load(also)
     for line in sys.stdin:
         job = json.loads(line)
-        candidates = [known[name] for name in job["candidates"]]
+        if job["job"] == "train":
+            run, case, known = train.train, train.TrainCase(**job["case"]), train.TRAINERS
+        else:
+            run, case, known = getattr(measure, job["job"]), Case(**job["case"]), losses
         try:
-            for event, facts in JOBS[job["job"]](Case(**job["case"]), candidates, device, job["seconds"]):
+            for event, facts in run(case, [known[name] for name in job["candidates"]], device, job["seconds"]):
                 report(event, **facts)
                 if facts.get("status", "ok") != "ok":
                     _clean_up(device)

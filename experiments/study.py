@@ -26,8 +26,8 @@ import torch
 from bench import report, results
 from bench.cli import Parser, check_outputs, console, progress_bar, user_errors
 from bench.render import Chart, Panel, Point, Table, beside
-from bench.report import Section
 from bench.results import Results, Row, describe
+from bench.sections import Section
 from bench.suites import dtypes_for
 from simcse.errors import exit_cleanly
 
@@ -231,14 +231,12 @@ def chart(rows: list[Row]) -> Chart | None:
                     points.append((x, mean(values), stdev(values) if len(values) > 1 else 0.0))
             lines[label] = beside(points, place, len(series))
         if any(lines[label] for label in labels):
-            panels.append(Panel(title, lines))
+            panels.append(Panel(title, lines, "Spearman × 100   (better ↑)", log_y=False))
     if not panels:
         return None
     alt, ticks = "Scores over the batch for every loss, with the spread over seeds", [str(b) for b in batches]
     style = {label: (COLOURS[i % len(COLOURS)], "o", 1.6) for i, label in enumerate(labels)}
-    y = "Spearman × 100   (better ↑)"
-    options: dict[str, Any] = {"log_y": False, "share_y": False, "ticks": ticks, "style": style}
-    return Chart("study.png", alt, panels, "sentences per batch", y, BEFORE, **options)
+    return Chart("study.png", alt, panels, "sentences per batch", BEFORE, ticks=ticks, share_y=False, style=style)
 
 
 # ------------------------------------------------------------------ the command
@@ -255,14 +253,15 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--sentences {args.sentences} is less than one batch of {max(args.batch)}; raise it")
     folder = Path(args.out or Path("runs/study") / datetime.now().strftime("%Y%m%d-%H%M%S"))
     with user_errors(parser, folder, "the same command with --out {} goes on"):
-        check_outputs(folder, ("study.json", "study.png", "report.md"), args.readme)
+        pages = [args.readme] if args.readme else []
+        check_outputs(folder, ("study.json", "study.png", "report.md"), pages)
         if not args.report:
             _study(parser, args, folder, sys.argv[1:] if argv is None else argv)
         documents = {job: x for job, x in results.read(folder).items() if job == "study"}
         if not documents:
             parser.error(f"{folder} contains no study; leave --report out to run one")
         made = section(documents["study"]["rows"])
-        report.write(documents, [made], folder, args.readme)
+        report.write(documents, [made], folder, pages)
         console().print(made.table.rich(made.title))
         print(f"{folder}: study.json, study.png and report.md")
 

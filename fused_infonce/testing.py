@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Stage of training → the temperature that such embeddings are trained at.
-REGIMES = {"trained": 0.05, "middle": 0.05, "random": 0.05, "cone": 0.05, "retrieval": 0.01}
+REGIMES = {"cone": 0.05, "random": 0.05, "middle": 0.05, "trained": 0.05, "retrieval": 0.01}
 ONE_CONE = 2**32  # the seed of what all rows of a regime share, whatever the seed of the rows is
 RETRIEVAL_RANK = 39  # directions of the negatives' spread: 0.25/√39 = 0.04
 

@@ -5,8 +5,9 @@ import time
 
 import torch
 
-from bench.cases import TEMPERATURE, naive
+from bench.cases import TEMPERATURE
 from bench.registry import candidate
+from fused_infonce.testing import naive
 
 
 @candidate("wrong-loss")

@@ -17,16 +17,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import interruptible
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from bench import cli, report, suites, tune
+from bench import cli, report, results, sections, suites, tables, tune
 from bench.candidates import load
-from bench.cases import MODES, TEMPERATURE, Case, make_batch
+from bench.cases import MODES, TEMPERATURE, Case, make_batch, run_step
 from bench.cli import main
 from bench.floor import FLOOR
 from bench.gate import Gate
 from bench.measure import clock_for
 from bench.registry import Unsupported
-from bench.train import measure
+from bench.render import _apart
+from bench.summary import sentences
 from bench.worker import Worker
 from fused_infonce import gs_infonce
 from fused_infonce.testing import embeddings, exact, relative_errors
@@ -224,8 +228,13 @@ def test_the_exact_answer_is_that_of_the_reference(options):
 
 @pytest.mark.parametrize("trainer", ["simcse.train", "st-cached-mnrl"])
 def test_training_steps(trainer):
-    spec = {"trainer": trainer, "batch": 4, "mini_batch": 2, "steps": 1, "dtype": "fp32", "device": "cpu"}
-    row = measure(spec | {"model": "minilm", "train_file": None}, limit=120)
+    worker = Worker(silent=True)
+    case = {"N": 4, "mini_batch": 2, "steps": 1}
+    try:
+        events = list(worker.run({"job": "train", "case": case, "candidates": [trainer], "seconds": 0}, 240))
+    finally:
+        worker.stop()
+    (row,) = (event for event in events if event["event"] == "result")
     assert row["status"] == "ok", row
     assert row["sentences_per_second"] == pytest.approx(4e3 / row["ms"]["median"])
     assert row["mib"] > 0
@@ -245,7 +254,7 @@ def test_tuning_finds_the_fastest_and_leaves_out_what_fails():
         made()
         return cost[calls[-1]]
 
-    *_, (_, ranked) = tune.search(["a", "broken", "b", "c", "d"], step, clock)
+    ranked = tune.search(["a", "broken", "b", "c", "d"], step, clock)
     assert [setting for setting, _ in ranked] == ["b", "c"]
     assert calls.count("d") < calls.count("b")
 
@@ -267,7 +276,7 @@ def test_tuning_the_kernels():
     assert [one.what for one in found] == ["similarity", "ratios", "products"]
     for one in found:
         assert "settings.py" in one.where
-        *_, (_, ranked) = tune.search(one.settings, one.step, clock_for("cpu"), rounds=1)
+        ranked = tune.search(one.settings, one.step, clock_for("cpu"), rounds=1)
         assert ranked
 
 
@@ -280,14 +289,14 @@ def fake(N, ms, candidate="ours-torch", **more):
 
 
 def test_growth_is_time_over_the_size_of_the_matrix():
-    table = report.growth([fake(2048, 10.0), fake(4096, 44.0, of_floor=1.25), fake(8192, 160.0)])
+    table = tables.growth([fake(2048, 10.0), fake(4096, 44.0, of_floor=1.25), fake(8192, 160.0)])
     assert [row[-2] for row in table.rows] == ["1.00", "1.10", "1.00"]
     assert [row[-1] for row in table.rows] == ["–", "1.25×", "–"]
 
 
 def test_ratios_are_of_one_case():
     rows = [fake(64, 3.0), fake(64, 2.0, "naive"), fake(64, 1.0, FLOOR), fake(64, 6.0, "st-mnrl", loss="InfoNCE")]
-    (line,) = report.ratios(rows).rows
+    (line,) = tables.ratios(rows).rows
     assert line[3:] == ["3.00×", "1.50×", "–", "0.50× (st-mnrl)"]
 
 
@@ -298,9 +307,71 @@ def test_a_disturbed_run_says_so(p80, warned, tmp_path):
     head = {"machine": {"cpu": "", "capability": "", "threads": 1}, "versions": {"torch": "", "python": ""}}
     head |= {"commit": "", "started": "", "suite": "", "complete": True}
     documents = {"loss": head | {"rows": [fake(64, 2.0), floor]}}
-    report.write(documents, report.sections(documents), tmp_path, None)
+    report.write(documents, sections.make(documents), tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert ("in 1 of 1 cases the bare products' own" in text) == warned
+
+
+def block(name):
+    return f"<!-- bench: begin {name} (python -m bench report) -->\n{report.END}\n"
+
+
+def test_a_page_takes_the_blocks_that_it_names(run, tmp_path, capsys):
+    page = tmp_path / "docs" / "page.md"
+    page.parent.mkdir()
+    names = ("summary", "pictures", "time", "memory", "error", "train")
+    page.write_text("a\n" + "\nb\n".join(map(block, names)) + "c\n")
+    main(["report", str(run[0]), "--readme", str(page)])
+    parts = [text for _, _, text in report.BLOCK.findall(page.read_text())]
+    assert "Accuracy: at the stage trained, N = 16" in parts[0]
+    assert parts[0].replace("- ", "") in capsys.readouterr().out
+    assert "readme-error.png" not in parts[1]  # of bf16, which was not measured
+    assert "| fp32 one-way N=32 D=16 |" in parts[2]
+    assert (page.parent / re.search(r"\]\((.*error.png)\)", parts[4])[1]).is_file()
+    assert not parts[5]
+    page.write_text(block("nonsense"))
+    with pytest.raises(SystemExit):
+        main(["report", str(run[0]), "--readme", str(page)])
+    assert "a block named nonsense; known are error, floor" in capsys.readouterr().err
+
+
+def accuracy_rows(errors):
+    facts = Case(512, 768, dtype="bf16", regime="trained").as_dict()
+    found = {name: facts | {"candidate": name, "status": "ok", "errors": {"dq": e}} for name, e in errors.items()}
+    return {"accuracy": {"rows": list(found.values())}}
+
+
+def test_sentences_name_the_size_the_ratio_and_the_opponent():
+    (said,) = sentences(accuracy_rows({"ours-torch": 1e-3, "naive": 0.2, "st-mnrl": 1e-4, "pml-ntxent": 0.1}))
+    assert said == (
+        "Accuracy: at the stage trained, N = 512, D = 768 in bf16, the gradient of ours-torch has a relative "
+        "error of 1.0e-03, 200× smaller than naive (2.0e-01) and 10× larger than the best other candidate, st-mnrl"
+        " (1.0e-04)."
+    )
+    rows = [fake(n, ms, name) for n, ms, name in [(64, 3.0, "ours-torch"), (64, 2.0, "naive"),
+            (4096, 10.0, "ours-torch"), (4096, 25.0, "naive"), (4096, 12.0, "naive-compile")]]  # fmt: skip
+    (said,) = sentences({"loss": {"rows": rows}})
+    assert "at N = 4,096, D = 256 in fp32 ours-torch takes 10 ms, 2.50× faster than naive (25 ms)" in said
+    assert "1.20× faster than naive-compile (12 ms); at N = 64 it is 1.50× slower than naive (2 ms)." in said
+
+
+def test_names_of_lines_are_apart_and_near_their_lines():
+    assert _apart([0.2, 0.5], 0.1) == [0.2, 0.5]
+    assert _apart([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.4, 0.5, 0.6])
+    assert _apart([0.3, 0.98, 1.0], 0.1) == pytest.approx([0.2, 0.9, 1.0], abs=0.11)
+    assert max(_apart([0.98, 1.0], 0.1)) <= 1
+
+
+def test_the_pictures_of_the_readme_have_one_size(tmp_path):
+    documents = results.read(ROOT / "bench" / "results")
+    sizes = {Image.open(chart.draw(tmp_path)).size for chart in sections.readme_charts(documents)}
+    assert len(list(tmp_path.iterdir())) == 2
+    assert len(sizes) == 1
+
+
+def test_blocks_without_a_name_have_eight_rows_at_most():
+    for section in sections.make(results.read(ROOT / "bench" / "results")):
+        assert not section.unnamed or len((section.short or section.table).rows) <= 8
 
 
 def test_the_readme_takes_the_section_between_its_marks(run, tmp_path, capsys):
@@ -375,7 +446,8 @@ def test_no_suite_measures_a_case_twice_or_a_smaller_one_after_it_was_given_up(s
             assert len(set(entry.cases)) == len(entry.cases)
             lines = {}
             for case in entry.cases:
-                line = (case.D, case.mode, case.dtype, case.noise > 0, case.negatives > 0, case.regime)
+                line = (case.D, case.mode, case.dtype, case.noise > 0, case.negatives > 0)
+                line += (case.regime, case.temperature)
                 assert lines.get(line, 0) < case.N
                 lines[line] = case.N
 
@@ -402,6 +474,57 @@ def test_a_retrieval_model_at_its_own_temperature(tmp_path):
 @pytest.mark.parametrize("suite", suites.SUITES)
 def test_every_suite_holds_the_retrieval_regime(job, suite):
     assert any(case.regime == "retrieval" for entry in getattr(suites, job)(suite, "cpu") for case in entry.cases)
+
+
+@pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="needs torch 2.13")
+@pytest.mark.parametrize("job", ["loss", "memory", "accuracy"])
+@pytest.mark.parametrize("suite", ["standard", "paper"])
+def test_torch_s_chunked_cross_entropy_is_in_every_suite(job, suite):
+    entries = [e for e in getattr(suites, job)(suite, "cpu") if "torch-linear-ce" not in e.without]
+    assert any(e.candidates is None for e in entries)
+    assert "torch-linear-ce" in load()
+
+
+def test_small_temperatures_and_a_larger_workspace_are_measured():
+    entries = list(suites.loss("standard", "cpu"))
+    cases = [
+        case for entry in entries for case in entry.cases if (case.N, case.D, case.regime) == (4096, 384, "random")
+    ]
+    assert {case.temperature for case in cases} == {1e-3, 2e-3, 5e-3, 0.01, 0.05}
+    symmetric = [e for e in entries if e.candidates and "ours-256MiB" in e.candidates]
+    assert {(c.N, c.D, c.mode) for e in symmetric for c in e.cases} == {(4096, 768, "symmetric")}
+    case = Case(48, 16, "symmetric")
+    Gate(case, "cpu").check(load()["ours-256MiB"], load()["ours-256MiB"].loss_for(case))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only where there is no GPU")
+@pytest.mark.parametrize(
+    "name", ["memeff", "memeff-qwen3", "memeff-matryoshka", "liger", "cce", "quack", "inf-cl"]
+)
+def test_peers_that_need_a_gpu_are_skipped_with_the_reason(name):
+    peer = load()[name]
+    with pytest.raises(Unsupported, match="needs CUDA"):
+        peer.loss_for(Case(16, 512, peer.modes[0], "bf16"))
+
+
+@pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="needs torch 2.13")
+def test_torch_s_chunked_cross_entropy_stores_no_matrix(monkeypatch):
+    """Its dense form, which ignores the options, would call F.cross_entropy on all of the logits."""
+    case = Case(512, 64)
+    batch, called = make_batch(case, "cpu"), []
+    monkeypatch.setattr(F, "linear", lambda *args: called.append(args))
+    largest = [0]
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            largest[0] = max([largest[0], *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+            return out
+
+    with Largest():
+        run_step(load()["torch-linear-ce"].loss_for(case), batch, case, "cpu")
+    assert not called
+    assert 0 < largest[0] <= 512 * 512 // 2
 
 
 @pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="needs torch 2.13")
