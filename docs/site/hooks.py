@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
 COPIED = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE", "CITATION.cff")
 COPIED += ("bench/results/**/*.png", "bench/results/**/*.md")
 COPIED += ("experiments/results/**/*.png", "experiments/results/**/*.md")
+ELSEWHERE = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^\s\"'>]+")
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
@@ -31,3 +33,13 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Rewrites links between ``docs/`` and the root, which are one folder in the site, and links to examples."""
     markdown = re.sub(r"\]\((?:\.\./|docs/)(?=\w)", "](", markdown)
     return re.sub(r"\]\((examples/\w+)\.py\)", r"](\1.md)", markdown)
+
+
+def on_post_build(*, config: MkDocsConfig) -> None:
+    """Raises where a page would load a script, a style or a picture from another host."""
+    loads = re.compile(
+        r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^\s\"'>]+", re.IGNORECASE
+    )
+    for page in sorted(Path(config.site_dir).rglob("*.html")):
+        if found := ELSEWHERE.search(page.read_text(encoding="utf-8")):
+            raise PluginError(f"{page.relative_to(config.site_dir)} loads from another host: {found[0]}")
