@@ -37,9 +37,6 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def on_post_build(*, config: MkDocsConfig) -> None:
     """Raises where a page would load a script, a style or a picture from another host."""
-    loads = re.compile(
-        r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=[\"']?(?:https?:)?//[^\s\"'>]+", re.IGNORECASE
-    )
     for page in sorted(Path(config.site_dir).rglob("*.html")):
         if found := ELSEWHERE.search(page.read_text(encoding="utf-8")):
             raise PluginError(f"{page.relative_to(config.site_dir)} loads from another host: {found[0]}")
