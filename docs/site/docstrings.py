@@ -1,7 +1,8 @@
-"""A griffe extension: reStructuredText in docstrings as the Markdown that the site shows."""
+"""A griffe extension: what docstrings and signatures need to be shown in Markdown."""
 
 from __future__ import annotations
 
+import pydoc
 import re
 import textwrap
 from typing import Any
@@ -22,6 +23,13 @@ class Docstrings(griffe.Extension):
         if obj.docstring:
             text = FORMULA.sub(_formula, obj.docstring.value)
             obj.docstring.value = ROLE.sub(_link, text)
+
+    def on_function(self, *, func: griffe.Function, **_: Any) -> None:
+        """Writes out a type that has a name of ours, such as ``Reduction``, which is shown as "Literal" else."""
+        for parameter in func.parameters:
+            if getattr(parameter.annotation, "canonical_path", "") in ("typing.Literal", "typing.Union"):
+                meaning = getattr(pydoc.locate(func.module.path), str(parameter.annotation), parameter.annotation)
+                parameter.annotation = re.sub(r"\b(?:[a-z_]\w*\.)+", "", str(meaning))
 
 
 def _formula(found: re.Match[str]) -> str:
