@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import pydoc
 import re
 import textwrap
+import typing
 from typing import Any
 
 import griffe
@@ -25,11 +27,22 @@ class Docstrings(griffe.Extension):
             obj.docstring.value = ROLE.sub(_link, text)
 
     def on_function(self, *, func: griffe.Function, **_: Any) -> None:
-        """Writes out a type that has a name of ours, such as ``Reduction``, which is shown as "Literal" else."""
+        """Shows the signature that a function has at run time, and the meaning of a type's name of ours."""
+        signature = getattr(pydoc.locate(func.path), "__signature__", None)
+        if signature:
+            func.parameters = griffe.Parameters(*map(_parameter, signature.parameters.values()))
         for parameter in func.parameters:
-            if getattr(parameter.annotation, "canonical_path", "") in ("typing.Literal", "typing.Union"):
-                meaning = getattr(pydoc.locate(func.module.path), str(parameter.annotation), parameter.annotation)
-                parameter.annotation = re.sub(r"\b(?:[a-z_]\w*\.)+", "", str(meaning))
+            if isinstance(parameter.annotation, griffe.ExprName) or str(parameter.annotation).isidentifier():
+                meaning = getattr(pydoc.locate(func.module.path), str(parameter.annotation), None)
+                if typing.get_origin(meaning):
+                    parameter.annotation = re.sub(r"\b(?:[a-z_]\w*\.)+", "", str(meaning))
+
+
+def _parameter(p: inspect.Parameter) -> griffe.Parameter:
+    default = None if p.default is p.empty else getattr(p.default, "__name__", repr(p.default))
+    annotation = None if p.annotation is p.empty else str(p.annotation)
+    kind = griffe.ParameterKind(p.kind.description)
+    return griffe.Parameter(p.name, annotation=annotation, kind=kind, default=default)
 
 
 def _formula(found: re.Match[str]) -> str:
