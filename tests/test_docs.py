@@ -14,6 +14,7 @@ import pytest
 from test_console import PROGRAMS
 from test_simcse_model import make_tiny_model
 
+from fused_infonce import __version__
 from simcse.dataset import shipped
 
 ROOT = Path(__file__).parents[1]
@@ -104,7 +105,7 @@ def test_every_shell_line_is_a_command_that_test_console_parses(block):
         assert "..." not in line, f"{line}: test_console leaves it out"
 
 
-# ------------------------------------------------------------------ the README
+# ------------------------------------------------------------------ the README, and the release
 
 
 def test_the_readme_fits_two_hundred_lines_and_its_generated_tables_eight_rows():
@@ -158,3 +159,16 @@ def test_relative_links_lead_to_files():
         links = re.findall(r"\]\(([^)#:\s]+)(?:#[\w-]*)?\)", FENCE.sub("", text))
         for link in [*links, *re.findall(r'src="([^":]+)"', text)]:
             assert (ROOT / page).parent.joinpath(link).exists(), f"{page}: {link}"
+
+
+def test_the_release_has_one_version():
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(
+        rf"^## {re.escape(__version__)} \(", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+
+
+def test_every_page_is_in_the_sites_navigation():
+    settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in PAGES:
+        assert f": {page.removeprefix('docs/')}\n" in settings, page
