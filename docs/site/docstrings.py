@@ -15,6 +15,7 @@ from latex2mathml.converter import convert
 import fused_infonce
 
 FORMULA = re.compile(r"^\.\. math::\n((?:(?:[ \t]+.*)?\n)+)", re.MULTILINE)
+NAMES = re.compile(r"^(    \w[\w, ]*,)\n +(?=\w[\w, ]*:)", re.MULTILINE)  # of several arguments, on two lines
 ROLE = re.compile(r":(?:func|class|meth|mod):`~?([\w.]+)`")
 
 
@@ -23,8 +24,8 @@ class Docstrings(griffe.Extension):
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring:
-            text = FORMULA.sub(_formula, obj.docstring.value)
-            obj.docstring.value = ROLE.sub(_link, text)
+            text = FORMULA.sub(_formula, inspect.cleandoc(obj.docstring.value))
+            obj.docstring.value = ROLE.sub(_link, NAMES.sub(r"\1 ", text))
 
     def on_function(self, *, func: griffe.Function, **_: Any) -> None:
         """Shows the signature that a function has at run time, and the meaning of a type's name of ours."""

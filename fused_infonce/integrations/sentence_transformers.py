@@ -155,8 +155,8 @@ class FusedMultipleNegativesRankingLoss(_Fused, MultipleNegativesRankingLoss):  
     """``MultipleNegativesRankingLoss`` without the matrix of scores, exact for trained models.
 
     Args:
-        model, scale, similarity_fct, gather_across_devices, directions, partition_mode: the library's, as are
-            ``hardness_mode`` and ``hardness_strength``. ``similarity_fct`` must be ``cos_sim``. ``directions`` may be
+        model, scale, similarity_fct, gather_across_devices, directions, partition_mode, hardness_mode,
+            hardness_strength: the library's. ``similarity_fct`` must be ``cos_sim``. Of ``directions`` it takes
             ``("query_to_doc",)``, that with ``"query_to_query"``, and ``("query_to_doc", "doc_to_query")`` with
             ``partition_mode="per_direction"``. Hardness in the first of these: ``"all_negatives"``, and of pairs
             ``"in_batch_negatives"``.
