@@ -15,4 +15,4 @@ __all__ = [
     "info_nce",
     "uniformity",
 ]
-__version__ = "0.1.0"  # pyproject.toml reads it from here
+__version__ = "0.2.0"  # pyproject.toml reads it from here
