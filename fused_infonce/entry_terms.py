@@ -27,7 +27,7 @@ class Limits:
 @dataclass(slots=True, eq=False)
 class EntryTerms:
     bias: float = 0.0  # log-weight of every column
-    num_positives: int = 0  # columns [0, N): column i is row i's positive, masked
+    num_positives: int = 0  # columns [0, N): column i is row i's positive (or the row itself), masked
     num_negatives: int = 0  # columns [N, N + H): hard negatives
     own_bias: float = 0.0  # log-weight of column N + hN + i in row i
     row_ids: Tensor | None = None  # (N,)

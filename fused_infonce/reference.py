@@ -46,6 +46,31 @@ def reference_loss(call: Call) -> Tensor:
     return reduced.to(torch.promote_types(call.dtype, torch.float32))
 
 
+def reference_logsumexp(call: Call) -> Tensor:
+    """The log-sum-exp over the columns of every row, (N,); computed as ``reference_loss`` is."""
+    options, similar = call.options, call.options.similar
+    rows, _, columns, _ = call.inputs
+    assert columns is not None
+    s = unit_rows(rows, torch.float64) @ unit_rows(columns, torch.float64).T  # (N, T)
+    tau = torch.as_tensor(call.temperature, dtype=torch.float64, device=s.device).reshape(())
+    kappa = torch.where(tau > 0, 1 / tau, math.nan)
+    left_out = torch.zeros_like(s, dtype=torch.bool)
+    if options.exclude_diagonal:
+        left_out.fill_diagonal_(True)
+    if options.ids is not None and options.negative_ids is not None:
+        left_out |= options.ids[:, None] == options.negative_ids[None, :]
+    if similar is not None:
+        scores = s
+        if similar.guide is not None:
+            guide_rows, guide_columns = (unit_rows(x, torch.float64) for x in similar.guide)
+            scores = guide_rows @ guide_columns.T
+        left_out |= scores > (similar.threshold if similar.limit is None else similar.limit)
+    z = kappa * s + options.hardness * s.detach() + 0 * columns.double().sum()  # NaN of a column left out shows, too
+    empty = left_out.all(1)
+    sums = z.masked_fill(left_out & ~empty[:, None], -math.inf).logsumexp(1)
+    return sums.masked_fill(empty, -math.inf).to(torch.promote_types(call.dtype, torch.float32))
+
+
 def _direction(
     q: Tensor,  # (N, D), unit rows
     columns: Tensor,  # (T, D)
