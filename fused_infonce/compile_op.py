@@ -170,7 +170,7 @@ def _call(*args: Any) -> tuple[Call, NeedsGrad]:
     tensors, (varying, changing) = args[: len(_TENSORS)], args[len(_TENSORS) : len(_TENSORS) + 2]
     given = dict(zip(_TENSORS, tensors, strict=True))
     values = args[len(_TENSORS) + 2 :]
-    options: dict[str, Any] = dict(zip((*_NUMBERS, *_PLAIN), values[: -_LAST], strict=True))
+    options: dict[str, Any] = dict(zip((*_NUMBERS, *_PLAIN), values[:-_LAST], strict=True))
     if varying is not None:
         options |= zip(changing.split(","), varying.tolist(), strict=True)
     if given["tau"] is not None:

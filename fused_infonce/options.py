@@ -36,8 +36,8 @@ class Similar:
 class Options(LossConfig):
     """A config with the facts of one call; ``num_noise`` is M as it is used, 0 without noise.
 
-    A call without positives (``cosine_logsumexp``) is the decoupled loss of rows whose positive has cosine 0 and is
-    not a column: log R_i is then the logarithm of the sum itself.
+    A call without positives (``cosine_logsumexp``) is the decoupled loss of rows whose positive has cosine 0 and
+    is not a column: log R_i is then the logarithm of the sum itself.
     """
 
     counts: Counts  # N, H and Q of this rank

@@ -21,6 +21,7 @@ def reference_loss(call: Call) -> Tensor:
     """The loss in nats, (N,) or reduced to 0-dim; computed in float64, float32 out unless an input is float64."""
     options = call.options
     anchors, positives, negatives, queue = call.inputs
+    assert positives is not None
     noise = call.noise_rows
     if options.seed is not None:
         noise = sample_all(options.seed, options.num_noise, anchors.shape[1], anchors.device)
@@ -64,8 +65,12 @@ def reference_logsumexp(call: Call) -> Tensor:
         if similar.guide is not None:
             guide_rows, guide_columns = (unit_rows(x, torch.float64) for x in similar.guide)
             scores = guide_rows @ guide_columns.T
-        left_out |= scores > (similar.threshold if similar.limit is None else similar.limit)
-    z = kappa * s + options.hardness * s.detach() + 0 * columns.double().sum()  # NaN of a column left out shows, too
+        limit = similar.threshold if similar.limit is None else similar.limit
+        assert limit is not None
+        left_out |= scores > limit
+    z = (
+        kappa * s + options.hardness * s.detach() + 0 * columns.double().sum()
+    )  # NaN of a column left out shows, too
     empty = left_out.all(1)
     sums = z.masked_fill(left_out & ~empty[:, None], -math.inf).logsumexp(1)
     return sums.masked_fill(empty, -math.inf).to(torch.promote_types(call.dtype, torch.float32))

@@ -217,9 +217,7 @@ def resolve_among(group: ProcessGroup, resolver: Callable[..., Call], **argument
         "noise": options.noise_kind,
         "whether there are positives": options.paired,
         "whether ids are given": options.ids is not None,
-        "whether negative_ids are given": (
-            None if call.inputs[2] is None else options.negative_ids is not None
-        ),
+        "whether negative_ids are given": (None if call.inputs[2] is None else options.negative_ids is not None),
         **{f"whether {name} need a gradient": need for name, need in needs.items()},
         "whether anything needs a gradient": any(needs.values()),
     }

@@ -94,7 +94,9 @@ def test_compiled(name):
 
     leaves = [z.requires_grad_() for z in (x, y, torch.tensor(0.3))]
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(*leaves)
-    for a, b in zip(torch.autograd.grad(compiled, leaves), torch.autograd.grad(step(*leaves), leaves), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(compiled, leaves), torch.autograd.grad(step(*leaves), leaves), strict=True
+    ):
         assert relative_error(a, b) < 1e-6
 
 

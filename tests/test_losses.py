@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import dense_losses as dense
 import pytest
@@ -48,7 +49,13 @@ CASES = {
     "llave": (
         lambda q, d, n: losses.llave(q, d, n, temperature=TAU),
         lambda q, d, n: dense.gte(
-            q, d, n, tau=TAU, directions=["query_to_doc"], hardness_mode="in_batch_negatives", hardness_strength=9.0
+            q,
+            d,
+            n,
+            tau=TAU,
+            directions=["query_to_doc"],
+            hardness_mode="in_batch_negatives",
+            hardness_strength=9.0,
         ),
         (Q, P, NEGATIVES),
     ),
@@ -116,12 +123,26 @@ def test_the_formula(name, most, monkeypatch):
     compare(*CASES[name])
 
 
+def test_matryoshka_is_the_sum_over_prefixes():
+    dims, weights = (4, 8, 16), (0.5, 1.0, 2.0)
+    ours = partial(losses.matryoshka(info_nce, dims, weights), temperature=TAU)
+    compare(ours, partial(dense.matryoshka, tau=TAU, dims=dims, weights=weights), (Q, P))
+    cut = [x[..., :4] for x in (Q, P, NEGATIVES)]
+    both = losses.matryoshka(losses.qwen3_embedding, (4, D))(Q, P, negatives=NEGATIVES)
+    assert relative_error(both, losses.qwen3_embedding(Q, P, NEGATIVES) + losses.qwen3_embedding(*cut)) < 1e-12
+    queue = rows(5, D, seed=8)
+    short = losses.matryoshka(info_nce, (4,))(Q, P, queue=queue, ids=LABELS)
+    assert torch.equal(short, info_nce(*cut[:2], queue=queue[:, :4], ids=LABELS))
+
+
 DIRECTIONS = [
     ("query_to_doc", *others)
     for n in range(4)
     for others in itertools.combinations(("query_to_query", "doc_to_query", "doc_to_doc"), n)
 ]
-PARTITIONS = [(d, "joint") for d in DIRECTIONS] + [(d, "per_direction") for d in (("query_to_doc", "doc_to_query"),)]
+PARTITIONS = [(d, "joint") for d in DIRECTIONS] + [
+    (d, "per_direction") for d in (("query_to_doc", "doc_to_query"),)
+]
 
 
 @pytest.mark.parametrize("mode", [None, "in_batch_negatives", "hard_negatives", "all_negatives"])
@@ -133,7 +154,9 @@ def test_gte_in_every_combination(directions, partition_mode, mode):
     }  # fmt: skip
     for given in ((Q, P), (Q, P, NEGATIVES)):
         compare(
-            lambda *x: losses.gte(*x, temperature=TAU, **chosen), lambda *x: dense.gte(*x, tau=TAU, **chosen), given
+            lambda *x: losses.gte(*x, temperature=TAU, **chosen),
+            lambda *x: dense.gte(*x, tau=TAU, **chosen),
+            given,
         )
 
 
@@ -194,6 +217,10 @@ def test_compiled_without_a_break():
         (lambda: losses.hcl(Q, P, beta=0.0), "beta must be > 0"),
         (lambda: losses.debiased(Q, P, tau_plus=1.0), "tau_plus must be a probability"),
         (lambda: losses.supcon(Q, LABELS, group="world"), "supcon supports a single process only"),
+        (lambda: losses.matryoshka(info_nce, (4, 32))(Q, P), "dims must be at most the embeddings' 16 features"),
+        (lambda: losses.matryoshka(info_nce, ()), "dims must be positive integers"),
+        (lambda: losses.matryoshka(info_nce, (4, 8), (1.0,)), "weights must have one number for each of the 2"),
+        (lambda: losses.gistembed(Q, P, guide=TEACHER, margin_strategy="both"), "margin_strategy must be"),
     ],
 )
 def test_errors_name_the_argument(call, message):

@@ -51,8 +51,8 @@ def hcl(
 ) -> Tensor:
     r"""Hard negatives by importance weights (Robinson et al., ICLR 2021, arXiv:2010.04592, equations 4 to 6).
 
-    As :func:`debiased`, R_i/n replaced by Σ_j w_ij e^{(s_ij − s_ii)/τ} / Σ_j w_ij, w_ij = e^{β s_ij/τ}. The weights
-    have their gradient, as in the authors' code. Both sums are log-sum-exps, at τ/(1 + β) and at τ/β.
+    As :func:`debiased`, R_i/n replaced by Σ_j w_ij e^{(s_ij − s_ii)/τ} / Σ_j w_ij, w_ij = e^{β s_ij/τ}. The
+    weights have their gradient, as in the authors' code. Both sums are log-sum-exps, at τ/(1 + β) and at τ/β.
 
     anchors, positives: (N, D), N >= 2; beta: β > 0, the concentration. Cost: eight products.
     """

@@ -1,14 +1,14 @@
 """The losses of embedding models' reports: which pairs their denominators contain.
 
-s(x, y) is the cosine, sg(·) a value without gradient, and N the number of pairs of the batch. ``options`` are those
-of :func:`fused_infonce.cosine_logsumexp` that say where it is computed: ``group``, ``strategy``, ``backend``,
-``workspace_bytes``, ``min_temperature``. With a group the columns are those of all ranks, and each rank returns the
-mean over its own anchors.
+s(x, y) is the cosine, sg(·) a value without gradient, and N the number of pairs of the batch. ``options`` are
+those of :func:`fused_infonce.cosine_logsumexp` that say where it is computed: ``group``, ``strategy``,
+``backend``, ``workspace_bytes``, ``min_temperature``. With a group the columns are those of all ranks, and each
+rank returns the mean over its own anchors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from ..functional import cosine_logsumexp, info_nce
 from .terms import contrast, log_add, own_negatives, pair_cosines, reducible, row_numbers
 
+Sums = Callable[..., Tensor]  # cosine_logsumexp with some of its options
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 HARDNESS_MODES = (None, "in_batch_negatives", "hard_negatives", "all_negatives")
 
@@ -57,7 +58,8 @@ def gte(
     Cost: four products of the similarity matrix for each direction.
     """
     check_gte(directions, partition_mode, hardness_mode, hardness_strength)
-    own, sums = row_numbers(queries, options), partial(cosine_logsumexp, temperature=temperature, **options)
+    own = row_numbers(queries, options)
+    sums: Sums = partial(cosine_logsumexp, temperature=temperature, **options)
     pool, owners = _with_negatives(documents, negatives, own)
     make = {
         "query_to_doc": lambda: _queries_to_documents(
@@ -107,7 +109,7 @@ def _with_negatives(documents: Tensor, negatives: Tensor | None, own: Tensor) ->
 def _queries_to_documents(
     queries: Tensor,
     pool: tuple[Tensor, Tensor, Tensor, Tensor | None],  # documents, the queries' ids, the documents', negatives
-    sums: Any,
+    sums: Sums,
     temperature: float | Tensor,
     mode: str | None,
     strength: float,
@@ -115,7 +117,7 @@ def _queries_to_documents(
     documents, own, owners, negatives = pool
     if negatives is None or strength == 0 or mode in (None, "all_negatives"):
         strength = 0.0 if mode in (None, "hard_negatives") else strength
-        return sums(queries, documents, exclude_diagonal=True, hardness=strength)  # type: ignore[no-any-return]
+        return sums(queries, documents, exclude_diagonal=True, hardness=strength)
     in_batch, of_own = (strength, 0.0) if mode == "in_batch_negatives" else (0.0, strength)
     others = sums(queries, documents, row_ids=own, column_ids=owners, hardness=in_batch)
     return log_add(others, own_negatives(queries, negatives, temperature, hardness=of_own))
@@ -151,8 +153,8 @@ def qwen3_embedding(
     """
     positive = pair_cosines(queries, documents)
     limit = None if margin is None else positive.detach() + margin
-    sums = partial(cosine_logsumexp, temperature=temperature, filter_threshold=limit, **options)
-    same = {"row_ids": ids, "column_ids": ids, "exclude_diagonal": True}
+    sums: Sums = partial(cosine_logsumexp, temperature=temperature, filter_threshold=limit, **options)
+    same: dict[str, Any] = {"row_ids": ids, "column_ids": ids, "exclude_diagonal": True}
     terms = [sums(queries, documents, **same), sums(queries, queries, exclude_diagonal=True)]
     if doc_to_doc:
         terms.append(sums(documents, documents, **same))
@@ -186,7 +188,13 @@ def embedding_gemma(
     """
     terms = [
         cosine_logsumexp(
-            queries, documents, temperature=temperature, exclude_diagonal=True, row_ids=ids, column_ids=ids, **options
+            queries,
+            documents,
+            temperature=temperature,
+            exclude_diagonal=True,
+            row_ids=ids,
+            column_ids=ids,
+            **options,
         )
     ]
     if negatives is not None:
@@ -222,6 +230,52 @@ def llave(
     )  # fmt: skip
 
 
+@reducible
+def gistembed(
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor | None = None,
+    *,
+    guide: Sequence[Tensor],
+    temperature: float | Tensor = 0.01,
+    margin: float = 0.0,
+    margin_strategy: str = "absolute",
+    contrast_anchors: bool = True,
+    contrast_positives: bool = True,
+    **options: Any,
+) -> Tensor:
+    r"""GISTEmbed (Solatorio 2024, arXiv:2402.16829, equations 3 to 5), with sentence-transformers' margins.
+
+    .. math::
+        Z_i = e^{s(a_i, p_i)/\tau} + \sum_{j \ne i} m\, e^{s(a_i, p_j)/\tau} + \sum_j m\, e^{s(a_i, n_j)/\tau}
+            + \sum_j m\, e^{s(a_i, a_j)/\tau} + \sum_j m\, e^{s(p_i, p_j)/\tau}
+
+    and loss_i = −log(e^{s(a_i, p_i)/τ} / Z_i). The mask m is 0 where the guide's cosine g of the same pair
+    exceeds g_ii − ``margin``, or g_ii − |g_ii| ``margin`` with ``margin_strategy="relative"``, g_ii that of the
+    anchor and its positive.
+
+    Args:
+        anchors: (N, D). positives: (T, D), T >= N; the first N belong to the anchors. negatives: (H, D).
+        guide: the guide's embeddings of these inputs, in their order, (n, G) each.
+        contrast_anchors, contrast_positives: whether Z_i contains the last two sums.
+
+    Of one process. Cost: four products and the guide's two for each of the one to three sums.
+    """
+    if margin_strategy not in ("absolute", "relative"):
+        raise ValueError(f"margin_strategy must be 'absolute' or 'relative', not {margin_strategy!r}")
+    guide_anchors, guide_positives, *_ = guide
+    own, score = slice(0, len(anchors)), pair_cosines(guide_anchors, guide_positives[: len(anchors)])
+    limit = (score - margin * (1 if margin_strategy == "absolute" else score.abs())).detach()
+    sums: Sums = partial(cosine_logsumexp, temperature=temperature, filter_threshold=limit, **options)
+    columns = positives if negatives is None else torch.cat([positives, negatives])
+    terms = [sums(anchors, columns, exclude_diagonal=True, guide=(guide_anchors, torch.cat([*guide[1:]])))]
+    if contrast_anchors:
+        terms.append(sums(anchors, anchors, guide=(guide_anchors, guide_anchors)))
+    if contrast_positives:
+        terms.append(sums(positives[own], positives, guide=(guide_positives[own], guide_positives)))
+    return contrast(pair_cosines(anchors, positives[own]), temperature, *terms)
+
+
 def focal(
     queries: Tensor,
     documents: Tensor,
@@ -232,7 +286,8 @@ def focal(
 ) -> Tensor:
     r"""InfoNCE with the focal weight of KaLM-Embedding-V2 (Zhao et al. 2025, arXiv:2506.20923, section 3.2).
 
-    (1 − p_i)^γ (−log p_i), p_i = e^{s(q_i, d_i)/τ} / Σ_j e^{s(q_i, d_j)/τ}, with the weight's gradient (Lin et al.,
-    ICCV 2017, equation 4). queries, documents: (N, D); negatives: (H, D); options: of :func:`fused_infonce.info_nce`.
+    (1 − p_i)^γ (−log p_i), p_i = e^{s(q_i, d_i)/τ} / Σ_j e^{s(q_i, d_j)/τ}, with the weight's gradient (Lin et
+    al., ICCV 2017, equation 4). queries, documents: (N, D); negatives: (H, D); options: of
+    :func:`fused_infonce.info_nce`.
     """
     return info_nce(queries, documents, negatives, focal_gamma=gamma, **options)

@@ -51,8 +51,8 @@ def cross_entropy(
 ) -> Tensor:
     r"""Cross entropy over the cosines of rows and class vectors (NormFace, Wang et al. 2017, equation 6).
 
-    −log(e^{s(x_i, c_{y_i})/τ} / Σ_t e^{s(x_i, c_t)/τ}); rows x: (N, D); targets y: (N,) integers in [0, T); classes
-    c: (T, D). Of one process. Cost: four products of (N, T), which is never held.
+    −log(e^{s(x_i, c_{y_i})/τ} / Σ_t e^{s(x_i, c_t)/τ}); rows x: (N, D); targets y: (N,) integers in [0, T);
+    classes c: (T, D). Of one process. Cost: four products of (N, T), which is never held.
     """
     one_process_only("cross_entropy", options)
     numbers = torch.arange(len(classes), device=rows.device)
@@ -81,15 +81,18 @@ def soft_labels(
 
     (Hinton et al. 2015, arXiv:1503.02531; for embeddings TAS-B, Hofstätter et al. 2021). The KL divergence is less
     by the teacher's entropy, a constant: gradients are the same. queries (N, D), documents (T, D); the teacher's
-    (N, E) and (T, E), without gradient. Σ_j t_ij s_ij is q̂_i·Σ_j t_ij d̂_j, formed a chunk of rows at a time and again
-    in the backward: O(N·D) memory. Cost: four products and, of the teacher, two of (N, T, E) and three of (N, T, D).
+    (N, E) and (T, E), without gradient. Σ_j t_ij s_ij is q̂_i·Σ_j t_ij d̂_j, formed a chunk of rows at a time and
+    again in the backward: O(N·D) memory. Cost: four products and, of the teacher, two of (N, T, E) and three of
+    (N, T, D).
     """
     one_process_only("soft_labels", options)
     every = cosine_logsumexp(queries, documents, temperature=temperature, **options)
     dtype = torch.promote_types(queries.dtype, torch.float32)
     with torch.autocast(queries.device.type, enabled=False):
         q, d = unit_rows(queries, dtype), unit_rows(documents, dtype)
-        t_q, t_d = (unit_rows(x.detach(), dtype) / teacher_temperature**0.5 for x in (teacher_queries, teacher_documents))
+        t_q, t_d = (
+            unit_rows(x.detach(), dtype) / teacher_temperature**0.5 for x in (teacher_queries, teacher_documents)
+        )
         parts = t_q.split(max(1, CHUNK // len(d)))
         means = torch.cat([checkpoint(_attend, part, t_d, d, use_reentrant=False) for part in parts])  # (N, D)
         return every - (q * means).sum(1) / scalar(temperature)
@@ -100,12 +103,17 @@ def _attend(rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
 
 
 def clip(
-    images: Tensor, texts: Tensor, *, weights: Tensor | None = None, temperature: float | Tensor = 0.07, **options: Any
+    images: Tensor,
+    texts: Tensor,
+    *,
+    weights: Tensor | None = None,
+    temperature: float | Tensor = 0.07,
+    **options: Any,
 ) -> Tensor:
     r"""The loss of CLIP (Radford et al. 2021, arXiv:2103.00020, figure 3), with a weight per pair.
 
-    Σ_i w_i (ℓ_i^{image→text} + ℓ_i^{text→image}) / (2 Σ_i w_i); images, texts: (N, D); weights: (N,) >= 0, None for
-    1. options: of :func:`fused_infonce.info_nce`; with weights of one process.
+    Σ_i w_i (ℓ_i^{image→text} + ℓ_i^{text→image}) / (2 Σ_i w_i); images, texts: (N, D); weights: (N,) >= 0, None
+    for 1. options: of :func:`fused_infonce.info_nce`; with weights of one process.
     """
     if weights is None:
         return info_nce(images, texts, temperature=temperature, symmetric=True, **options)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import variants
+from ..distributed import mean_unit_row
 from ..kernels import noise, normalise, products, ratios, similarity
 from ..kernels.common import precision_of
 from ..kernels.settings import Settings, Tile, cdiv, default_settings, target_of
-from ..distributed import mean_unit_row
 from .backend import OnePassRows
 from .operands import (
     Accumulator,
@@ -130,7 +130,7 @@ class TritonBackend:
         )  # fmt: skip
         rows = [NormalizedRows(columns[0], r_k)] if paired else []
         start = pairs
-        for x in columns[len(rows):]:
+        for x in columns[len(rows) :]:
             part = slice(start, start + x.shape[0])
             r = self._normalise_rows(x, center_k, keys[part], None if grad_keys is None else grad_keys[part])
             rows.append(NormalizedRows(x, r))
