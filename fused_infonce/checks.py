@@ -62,12 +62,14 @@ def check_row_limits(name: str, limits: Tensor, N: int, device: torch.device) ->
 def check_row_and_column_ids(
     row_ids: Any, column_ids: Any, N: int, T: int, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Both as int64, contiguous."""
-    _check_ids("row_ids", row_ids, N, device)
-    _check_ids("column_ids", column_ids, T, device)
+    """Both as int64, contiguous; pairs of ids become (N, 2) and (T, 2)."""
+    row_ids = _check_ids("row_ids", row_ids, N, device, pairs=True)
+    column_ids = _check_ids("column_ids", column_ids, T, device, pairs=True)
     if (row_ids is None) != (column_ids is None):
         missing = "row_ids" if row_ids is None else "column_ids"
         raise ValueError(f"row_ids and column_ids are compared with each other, and {missing} is missing")
+    if row_ids is not None and row_ids.ndim != column_ids.ndim:
+        raise ValueError("row_ids and column_ids must both be one id per row, or both be pairs of ids")
     return tuple(None if x is None else x.long().contiguous() for x in (row_ids, column_ids))  # type: ignore[return-value]
 
 
@@ -123,8 +125,8 @@ def check_generator(generator: Any) -> None:
 def check_both_ids(
     ids: Any, negative_ids: Any, H: int | None, N: int, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Both as int64, contiguous; H: None without negatives."""
-    _check_ids("ids", ids, N, device)
+    """Both as int64, contiguous; H: None without negatives. A pair of ids becomes (N, 2)."""
+    ids = _check_ids("ids", ids, N, device, pairs=True)
     _check_ids("negative_ids", negative_ids, H or 0, device)
     if ids is None or negative_ids is None or H is None:
         if negative_ids is not None:
@@ -138,17 +140,24 @@ def check_both_ids(
     return ids.long().contiguous(), negative_ids.long().contiguous()
 
 
-def _check_ids(name: str, ids: Any, count: int, device: torch.device) -> None:
+def _check_ids(name: str, ids: Any, count: int, device: torch.device, pairs: bool = False) -> Tensor | None:
     if ids is None:
-        return
+        return None
+    if pairs and isinstance(ids, (tuple, list)):
+        if len(ids) != 2:
+            raise ValueError(f"{name} must be a tensor ({count},) or a pair of them, not {len(ids)} of them")
+        for i, x in enumerate(ids):
+            _check_ids(f"{name}[{i}]", x, count, device)
+        return torch.stack([x.long() for x in ids], 1)
     if not isinstance(ids, Tensor):
         raise TypeError(f"{name} must be an integer tensor ({count},), not {type(ids).__name__}")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"{name} must be an integer tensor ({count},), not {ids.dtype}")
     _check_dense(name, ids)
-    if ids.shape != (count,):
+    if ids.shape != (count,) and not (pairs and ids.shape == (count, 2)):
         raise ValueError(f"{name} must have shape ({count},), one id a row, not {_shape(ids)}")
     check_device(name, ids, device)
+    return ids
 
 
 def check_transforms(given: Iterable[Any]) -> None:

@@ -28,6 +28,7 @@ from .resolve import Call, Traced, autocast_dtype, resolve, resolve_without_posi
 from .smoothing import smoothing_term
 from .tiled.operands import NeedsGrad
 
+Ids = Tensor | tuple[Tensor, Tensor] | None
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -57,7 +58,7 @@ def compiled_loss(
     queue: Tensor | None,
     temperature: float | Tensor,
     noise: str | Tensor,
-    ids: Tensor | None,
+    ids: Ids,
     negative_ids: Tensor | None,
     **options: Any,  # the other arguments of gs_infonce
 ) -> Tensor:
@@ -70,7 +71,7 @@ def compiled_loss(
     options["temperature"] = None if tau is not None else temperature
     options["noise"] = noise if noise_rows is None else "sampled"
     inputs = (anchors, positives, negatives, queue, tau)
-    loss = _traced((*inputs, noise_rows, ids, negative_ids, seed, None, None, None), options)
+    loss = _traced((*inputs, noise_rows, _one_tensor(ids), negative_ids, seed, None, None, None), options)
     if not options["label_smoothing"]:
         return loss
     return loss + smoothing_term(
@@ -89,8 +90,8 @@ def compiled_logsumexp(
     columns: Tensor,
     *,
     temperature: float | Tensor,
-    row_ids: Tensor | None,
-    column_ids: Tensor | None,
+    row_ids: Ids,
+    column_ids: Ids,
     filter_threshold: float | Tensor | None,
     guide: Sequence[Tensor] | None,
     **options: Any,  # the other arguments of cosine_logsumexp
@@ -104,8 +105,14 @@ def compiled_logsumexp(
         "decoupled": True, "reduction": "none", "num_noise": 0,
     }  # fmt: skip
     defaults = {name: field.default for name, field in FIELDS.items()}
-    tensors = (rows, None, columns, None, tau, None, row_ids, column_ids, None, limits, *(guide or (None, None)))
+    ids = _one_tensor(row_ids), _one_tensor(column_ids)
+    tensors = (rows, None, columns, None, tau, None, *ids, None, limits, *(guide or (None, None)))
     return _traced(tensors, {**defaults, **options, **given})
+
+
+def _one_tensor(ids: Ids) -> Tensor | None:
+    """A pair of ids as (N, 2)."""
+    return torch.stack([x.long() for x in ids], 1) if isinstance(ids, (tuple, list)) else ids
 
 
 def _traced(tensors: tuple[Tensor | None, ...], options: dict[str, Any]) -> Tensor:

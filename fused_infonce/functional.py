@@ -35,7 +35,7 @@ def gs_infonce(
     noise: Literal["sampled", "expected"] | Tensor = "sampled",
     generator: torch.Generator | None = None,
     hard_negative_weight: float = 0.0,
-    ids: Tensor | None = None,
+    ids: Tensor | tuple[Tensor, Tensor] | None = None,
     negative_ids: Tensor | None = None,
     symmetric: bool = False,
     reduction: Reduction = "mean",
@@ -85,8 +85,10 @@ def gs_infonce(
             ``torch.manual_seed`` reproduces a call. Backends need not draw the same bits.
         hard_negative_weight: natural logarithm of the weight of an anchor's *own* hard negatives, the columns j of
             ``negatives`` with j mod N == i (H must be a multiple of N then).
-        ids: (N,) integers; a column with the anchor's id is no negative for it (duplicates in the batch).
-        negative_ids: (H,) integers, the same for the hard negatives; None masks none of them.
+        ids: (N,) integers; a column with the anchor's id is not a negative of it (duplicates in the batch). A
+            pair of these, of the anchors and of the positives, masks column j where either equals row i's.
+        negative_ids: (H,) integers, the same for hard negatives, compared with ``ids``, of a pair with those of
+            the positives; None masks none of them.
         symmetric: mean of both directions (CLIP). Hard negatives and queue act in the anchor → positive direction
             only, noise in both.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (N,).
@@ -187,8 +189,8 @@ def cosine_logsumexp(
     *,
     temperature: float | Tensor = 0.05,
     min_temperature: float | None = None,
-    row_ids: Tensor | None = None,
-    column_ids: Tensor | None = None,
+    row_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    column_ids: Tensor | tuple[Tensor, Tensor] | None = None,
     exclude_diagonal: bool = False,
     filter_threshold: float | Tensor | None = None,
     guide: Sequence[Tensor] | None = None,
@@ -212,7 +214,8 @@ def cosine_logsumexp(
         rows: (N, D), any strides; float64, float32, bfloat16 or float16 (mixed dtypes are promoted).
         columns: (T, D); may be the same tensor as ``rows``.
         temperature, min_temperature: as in :func:`gs_infonce`.
-        row_ids, column_ids: (N,) and (T,) integers; a column whose id is the row's is left out of its sum.
+        row_ids, column_ids: (N,) and (T,) integers; a column whose id is the row's is left out of its sum. Or a
+            pair of each: a column is left out where either of its two ids is the row's.
         exclude_diagonal: leave column i out of row i's sum (i < min(N, T); with a group: of this rank's columns).
         filter_threshold: columns whose cosine exceeds it are left out: a number, or a tensor (N,), one limit per
             row, which gets no gradient. A margin m over a positive is ``positive_cosine.detach() + m``.

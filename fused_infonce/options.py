@@ -20,6 +20,9 @@ _EXPONENT_TOP = 75.0
 _EXPONENT_SPAN = 162.0
 
 
+NO_ID = torch.iinfo(torch.int64).min  # of what has none, equal to no row's
+
+
 @dataclass(slots=True, eq=False)
 class Similar:
     """Column j does not count as a negative of row i where score_ij > min(score_ii + margin, threshold), of those
@@ -44,7 +47,7 @@ class Options(LossConfig):
     noise_kind: NoiseKind
     log_noise_weight: float  # log λ
     own_log_weight: float  # hard_negative_weight where there are hard negatives
-    ids: Tensor | None = None  # (N,)
+    ids: Tensor | None = None  # (N,), or (N, 2) of anchors and positives
     negative_ids: Tensor | None = None  # (H,)
     exclude_diagonal: bool = False  # without positives: whether row i leaves column i out
     similar: Similar | None = None  # which negatives are too similar to be negatives
@@ -92,7 +95,12 @@ class Options(LossConfig):
         """Ids of this rank's first columns: the positives', and the negatives' where those have any."""
         if self.ids is None or self.negative_ids is None:
             return self.ids
-        return torch.cat([self.ids, self.negative_ids]) if self.paired else self.negative_ids
+        if not self.paired:
+            return self.negative_ids
+        if self.ids.ndim == 1:
+            return torch.cat([self.ids, self.negative_ids])
+        no_anchor = torch.full_like(self.negative_ids, NO_ID)  # hard negatives have a document's id only
+        return torch.cat([self.ids, torch.stack([no_anchor, self.negative_ids], 1)])
 
     @property
     def masked_diagonal(self) -> int:

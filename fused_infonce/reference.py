@@ -59,7 +59,7 @@ def reference_logsumexp(call: Call) -> Tensor:
     if options.exclude_diagonal:
         left_out.fill_diagonal_(True)
     if options.ids is not None and options.negative_ids is not None:
-        left_out |= options.ids[:, None] == options.negative_ids[None, :]
+        left_out |= _same_ids(options.ids, options.negative_ids)
     if similar is not None:
         scores = s
         if similar.guide is not None:
@@ -122,10 +122,16 @@ def _too_similar(similar: Similar, s: Tensor, positive: Tensor, scores: Tensor |
     return s > (limit if similar.threshold is None else limit.clamp(max=similar.threshold))
 
 
+def _same_ids(rows: Tensor, columns: Tensor) -> Tensor:
+    """Whether the id is equal, or either of two. (N,), (T,) or (N, 2), (T, 2) → (N, T)"""
+    same = rows[:, None] == columns[None, :]
+    return same if rows.ndim == 1 else same.any(2)
+
+
 def _pair_bias(options: Options, device: torch.device) -> Tensor:  # (N, N)
     bias = torch.zeros(options.counts.positives, options.counts.positives, dtype=torch.float64, device=device)
     if options.ids is not None:
-        bias.masked_fill_(options.ids[:, None] == options.ids[None, :], -math.inf)
+        bias.masked_fill_(_same_ids(options.ids, options.ids), -math.inf)
     return bias.fill_diagonal_(-math.inf)
 
 
@@ -136,5 +142,6 @@ def _extra_bias(options: Options, device: torch.device) -> Tensor:  # (N, H + Q)
         own = torch.arange(N, device=device)[:, None] == torch.arange(H, device=device)[None, :] % N
         bias[:, :H].masked_fill_(own, options.own_log_weight)
     if options.ids is not None and options.negative_ids is not None:
-        bias[:, :H].masked_fill_(options.ids[:, None] == options.negative_ids[None, :], -math.inf)
+        ids = options.ids if options.ids.ndim == 1 else options.ids[:, 1]  # a hard negative has a document's id
+        bias[:, :H].masked_fill_(_same_ids(ids, options.negative_ids), -math.inf)
     return bias

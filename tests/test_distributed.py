@@ -128,6 +128,10 @@ def test_every_case(ranks, name, strategy):
         options["ids"] = [torch.arange(n) % 4 for n in counts]
         if case.negatives:
             options["negative_ids"] = [torch.arange(case.negatives * n) % 5 for n in counts]
+        if case.ids == "pair":
+            options["ids"] = [
+                torch.stack([torch.arange(n) // 2, x], 1) for n, x in zip(counts, options["ids"], strict=True)
+            ]
     assert_same(ranks, options, counts, views=case.negatives, queue=3 * case.queue)
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from functools import partial
 
-import dense_losses as dense
 import pytest
 import torch
 from helpers import relative_error, rows
 
-from fused_infonce import cosine_logsumexp, info_nce, losses
+from experiments import dense_losses as dense
+from experiments.losses import CASES as MEASURED
+from experiments.losses import errors
+from fused_infonce import autograd, cosine_logsumexp, info_nce, losses
 from fused_infonce import dense as matrix
 
 N, D, K = 24, 16, 3
@@ -40,6 +42,16 @@ CASES = {
         lambda q, d, n: losses.qwen3_embedding(q, d, n, temperature=TAU, margin=-2.0),
         lambda q, d, n: dense.qwen3(q, d, n, tau=TAU, margin=-2.0),
         (Q, P, NEGATIVES),
+    ),
+    "gemini": (
+        lambda q, d, n: losses.gemini_embedding(q, d, n, query_ids=IDS, document_ids=LABELS, temperature=TAU),
+        lambda q, d, n: dense.gemini(q, d, n, tau=TAU, query_ids=IDS, document_ids=LABELS),
+        (Q, P, NEGATIVES),
+    ),
+    "gemini, documents alone": (
+        lambda q, d: losses.gemini_embedding(q, d, document_ids=LABELS, temperature=TAU),
+        lambda q, d: dense.gemini(q, d, tau=TAU, document_ids=LABELS),
+        (Q, P),
     ),
     "gemma": (
         lambda q, d, n: losses.embedding_gemma(q, d, n, temperature=TAU),
@@ -167,6 +179,33 @@ def test_a_learned_temperature():
         lambda t: dense.qwen3(Q, P, NEGATIVES, tau=t),
         (tau,),
     )
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_gradients_at_the_trained_stage_are_as_exact_as_info_nce_s(name, monkeypatch):
+    """In fp32, and in bf16 within a factor of what rounded products cost InfoNCE itself."""
+    monkeypatch.setattr(autograd, "SMALL_PRODUCT", 0)
+    found, usual = errors(name, 256, 64), errors("InfoNCE", 256, 64)
+    assert found["fp32"] < 1e-5, found
+    assert found["bf16"] < 2 * usual["bf16"] < 0.04, (found, usual)
+    assert not found["bf16"] > 1.25 * found["dense bf16"], found  # which is NaN for one
+
+
+def test_own_negatives_of_uneven_numbers():
+    owners, limit = torch.tensor([3, 0, 3, 3, 7, 0]), torch.full((N,), 0.3, dtype=torch.float64)
+    flat = rows(6, D, seed=8).requires_grad_()
+    for more in ({}, {"hardness": 5.0, "limit": limit}):
+        found = losses.own_negatives(Q, flat, TAU, owners=owners, **more)
+        assert found.isinf().sum() >= N - 3
+        for row in (0, 3, 7):
+            few = {name: x[row : row + 1] if name == "limit" else x for name, x in more.items()}
+            want = losses.own_negatives(Q[row : row + 1], flat[owners == row][None], TAU, **few)[0]
+            assert found[row] == want or abs(found[row] - want) < 1e-12
+            if want > -torch.inf:
+                a, b = (torch.autograd.grad(x, flat, retain_graph=True)[0] for x in (found[row], want))
+                assert relative_error(a, b) < 1e-12
+    loss = losses.contrast(losses.pair_cosines(Q, P), TAU, losses.own_negatives(Q, flat, TAU, owners=owners))
+    assert torch.autograd.grad(loss.sum(), flat)[0].isfinite().all()
 
 
 def test_reductions():

@@ -6,7 +6,7 @@ whose terms add, each with masks and weights of its own, and the positive counte
 
 from .corrected import debiased, hcl
 from .matryoshka import matryoshka
-from .reports import embedding_gemma, focal, gistembed, gte, llave, qwen3_embedding
+from .reports import embedding_gemma, focal, gemini_embedding, gistembed, gte, llave, qwen3_embedding
 from .targets import clip, cross_entropy, soft_labels, supcon
 from .terms import contrast, log_add, own_negatives, pair_cosines
 
@@ -17,6 +17,7 @@ __all__ = [
     "debiased",
     "embedding_gemma",
     "focal",
+    "gemini_embedding",
     "gistembed",
     "gte",
     "hcl",

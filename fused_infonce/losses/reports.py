@@ -164,6 +164,39 @@ def qwen3_embedding(
 
 
 @reducible
+def gemini_embedding(
+    queries: Tensor,
+    documents: Tensor,
+    negatives: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.05,
+    query_ids: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    r"""The contrastive loss of Gemini Embedding (Lee et al. 2025, arXiv:2503.07891, equations 1 and 2).
+
+    .. math::
+        Z_i = e^{s(q_i, d_i)/\tau} + \sum_k e^{s(q_i, d^-_{ik})/\tau}
+            + \sum_{j \ne i} m_{ij}\, e^{s(q_i, d_j)/\tau}
+
+    and loss_i = −log(e^{s(q_i, d_i)/τ} / Z_i); the mask m_ij is 0 where q_i = q_j or d_i = d_j, as in batches of
+    classification data, where documents are labels.
+
+    Args:
+        queries, documents: (N, D). negatives: (N, K, D), own hard negatives, no columns of other queries.
+        query_ids, document_ids: (N,), equal for equal texts; with both, a document is masked where either is.
+    """
+    given = [x for x in (query_ids, document_ids) if x is not None]
+    ids: Any = None if not given else given[0] if len(given) == 1 else (given[0], given[1])
+    masks: dict[str, Any] = {"row_ids": ids, "column_ids": ids, "exclude_diagonal": True}
+    terms = [cosine_logsumexp(queries, documents, temperature=temperature, **masks, **options)]
+    if negatives is not None:
+        terms.append(own_negatives(queries, negatives, temperature))
+    return contrast(pair_cosines(queries, documents), temperature, *terms)
+
+
+@reducible
 def embedding_gemma(
     queries: Tensor,
     documents: Tensor,

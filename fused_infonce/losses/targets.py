@@ -79,14 +79,22 @@ def soft_labels(
         \ell_i = -\sum_j t_{ij} \log \frac{e^{s_{ij}/\tau}}{\sum_k e^{s_{ik}/\tau}}, \quad
         t_{ij} = \mathrm{softmax}_j(s^T_{ij}/\tau_T)
 
-    (Hinton et al. 2015, arXiv:1503.02531; for embeddings TAS-B, Hofstätter et al. 2021). The KL divergence is less
-    by the teacher's entropy, a constant: gradients are the same. queries (N, D), documents (T, D); the teacher's
-    (N, E) and (T, E), without gradient. Σ_j t_ij s_ij is q̂_i·Σ_j t_ij d̂_j, formed a chunk of rows at a time and
-    again in the backward: O(N·D) memory. Cost: four products and, of the teacher, two of (N, T, E) and three of
-    (N, T, D).
+    (Hinton et al. 2015, arXiv:1503.02531; for embeddings TAS-B, Hofstätter et al. 2021). The KL divergence is
+    less by the teacher's entropy, a constant: gradients are the same. queries (N, D); documents (T, D), the first
+    N of them the queries' own; the teacher's (N, E) and (T, E), without gradient.
+
+    Computed as InfoNCE plus (s_ii − Σ_j t_ij s_ij)/τ, so that nothing cancels where teacher and student agree.
+    Σ_j t_ij s_ij is q̂_i·Σ_j t_ij d̂_j, formed a chunk of rows at a time and again in the backward: O(N·D) memory.
+    Cost: four products and, of the teacher, two of (N, T, E) and three of (N, T, D).
     """
     one_process_only("soft_labels", options)
-    every = cosine_logsumexp(queries, documents, temperature=temperature, **options)
+    N = len(queries)
+    if len(documents) < N:
+        raise ValueError(
+            f"documents must begin with one for each of the {N} queries, not be {len(documents)} rows"
+        )
+    others = cosine_logsumexp(queries, documents, temperature=temperature, exclude_diagonal=True, **options)
+    loss = contrast(pair_cosines(queries, documents[:N]), temperature, others)
     dtype = torch.promote_types(queries.dtype, torch.float32)
     with torch.autocast(queries.device.type, enabled=False):
         q, d = unit_rows(queries, dtype), unit_rows(documents, dtype)
@@ -95,7 +103,7 @@ def soft_labels(
         )
         parts = t_q.split(max(1, CHUNK // len(d)))
         means = torch.cat([checkpoint(_attend, part, t_d, d, use_reentrant=False) for part in parts])  # (N, D)
-        return every - (q * means).sum(1) / scalar(temperature)
+        return loss + (q * (d[:N] - means)).sum(1) / scalar(temperature)
 
 
 def _attend(rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:

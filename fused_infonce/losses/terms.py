@@ -42,20 +42,30 @@ def pair_cosines(rows: Tensor, others: Tensor) -> Tensor:
 
 def own_negatives(
     rows: Tensor,  # (N, D)
-    negatives: Tensor,  # (N, K, D)
+    negatives: Tensor,  # (N, K, D), or (H, D) with owners
     temperature: float | Tensor,
     *,
+    owners: Tensor | None = None,  # (H,)
     hardness: float = 0.0,
     limit: Tensor | None = None,  # (N,)
 ) -> Tensor:
-    """Log-sum-exp over each row's own K hard negatives, (N,): (1/τ + β) s_ik, β without gradient; those whose
-    cosine exceeds ``limit`` are left out. Cosines are exact; O(N·K·D).
+    """Log-sum-exp over each row's own hard negatives, (N,): of (1/τ + β) s, β (``hardness``) without gradient;
+    those whose cosine exceeds ``limit`` are left out. Cosines are exact; O(N·K·D).
+
+    negatives: K of each row; or, of uneven numbers, all below one another with the index of each one's row.
     """
-    s = pair_cosines(rows, negatives)  # (N, K)
+    flat = owners is not None
+    s = pair_cosines(rows[owners] if flat else rows, negatives)  # (N, K), or (H,)
     z = s / scalar(temperature) + hardness * s.detach()
     if limit is not None:
-        z = z.masked_fill(s > limit[:, None], -math.inf)
-    return log_add(*z.unbind(1))
+        z = z.masked_fill(s > (limit[owners] if flat else limit[:, None]), -math.inf)
+    if owners is None:
+        return log_add(*z.unbind(1))
+    least = torch.full_like(rows[:, 0], -math.inf, dtype=z.dtype)
+    top = least.scatter_reduce(0, owners, z.detach(), "amax").clamp(min=torch.finfo(z.dtype).min)
+    sums = torch.zeros_like(top).index_add(0, owners, torch.exp(z - top[owners]))
+    empty = sums == 0
+    return top + sums.masked_fill(empty, 1).log().masked_fill(empty, -math.inf)
 
 
 def log_add(*terms: Tensor) -> Tensor:
