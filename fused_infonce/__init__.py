@@ -1,7 +1,7 @@
 """InfoNCE and GS-InfoNCE over cosine similarities without the N×M matrix, and their metrics."""
 
 from . import _checkout  # noqa: F401 (before whatever imports the kernels)
-from .functional import gs_infonce, info_nce
+from .functional import cosine_logsumexp, gs_infonce, info_nce
 from .metrics import alignment, anisotropy, asymptotic_terms, contrastive_stats, uniformity
 from .module import GSInfoNCELoss
 
@@ -11,6 +11,7 @@ __all__ = [
     "anisotropy",
     "asymptotic_terms",
     "contrastive_stats",
+    "cosine_logsumexp",
     "gs_infonce",
     "info_nce",
     "uniformity",

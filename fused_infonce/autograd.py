@@ -29,7 +29,8 @@ SMALL_PRODUCT = 1 << 23
 
 
 def fused_loss(call: Call) -> Tensor:
-    """Losses of the rows (N,), or their sum or mean (0-dim), in nats; differentiable once."""
+    """Losses of the rows (N,), or their sum or mean (0-dim), in nats; differentiable once. Of a call without
+    positives: the log-sum-exps (N,)."""
     differentiable = (*call.inputs, call.temperature)
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in differentiable):
         return _FusedInfoNCE.apply(*differentiable, call)  # type: ignore[no-any-return, no-untyped-call]
@@ -91,7 +92,7 @@ class _FusedInfoNCE(torch.autograd.Function):
         return *grads, None
 
 
-Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+Inputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 def _dense_gradients(
@@ -212,7 +213,7 @@ def _backend(call: Call) -> TileBackend:
 
 def _precision(call: Call) -> Precision:
     anchors, options, dtype = call.inputs[0], call.options, call.product_dtype
-    size = options.total("positives") * options.total("columns") * anchors.shape[1]
+    size = options.total("rows") * options.total("columns") * anchors.shape[1]
     in_fp32 = size <= SMALL_PRODUCT or not backends.multiplies_half_faster(anchors.device.type)
     if in_fp32 and dtype != torch.float64:
         dtype = torch.float32
@@ -223,10 +224,12 @@ def _kappa_of(call: Call) -> float | Tensor:
     return _kappa(call.temperature, torch.float64 if call.product_dtype == torch.float64 else torch.float32)
 
 
-def _tensors_of(options: Options) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The caller's tensors among the options: ids, negative_ids and both sides of a guide."""
-    guide = None if options.similar is None else options.similar.guide
-    return options.ids, options.negative_ids, *(guide or (None, None))
+def _tensors_of(options: Options) -> tuple[Tensor | None, ...]:
+    """The caller's tensors among the options: ids, negative_ids, both sides of a guide, and limits of rows."""
+    similar = options.similar
+    guide = None if similar is None else similar.guide
+    limit = None if similar is None else similar.limit
+    return options.ids, options.negative_ids, *(guide or (None, None)), limit
 
 
 def _with_tensors(
@@ -235,15 +238,16 @@ def _with_tensors(
     negative_ids: Tensor | None = None,
     guide_rows: Tensor | None = None,
     guide_columns: Tensor | None = None,
+    limit: Tensor | None = None,
 ) -> Options:
     """The options with these in the place of their own; themselves where neither has any."""
-    given = (ids, negative_ids, guide_rows, guide_columns)
+    given = (ids, negative_ids, guide_rows, guide_columns, limit)
     if all(x is None for x in (*given, *_tensors_of(options))):
         return options
     similar = options.similar
     if similar is not None:
         guide = None if guide_rows is None or guide_columns is None else (guide_rows, guide_columns)
-        similar = replace(similar, guide=guide)
+        similar = replace(similar, guide=guide, limit=limit)
     return replace(options, ids=ids, negative_ids=negative_ids, similar=similar)
 
 

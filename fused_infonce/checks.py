@@ -31,10 +31,46 @@ def check_inputs(*inputs: Tensor | None) -> list[Tensor]:
         assert x is not None
         if x.shape[1] != anchors.shape[1]:
             raise ValueError(f"{name} must have the anchors' {anchors.shape[1]} features, not {x.shape[1]}")
-        _check_device(name, x, anchors.device)
+        check_device(name, x, anchors.device)
     if anchors.device.type == "meta":
         raise ValueError("anchors is on meta, where tensors have no values; move it to another device")
     return [x for _, x in present if x is not None]
+
+
+def check_rows_and_columns(rows: Any, columns: Any) -> list[Tensor]:
+    for name, x in (("rows", rows), ("columns", columns)):
+        check_matrix(name, x)
+    if columns.shape[1] != rows.shape[1]:
+        raise ValueError(f"columns must have the rows' {rows.shape[1]} features, not {columns.shape[1]}")
+    check_device("columns", columns, rows.device, "rows")
+    if rows.device.type == "meta":
+        raise ValueError("rows is on meta, where tensors have no values; move it to another device")
+    return [rows, columns]
+
+
+def check_row_limits(name: str, limits: Tensor, N: int, device: torch.device) -> Tensor:
+    """One number per row, detached. → (N, 1)"""
+    _check_dense(name, limits)
+    if not limits.is_floating_point():
+        raise TypeError(f"{name} must be a number or a floating-point tensor ({N},), not {limits.dtype}")
+    if limits.shape != (N,):
+        raise ValueError(f"{name} must have shape ({N},), one limit per row, not {_shape(limits)}")
+    check_device(name, limits, device, "rows")
+    return limits.detach()[:, None]
+
+
+def check_row_and_column_ids(
+    row_ids: Any, column_ids: Any, N: int, T: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """Both as int64, contiguous; pairs of ids become (N, 2) and (T, 2)."""
+    row_ids = _check_ids("row_ids", row_ids, N, device, pairs=True)
+    column_ids = _check_ids("column_ids", column_ids, T, device, pairs=True)
+    if (row_ids is None) != (column_ids is None):
+        missing = "row_ids" if row_ids is None else "column_ids"
+        raise ValueError(f"row_ids and column_ids are compared with each other, and {missing} is missing")
+    if row_ids is not None and row_ids.ndim != column_ids.ndim:
+        raise ValueError("row_ids and column_ids must both be one id per row, or both be pairs of ids")
+    return tuple(None if x is None else x.long().contiguous() for x in (row_ids, column_ids))  # type: ignore[return-value]
 
 
 def check_matrix(name: str, x: Any) -> None:
@@ -59,7 +95,7 @@ def check_noise_vectors(noise: Tensor, anchors: Tensor) -> Tensor:
         raise ValueError(f"noise must be a matrix (M, {anchors.shape[1]}) like the anchors, not {_shape(noise)}")
     if not noise.is_floating_point():
         raise TypeError(f"noise must hold floating-point vectors, not {noise.dtype}")
-    _check_device("noise", noise, anchors.device)
+    check_device("noise", noise, anchors.device)
     return noise.detach()
 
 
@@ -73,7 +109,7 @@ def check_temperature(temperature: Any, device: torch.device) -> float | Tensor:
                 f"not a {temperature.dtype} tensor of shape {tuple(temperature.shape)}"
             )
         if temperature.device.type != "cpu":
-            _check_device("temperature", temperature, device)
+            check_device("temperature", temperature, device)
         return temperature
     number = finite("temperature", temperature)
     if not number > 0:
@@ -89,8 +125,8 @@ def check_generator(generator: Any) -> None:
 def check_both_ids(
     ids: Any, negative_ids: Any, H: int | None, N: int, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Both as int64, contiguous; H: None without negatives."""
-    _check_ids("ids", ids, N, device)
+    """Both as int64, contiguous; H: None without negatives. A pair of ids becomes (N, 2)."""
+    ids = _check_ids("ids", ids, N, device, pairs=True)
     _check_ids("negative_ids", negative_ids, H or 0, device)
     if ids is None or negative_ids is None or H is None:
         if negative_ids is not None:
@@ -104,17 +140,24 @@ def check_both_ids(
     return ids.long().contiguous(), negative_ids.long().contiguous()
 
 
-def _check_ids(name: str, ids: Any, count: int, device: torch.device) -> None:
+def _check_ids(name: str, ids: Any, count: int, device: torch.device, pairs: bool = False) -> Tensor | None:
     if ids is None:
-        return
+        return None
+    if pairs and isinstance(ids, (tuple, list)):
+        if len(ids) != 2:
+            raise ValueError(f"{name} must be a tensor ({count},) or a pair of them, not {len(ids)} of them")
+        for i, x in enumerate(ids):
+            _check_ids(f"{name}[{i}]", x, count, device)
+        return torch.stack([x.long() for x in ids], 1)
     if not isinstance(ids, Tensor):
         raise TypeError(f"{name} must be an integer tensor ({count},), not {type(ids).__name__}")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"{name} must be an integer tensor ({count},), not {ids.dtype}")
     _check_dense(name, ids)
-    if ids.shape != (count,):
+    if ids.shape != (count,) and not (pairs and ids.shape == (count, 2)):
         raise ValueError(f"{name} must have shape ({count},), one id a row, not {_shape(ids)}")
-    _check_device(name, ids, device)
+    check_device(name, ids, device)
+    return ids
 
 
 def check_transforms(given: Iterable[Any]) -> None:
@@ -151,14 +194,14 @@ def check_guide(guide: Any, tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
             raise ValueError(
                 f"guide[{i}] must be a matrix of {rows.shape[0]} rows and guide[0]'s features, not {_shape(x)}"
             )
-        _check_device(f"guide[{i}]", x, tensors[0].device)
+        check_device(f"guide[{i}]", x, tensors[0].device)
     rows, *columns = (x.detach() for x in guide)
     return rows, torch.cat(columns)
 
 
-def _check_device(name: str, x: Tensor, device: torch.device) -> None:
+def check_device(name: str, x: Tensor, device: torch.device, others: str = "anchors") -> None:
     if x.device != device:
-        raise ValueError(f"{name} is on {x.device}, but the anchors are on {device}; move it there")
+        raise ValueError(f"{name} is on {x.device}, but the {others} are on {device}; move it there")
 
 
 def _check_dense(name: str, x: Tensor) -> None:

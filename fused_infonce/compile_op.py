@@ -9,6 +9,7 @@ overhead.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin
 
 import torch
@@ -22,11 +23,12 @@ from .autograd import (
     losses_of,
     reduced,
 )
-from .config import TYPES
-from .resolve import Call, Traced, autocast_dtype, resolve
+from .config import FIELDS, TYPES
+from .resolve import Call, Traced, autocast_dtype, resolve, resolve_without_positives
 from .smoothing import smoothing_term
 from .tiled.operands import NeedsGrad
 
+Ids = Tensor | tuple[Tensor, Tensor] | None
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -39,7 +41,10 @@ def _schema_type(annotation: Any) -> str:
 
 
 # The operator's arguments, in this order: tensors, numbers, and the options that are not numbers.
-_TENSORS = ("anchors", "positives", "negatives", "queue", "tau", "noise_rows", "ids", "negative_ids", "seed")
+_TENSORS = (
+    "anchors", "positives", "negatives", "queue", "tau", "noise_rows", "ids", "negative_ids", "seed", "limits",
+    "guide_rows", "guide_columns",
+)  # fmt: skip
 _SCHEMA_TYPES = {name: _schema_type(annotation) for name, annotation in TYPES.items()}
 _NUMBERS = ("temperature", *(name for name, kind in _SCHEMA_TYPES.items() if kind == "float?"))
 _PLAIN = {name: kind for name, kind in _SCHEMA_TYPES.items() if kind != "float?"}
@@ -53,7 +58,7 @@ def compiled_loss(
     queue: Tensor | None,
     temperature: float | Tensor,
     noise: str | Tensor,
-    ids: Tensor | None,
+    ids: Ids,
     negative_ids: Tensor | None,
     **options: Any,  # the other arguments of gs_infonce
 ) -> Tensor:
@@ -66,13 +71,7 @@ def compiled_loss(
     options["temperature"] = None if tau is not None else temperature
     options["noise"] = noise if noise_rows is None else "sampled"
     inputs = (anchors, positives, negatives, queue, tau)
-    loss: Tensor = _operator(
-        (*inputs, noise_rows, ids, negative_ids, seed),
-        tuple([options[name] for name in _NUMBERS]),
-        tuple([options[name] for name in _PLAIN]),
-        autocast_dtype(anchors.device.type),
-        [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs],
-    )
+    loss = _traced((*inputs, noise_rows, _one_tensor(ids), negative_ids, seed, None, None, None), options)
     if not options["label_smoothing"]:
         return loss
     return loss + smoothing_term(
@@ -86,17 +85,62 @@ def compiled_loss(
     )
 
 
+def compiled_logsumexp(
+    rows: Tensor,
+    columns: Tensor,
+    *,
+    temperature: float | Tensor,
+    row_ids: Ids,
+    column_ids: Ids,
+    filter_threshold: float | Tensor | None,
+    guide: Sequence[Tensor] | None,
+    **options: Any,  # the other arguments of cosine_logsumexp
+) -> Tensor:
+    """The log-sum-exp as a compiler traces it: the loss's operator, without positives."""
+    tau = temperature if isinstance(temperature, Tensor) else None
+    limits = filter_threshold if isinstance(filter_threshold, Tensor) else None
+    given = {
+        "temperature": None if tau is not None else temperature,
+        "filter_threshold": None if limits is not None else filter_threshold,
+        "decoupled": True, "reduction": "none", "num_noise": 0,
+    }  # fmt: skip
+    defaults = {name: field.default for name, field in FIELDS.items()}
+    ids = _one_tensor(row_ids), _one_tensor(column_ids)
+    tensors = (rows, None, columns, None, tau, None, *ids, None, limits, *(guide or (None, None)))
+    return _traced(tensors, {**defaults, **options, **given})
+
+
+def _one_tensor(ids: Ids) -> Tensor | None:
+    """A pair of ids as (N, 2)."""
+    return torch.stack([x.long() for x in ids], 1) if isinstance(ids, (tuple, list)) else ids
+
+
+def _traced(tensors: tuple[Tensor | None, ...], options: dict[str, Any]) -> Tensor:
+    anchors = tensors[0]
+    assert anchors is not None
+    loss: Tensor = _operator(
+        tensors,
+        tuple([options[name] for name in _NUMBERS]),
+        tuple([options[name] for name in _PLAIN]),
+        options.get("exclude_diagonal", False),
+        autocast_dtype(anchors.device.type),
+        [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors[:5]],
+    )
+    return loss
+
+
 _SCHEMA = ", ".join(
     [
-        "Tensor anchors, Tensor positives",
-        *(f"Tensor? {name}" for name in (*_TENSORS[2:], "varying")),
+        "Tensor anchors",
+        *(f"Tensor? {name}" for name in (*_TENSORS[1:], "varying")),
         "str names_of_varying",
         *(f"float? {name}" for name in _NUMBERS),
         *(f"{kind} {name}" for name, kind in _PLAIN.items()),
-        "ScalarType? product_dtype, bool[] needs",
+        "bool exclude_diagonal, ScalarType? product_dtype, bool[] needs",
     ]
 )
 _RESULTS = 6  # the loss and five more
+_LAST = 3  # arguments after the options
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
@@ -104,6 +148,7 @@ def _operator(
     tensors: tuple[Tensor | None, ...],
     numbers: tuple[float | None, ...],
     plain: tuple[Any, ...],
+    exclude_diagonal: bool,
     product_dtype: torch.dtype | None,
     needs: list[bool],
 ) -> Tensor:
@@ -121,7 +166,7 @@ def _operator(
         varying = torch.stack([one * x for x in changing.values()])
     fixed = [None if isinstance(x, torch.SymFloat) else x for x in numbers]
     results = torch.ops.fused_infonce.gs_infonce(
-        *tensors, varying, ",".join(changing), *fixed, *plain, product_dtype, needs
+        *tensors, varying, ",".join(changing), *fixed, *plain, exclude_diagonal, product_dtype, needs
     )
     loss: Tensor = results[0]
     return loss
@@ -132,13 +177,15 @@ def _call(*args: Any) -> tuple[Call, NeedsGrad]:
     tensors, (varying, changing) = args[: len(_TENSORS)], args[len(_TENSORS) : len(_TENSORS) + 2]
     given = dict(zip(_TENSORS, tensors, strict=True))
     values = args[len(_TENSORS) + 2 :]
-    options: dict[str, Any] = dict(zip((*_NUMBERS, *_PLAIN), values[:-2], strict=True))
+    options: dict[str, Any] = dict(zip((*_NUMBERS, *_PLAIN), values[:-_LAST], strict=True))
     if varying is not None:
         options |= zip(changing.split(","), varying.tolist(), strict=True)
     if given["tau"] is not None:
         options["temperature"] = given["tau"]
     if given["noise_rows"] is not None:
         options["noise"] = given["noise_rows"]
+    if given["positives"] is None:
+        return _call_without_positives(given, options, *values[-_LAST:])
     call = resolve(
         *tensors[:3],
         queue=given["queue"],
@@ -152,9 +199,32 @@ def _call(*args: Any) -> tuple[Call, NeedsGrad]:
     return call, NeedsGrad(*values[-1])
 
 
+def _call_without_positives(
+    given: dict[str, Any],
+    options: dict[str, Any],
+    exclude_diagonal: bool,
+    autocast: torch.dtype | None,
+    needs: list[bool],
+) -> tuple[Call, NeedsGrad]:
+    if given["limits"] is not None:
+        options["filter_threshold"] = given["limits"]
+    guide = None if given["guide_rows"] is None else (given["guide_rows"], given["guide_columns"])
+    call = resolve_without_positives(
+        given["anchors"],
+        given["negatives"],
+        row_ids=given["ids"],
+        column_ids=given["negative_ids"],
+        exclude_diagonal=exclude_diagonal,
+        guide=guide,
+        traced=Traced(None, autocast),
+        **options,
+    )
+    return call, NeedsGrad(*needs)
+
+
 def _keeps_gradients(args: tuple[Any, ...]) -> bool:
     """Whether the forward forms gradients: where one upstream number scales all, and symmetric's are not kept."""
-    plain = dict(zip(_PLAIN, args[-2 - len(_PLAIN) : -2], strict=True))
+    plain = dict(zip(_PLAIN, args[-_LAST - len(_PLAIN) : -_LAST], strict=True))
     return plain["reduction"] != "none" and not plain["symmetric"] and any(args[-1])
 
 
@@ -194,7 +264,7 @@ def _forward_fake(*args: Any) -> Results:
     if _keeps_gradients(args):
         grads = [like.new_empty(x.shape) if need else None for x, need in zip(inputs, needs, strict=True)]
         return _padded([like, *grads], anchors)
-    plain = dict(zip(_PLAIN, args[-2 - len(_PLAIN) : -2], strict=True))
+    plain = dict(zip(_PLAIN, args[-_LAST - len(_PLAIN) : -_LAST], strict=True))
     loss = like.new_empty(N) if plain["reduction"] == "none" else like
     return _padded([loss, like.new_empty(N, 1), like.new_empty(N, 1) if plain["symmetric"] else None], anchors)
 

@@ -69,7 +69,7 @@ def fits(call: Call) -> bool:
     options = call.options
     if call.backend != "torch" or options.exchange is not None:
         return False
-    N, columns = options.counts.positives, options.counts.columns
+    N, columns = options.counts.rows, options.counts.columns
     if options.has_noise_columns:
         columns += options.num_noise
     most = MAX_LOGITS
@@ -91,23 +91,27 @@ class _Rows(NamedTuple):
 
 def losses(call: Call, kappa: float | Tensor, precision: Precision) -> tuple[Tensor, Tensor | None, Residuals]:
     """Losses of the rows and, where the loss is symmetric, of the columns, (N, 1) each; and the residuals."""
-    options, N = call.options, call.options.counts.positives
+    options, N = call.options, call.options.counts.rows
     rows = _unit_rows(call, precision)
     q, x, scale = rows.q, rows.x, variants.logit_scale(kappa, options)
     z = q.to(precision.product) @ rows.centered.to(precision.product).T
     z = z.to(precision.sums).mul_(scale)
-    positive_logit = (q * rows.centered[:N]).sum(1, keepdim=True).mul_(scale)  # summed from unrounded rows
+    if options.paired:
+        positive_logit = (q * rows.centered[:N]).sum(1, keepdim=True).mul_(scale)  # summed from unrounded rows
+    else:  # of a positive whose cosine is 0
+        positive_logit = (q @ rows.center).unsqueeze(1).mul_(-scale)
     # z_ij = (κ + β) q̂_i·(x̂_j − c) so far; less the shift of its row it is the exponent.
     cosine, positive, shift, constant = None, None, positive_logit, None
     if variants.needs_positive(options):
-        cosine = (q * x[:N]).sum(1, keepdim=True)
+        cosine = (q * x[:N]).sum(1, keepdim=True) if options.paired else torch.zeros_like(positive_logit)
         positive = _positive(rows, cosine, options)
         shift = positive_logit + (kappa * positive.value - scale * cosine)
         if options.noise_kind == "expected":
             constant, _ = variants.log_expected_noise(options, kappa, positive.value, q.shape[1])
     z_back: Tensor | None = None
     if _masks_positives_only(options):
-        z.fill_diagonal_(-math.inf)
+        if options.masked_diagonal:
+            z.fill_diagonal_(-math.inf)
     else:
         z, z_back = _with_entry_terms(z, rows, options, scale, positive_logit, cosine)
     row_loss, ahead = _softmax(z.sub_(shift), constant, call, 1)
@@ -143,7 +147,7 @@ def _unit_rows(call: Call, precision: Precision) -> _Rows:
     q = call.inputs[0].to(sums)
     inv_norm_q, inv_norm_x = _inverse_norms(q), _inverse_norms(x)
     q, x = q * inv_norm_q, x * inv_norm_x
-    center = x[: min(CENTER_ROWS, options.counts.positives)].mean(0)
+    center = x[: min(CENTER_ROWS, options.counts.positives or options.counts.columns)].mean(0)
     return _Rows(q, inv_norm_q, x, inv_norm_x, center, x - center)
 
 
@@ -181,7 +185,7 @@ def _with_entry_terms(
     cosine: Tensor | None,  # (N, 1)
 ) -> tuple[Tensor, Tensor | None]:
     """The logits with masks and weights: (κ + β) s_ij − c_i of rows, (κ + β) s_ij of columns (N + M, N)."""
-    N, T = options.counts.positives, options.counts.columns
+    N, T = options.counts.rows, options.counts.columns
     tile = z[:, :T] if options.has_noise_columns else z
     to_cosine = None if cosine is None else scale * cosine - positive_logit  # (κ + β) q̂_i·c
     terms = _entry_terms(options, scale, to_cosine, cosine, rows.q.dtype)
@@ -203,21 +207,21 @@ def _with_entry_terms(
 def _entry_terms(
     options: Options, scale: float | Tensor, to_cosine: Tensor | None, cosine: Tensor | None, dtype: torch.dtype
 ) -> EntryTerms:
-    N, H, _ = options.counts
-    ids, limits = options.ids, None
-    if ids is not None and options.negative_ids is not None:
-        ids = torch.cat([ids, options.negative_ids])
+    N, H, limits = options.counts.rows, options.counts.negatives, None
     if options.similar is not None and cosine is not None and to_cosine is not None:
         similar = options.similar
         if similar.guide is not None:
             of_rows, of_columns = (x * _inverse_norms(x) for x in (y.to(dtype) for y in similar.guide))
             guide = of_rows, of_columns
-            limit = variants.similarity_limit((guide[0] * guide[1][:N]).sum(1, keepdim=True), similar)
+            own = (guide[0] * guide[1][:N]).sum(1, keepdim=True) if options.paired else cosine
+            limit = variants.similarity_limit(own, similar)
             limits = Limits(limit, limit[:, 0], guide)
         else:
             limit = scale * variants.similarity_limit(cosine, similar)
             limits = Limits(limit - to_cosine, limit[:, 0])
-    return EntryTerms(0.0, N, H, options.own_log_weight, options.ids, ids, limits)
+    return EntryTerms(
+        0.0, options.masked_diagonal, H, options.own_log_weight, options.ids, options.column_ids, limits
+    )
 
 
 def _softmax(
@@ -255,21 +259,24 @@ def gradients(
     dtypes: list[torch.dtype | None],  # of the four inputs
 ) -> Gradients:
     """Gradients of the loss times ``upstream``."""
-    N, q, x = options.counts.positives, kept.unit_anchors, kept.unit_columns
+    N, q, x = options.counts.rows, kept.unit_anchors, kept.unit_columns
     low_precision = kept.grad_columns.dtype != x.dtype
     G, lost, of_constant, of_noise = _weighted_ratios(kept, options, kappa, upstream)
     if not variants.exponents_fit(options, kappa if isinstance(kappa, float) else None, MAX_EXPONENT):
         variants.flush_tiny_(G)
     of_positive = lost if kept.slope is None else lost * kept.slope  # −dloss/ds_ii
-    if not low_precision:
+    if options.paired and not low_precision:
         G.diagonal().sub_(of_positive[:, 0])  # from 0
     out, d_kappa = Gradients(), None
     if needs.rows:
         v = G.to(kept.grad_columns.dtype) @ kept.grad_columns
         if low_precision:
-            v = v.to(q.dtype).addcmul_(of_positive, x[:N], value=-1)
-        if low_precision or options.symmetric or of_constant is not None or kept.slope is not None:
-            v.addcmul_(G.sum(1, keepdim=True), kept.center)  # elsewhere these sums are 0
+            v = v.to(q.dtype)
+            if options.paired:
+                v.addcmul_(of_positive, x[:N], value=-1)
+        no_sums = options.paired and of_constant is None and kept.slope is None  # they are 0
+        if low_precision or options.symmetric or not no_sums:
+            v.addcmul_(G.sum(1, keepdim=True), kept.center)
         out.anchors, dots = _through_norm(v, q, kept.inv_norm_anchors, dtypes[0])
         d_kappa = dots.sum() if needs.temperature else None
     chosen = grad_range(options.counts, needs.columns)
@@ -306,9 +313,11 @@ def _weighted_ratios(
     """dloss/ds_ij of the negatives (N, T + M); its share of the positive and of expected noise, (N, 1) each; and
     the positives' gradient (N, D) from the noise of the columns' direction. κ is a factor of all four.
     """
-    N, T = options.counts.positives, options.counts.columns
+    N, T = options.counts.rows, options.counts.columns
     w: float | Tensor = kappa * options.gradient_factor * (0.5 if options.symmetric else 1.0)
     if upstream is not None:
+        if not options.paired:  # a function of −∞ may have the slope NaN, as logaddexp has
+            upstream = upstream.masked_fill(kept.row_total[:, 0] == 0, 0.0)
         w = (upstream if upstream.ndim == 0 else upstream.unsqueeze(1)) * w
     alpha = kept.row_alpha * w
     G, lost = kept.row_ratios * alpha, kept.row_total * alpha

@@ -39,6 +39,12 @@ class Counts(NamedTuple):
     positives: int
     negatives: int
     queue: int
+    unpaired: int = 0  # anchors of a call without positives, whose columns are the negatives
+
+    @property
+    def rows(self) -> int:
+        """Anchors."""
+        return self.positives + self.unpaired
 
     @property
     def columns(self) -> int:
@@ -139,6 +145,12 @@ def choose_strategy(strategy: Strategy, columns: int, D: int, itemsize: int) -> 
     return "gather" if columns * D * (2 * itemsize + 8) <= GATHER_BYTES else "ring"
 
 
+def mean_unit_row(x: Tensor, dtype: torch.dtype, some: int = CENTER_ROWS) -> Tensor:
+    """Mean of about ``some`` evenly spaced unit rows. → (D,)"""
+    mean: Tensor = F.normalize(x[:: -(-len(x) // some)].to(dtype), dim=1).mean(0)
+    return mean
+
+
 @dataclass(slots=True, eq=False)
 class Exchange:
     """The group of one call: who has how many rows, and every way in which tensors travel."""
@@ -175,7 +187,7 @@ class Exchange:
     def centers(self, anchors: Tensor, positives: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Mean unit rows of some anchors and positives of every rank, the same on all ranks. → (D,), (D,)"""
         some = max(1, CENTER_ROWS // self.size)
-        means = [F.normalize(x[:: -(-len(x) // some)].to(dtype), dim=1).mean(0) for x in (anchors, positives)]
+        means = [mean_unit_row(x, dtype, some) for x in (anchors, positives)]
         both = self.sum(torch.stack(means)).div_(self.size)
         return both[0], both[1]
 

@@ -27,12 +27,17 @@ class Limits:
 @dataclass(slots=True, eq=False)
 class EntryTerms:
     bias: float = 0.0  # log-weight of every column
-    num_positives: int = 0  # columns [0, N): column i is row i's positive, masked
+    num_positives: int = 0  # columns [0, N): column i is row i's positive (or the row itself), masked
     num_negatives: int = 0  # columns [N, N + H): hard negatives
     own_bias: float = 0.0  # log-weight of column N + hN + i in row i
-    row_ids: Tensor | None = None  # (N,)
-    column_ids: Tensor | None = None  # (n,) of the first n columns; masked where equal to the row's id
+    row_ids: Tensor | None = None  # (N,), or (N, 2) of which either masks
+    column_ids: Tensor | None = None  # (n,) or (n, 2) of the first n columns; masked where equal to the row's id
     limits: Limits | None = None
+
+
+def _each(ids: Tensor, ndim: int) -> tuple[Tensor, ...]:
+    """The ids that a row or column has: one, or two along the last dimension."""
+    return (ids,) if ids.ndim == ndim else ids.unbind(-1)
 
 
 def mask_(tile: Tensor, terms: EntryTerms, i0: int, j0: int) -> Tensor | None:
@@ -43,10 +48,11 @@ def mask_(tile: Tensor, terms: EntryTerms, i0: int, j0: int) -> Tensor | None:
     diagonal = tile.diagonal(i0 - j0).fill_(-math.inf) if terms.num_positives else None
     if terms.bias:
         tile.add_(terms.bias)
-    if terms.column_ids is not None and terms.row_ids is not None and j0 < terms.column_ids.numel():
+    if terms.column_ids is not None and terms.row_ids is not None and j0 < len(terms.column_ids):
         ids = terms.column_ids[j0 : j0 + tile.shape[1]]
-        same = terms.row_ids[i0 : i0 + tile.shape[0], None] == ids
-        tile[:, : ids.numel()].masked_fill_(same, -math.inf)
+        of_rows = terms.row_ids[i0 : i0 + tile.shape[0], None]  # (C, 1) or (C, 1, 2)
+        for a, b in zip(_each(of_rows, 2), _each(ids, 1), strict=True):
+            tile[:, : len(ids)].masked_fill_(a == b, -math.inf)
     return diagonal
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from .autograd import fused_loss
-from .compile_op import compiled_loss
+from .compile_op import compiled_logsumexp, compiled_loss
 from .config import NOISE_OPTIONS, Backend, Reduction, Strategy
 from .distributed import Group, resolve_group
-from .reference import reference_loss
-from .resolve import resolve, resolve_among
+from .reference import reference_logsumexp, reference_loss
+from .resolve import resolve, resolve_among, resolve_without_positives
 from .smoothing import smoothing_term
 
 P = ParamSpec("P")
@@ -35,7 +35,7 @@ def gs_infonce(
     noise: Literal["sampled", "expected"] | Tensor = "sampled",
     generator: torch.Generator | None = None,
     hard_negative_weight: float = 0.0,
-    ids: Tensor | None = None,
+    ids: Tensor | tuple[Tensor, Tensor] | None = None,
     negative_ids: Tensor | None = None,
     symmetric: bool = False,
     reduction: Reduction = "mean",
@@ -85,8 +85,10 @@ def gs_infonce(
             ``torch.manual_seed`` reproduces a call. Backends need not draw the same bits.
         hard_negative_weight: natural logarithm of the weight of an anchor's *own* hard negatives, the columns j of
             ``negatives`` with j mod N == i (H must be a multiple of N then).
-        ids: (N,) integers; a column with the anchor's id is no negative for it (duplicates in the batch).
-        negative_ids: (H,) integers, the same for the hard negatives; None masks none of them.
+        ids: (N,) integers; a column with the anchor's id is not a negative of it (duplicates in the batch). A
+            pair of these, of the anchors and of the positives, masks column j where either equals row i's.
+        negative_ids: (H,) integers, the same for hard negatives, compared with ``ids``, of a pair with those of
+            the positives; None masks none of them.
         symmetric: mean of both directions (CLIP). Hard negatives and queue act in the anchor → positive direction
             only, noise in both.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (N,).
@@ -182,6 +184,76 @@ def info_nce(*args: Any, **options: Any) -> Tensor:
     return gs_infonce(*args, num_noise=0, **options)
 
 
+def cosine_logsumexp(
+    rows: Tensor,
+    columns: Tensor,
+    *,
+    temperature: float | Tensor = 0.05,
+    min_temperature: float | None = None,
+    row_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    column_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    exclude_diagonal: bool = False,
+    filter_threshold: float | Tensor | None = None,
+    guide: Sequence[Tensor] | None = None,
+    hardness: float = 0.0,
+    group: Group = "local",
+    strategy: Strategy = "auto",
+    backend: Backend = "auto",
+    workspace_bytes: int | None = None,
+) -> Tensor:
+    r"""Log-sum-exp of every row over all columns of their cosines over τ, without the N×T matrix.
+
+    .. math::
+        L_i = \log \sum_{j \in C_i} e^{s_{ij}/\tau + \beta s_{ij}}
+
+    s_ij is the cosine of row i and column j, C_i the columns that no mask takes from row i. It is the part that
+    contrastive losses share: ``softplus(L_i − s_ii/τ)``, with the sum over the negatives alone, is InfoNCE, and
+    sums over several sets of columns combine by ``torch.logaddexp``. ``fused_infonce.losses`` makes the published
+    losses of it.
+
+    Args:
+        rows: (N, D), any strides; float64, float32, bfloat16 or float16 (mixed dtypes are promoted).
+        columns: (T, D); may be the same tensor as ``rows``.
+        temperature, min_temperature: as in :func:`gs_infonce`.
+        row_ids, column_ids: (N,) and (T,) integers; a column whose id is the row's is left out of its sum. Or a
+            pair of each: a column is left out where either of its two ids is the row's.
+        exclude_diagonal: leave column i out of row i's sum (i < min(N, T); with a group: of this rank's columns).
+        filter_threshold: columns whose cosine exceeds it are left out: a number, or a tensor (N,), one limit per
+            row, which gets no gradient. A margin m over a positive is ``positive_cosine.detach() + m``.
+        guide: two matrices (N, G) and (T, G), whose cosines are compared with ``filter_threshold`` instead. Not
+            with a group.
+        hardness: β >= 0; the factor e^(β s_ij) of a column's term carries no gradient (Lan et al. 2025).
+        group, strategy, backend, workspace_bytes: as in :func:`gs_infonce`. With a group the columns are those of
+            every rank, the rows this rank's.
+
+    Returns:
+        (N,) in nats; float32, float64 for float64 inputs. A row without a column has −∞ and gradient 0, whatever
+        its upstream gradient is.
+
+    The gradient that each rank of a group gets is that of the sum over ranks of what they make of their rows, so
+    that averaging over ranks (DistributedDataParallel) gives the mean of the ranks' losses. Precision, memory,
+    determinism and ``torch.compile`` are those of :func:`gs_infonce` with ``reduction="none"``: two sweeps, four
+    products. A guide is part of a compiled graph, too. Differentiable once.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or of the wrong kind; the message names it.
+        NotImplementedError: forward-mode differentiation or a transform of torch.func.
+    """
+    arguments = locals()
+    if not torch.compiler.is_compiling():
+        return _eager_logsumexp(arguments)
+    if (group is None or group == "local") and backend != "reference":
+        return compiled_logsumexp(**arguments)
+    return _outside_compiler_logsumexp(arguments)
+
+
+def _eager_logsumexp(arguments: dict[str, Any]) -> Tensor:
+    ranks = resolve_group(arguments.pop("group"))
+    resolver = resolve_without_positives
+    call = resolver(**arguments) if ranks is None else resolve_among(ranks, resolver, **arguments)
+    return reference_logsumexp(call) if call.backend == "reference" else fused_loss(call)
+
+
 def _loss(**arguments: Any) -> Tensor:
     """arguments: those of ``gs_infonce``, all of them."""
     if not torch.compiler.is_compiling():
@@ -196,7 +268,7 @@ def _loss(**arguments: Any) -> Tensor:
 def _eager_loss(arguments: dict[str, Any]) -> Tensor:
     group = arguments.pop("group")
     ranks = resolve_group(group)
-    call = resolve(**arguments) if ranks is None else resolve_among(ranks, **arguments)
+    call = resolve(**arguments) if ranks is None else resolve_among(ranks, resolve, **arguments, seed_on_cpu=True)
     loss = reference_loss(call) if call.backend == "reference" else fused_loss(call)
     options = call.options
     if not options.label_smoothing:
@@ -216,3 +288,4 @@ def _eager_loss(arguments: dict[str, Any]) -> Tensor:
 
 # Compilers do not trace a generator, a guide, a group, nor the reference.
 _outside_compiler: Callable[[dict[str, Any]], Tensor] = torch.compiler.disable(_eager_loss)  # type: ignore[no-untyped-call]
+_outside_compiler_logsumexp: Callable[[dict[str, Any]], Tensor] = torch.compiler.disable(_eager_logsumexp)  # type: ignore[no-untyped-call]

@@ -83,7 +83,7 @@ class GSInfoNCELoss(nn.Module):
         low, high = self.temperature_range
         return math.log(low), math.log(high)
 
-    def _project(self) -> None:
+    def project(self) -> None:
         """The parameter into its range: one that stays outside would only come back after as many steps.
 
         Through ``data``: a graph that was made since the optimiser's step has seen the same value. An exported
@@ -113,7 +113,7 @@ class GSInfoNCELoss(nn.Module):
         generator: torch.Generator | None = None,
         guide: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        self._project()
+        self.project()
         options = {name: getattr(self.config, name) for name in OPTIONS}
         if noise is not None:
             options["noise"] = noise

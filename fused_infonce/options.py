@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from .config import FIELDS, LossConfig
@@ -19,27 +20,36 @@ _EXPONENT_TOP = 75.0
 _EXPONENT_SPAN = 162.0
 
 
+NO_ID = torch.iinfo(torch.int64).min  # of what has none, equal to no row's
+
+
 @dataclass(slots=True, eq=False)
 class Similar:
     """Column j does not count as a negative of row i where score_ij > min(score_ii + margin, threshold), of those
-    given.
+    given, or where score_ij > limit_i.
     """
 
     margin: float | None
     threshold: float | None
     guide: tuple[Tensor, Tensor] | None  # rows (N, G) and columns (T, G) whose cosines are the scores; None: s_ij
+    limit: Tensor | None = None  # (N, 1)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Options(LossConfig):
-    """A config with the facts of one call; ``num_noise`` is M as it is used, 0 without noise."""
+    """A config with the facts of one call; ``num_noise`` is M as it is used, 0 without noise.
+
+    A call without positives (``cosine_logsumexp``) is the decoupled loss of rows whose positive has cosine 0 and
+    is not a column: log R_i is then the logarithm of the sum itself.
+    """
 
     counts: Counts  # N, H and Q of this rank
     noise_kind: NoiseKind
     log_noise_weight: float  # log λ
     own_log_weight: float  # hard_negative_weight where there are hard negatives
-    ids: Tensor | None = None  # (N,)
+    ids: Tensor | None = None  # (N,), or (N, 2) of anchors and positives
     negative_ids: Tensor | None = None  # (H,)
+    exclude_diagonal: bool = False  # without positives: whether row i leaves column i out
     similar: Similar | None = None  # which negatives are too similar to be negatives
     seed: Tensor | None = None  # (1,) of sampled noise; on the device where the kernels draw it
     exchange: Exchange | None = None  # with the other ranks of a group
@@ -57,6 +67,7 @@ class Options(LossConfig):
         negative_ids: Tensor | None,
         similar: Similar | None,
         seed: Tensor | None,
+        exclude_diagonal: bool = False,
     ) -> Options:
         """Returns the options of a call of one process."""
         plain: dict[str, Any] = {name: getattr(config, name) for name in FIELDS}
@@ -71,16 +82,44 @@ class Options(LossConfig):
             negative_ids=negative_ids,
             similar=similar,
             seed=seed,
+            exclude_diagonal=exclude_diagonal,
         )
 
-    def total(self, name: Literal["positives", "negatives", "queue", "columns"]) -> int:
+    @property
+    def paired(self) -> bool:
+        """Whether the first columns are the rows' positives."""
+        return self.counts.unpaired == 0
+
+    @property
+    def column_ids(self) -> Tensor | None:
+        """Ids of this rank's first columns: the positives', and the negatives' where those have any."""
+        if self.ids is None or self.negative_ids is None:
+            return self.ids
+        if not self.paired:
+            return self.negative_ids
+        if self.ids.ndim == 1:
+            return torch.cat([self.ids, self.negative_ids])
+        no_anchor = torch.full_like(self.negative_ids, NO_ID)  # hard negatives have a document's id only
+        return torch.cat([self.ids, torch.stack([no_anchor, self.negative_ids], 1)])
+
+    @property
+    def masked_diagonal(self) -> int:
+        """The number of rows i that leave column i out."""
+        return self.counts.rows if self.paired or self.exclude_diagonal else 0
+
+    def total(self, name: Literal["rows", "positives", "negatives", "queue", "columns"]) -> int:
         """Rows of this call, on all ranks."""
         own: int = getattr(self.counts, name)
         return own if self.exchange is None else self.exchange.total(name)
 
     @functools.cached_property
     def gradient_factor(self) -> float:
-        """A factor of the gradients of Σ_i loss_i: 1/N of a mean; and W, which DDP's averaging takes off again."""
+        """A factor of the gradients of Σ_i loss_i: 1/N of a mean; and W, which DDP's averaging takes off again.
+
+        Without positives it is 1: what a rank makes of its rows is its own loss, which DDP averages.
+        """
+        if not self.paired:
+            return 1.0
         W = 1 if self.exchange is None else self.exchange.size
         return W / self.total("positives") if self.reduction == "mean" else float(W)
 

@@ -21,6 +21,7 @@ def reference_loss(call: Call) -> Tensor:
     """The loss in nats, (N,) or reduced to 0-dim; computed in float64, float32 out unless an input is float64."""
     options = call.options
     anchors, positives, negatives, queue = call.inputs
+    assert positives is not None
     noise = call.noise_rows
     if options.seed is not None:
         noise = sample_all(options.seed, options.num_noise, anchors.shape[1], anchors.device)
@@ -44,6 +45,35 @@ def reference_loss(call: Call) -> Tensor:
         losses = (losses + back) / 2
     reduced = {"none": losses, "mean": losses.mean(), "sum": losses.sum()}[options.reduction]
     return reduced.to(torch.promote_types(call.dtype, torch.float32))
+
+
+def reference_logsumexp(call: Call) -> Tensor:
+    """The log-sum-exp over the columns of every row, (N,); computed as ``reference_loss`` is."""
+    options, similar = call.options, call.options.similar
+    rows, _, columns, _ = call.inputs
+    assert columns is not None
+    s = unit_rows(rows, torch.float64) @ unit_rows(columns, torch.float64).T  # (N, T)
+    tau = torch.as_tensor(call.temperature, dtype=torch.float64, device=s.device).reshape(())
+    kappa = torch.where(tau > 0, 1 / tau, math.nan)
+    left_out = torch.zeros_like(s, dtype=torch.bool)
+    if options.exclude_diagonal:
+        left_out.fill_diagonal_(True)
+    if options.ids is not None and options.negative_ids is not None:
+        left_out |= _same_ids(options.ids, options.negative_ids)
+    if similar is not None:
+        scores = s
+        if similar.guide is not None:
+            guide_rows, guide_columns = (unit_rows(x, torch.float64) for x in similar.guide)
+            scores = guide_rows @ guide_columns.T
+        limit = similar.threshold if similar.limit is None else similar.limit
+        assert limit is not None
+        left_out |= scores > limit
+    z = (
+        kappa * s + options.hardness * s.detach() + 0 * columns.double().sum()
+    )  # NaN of a column left out shows, too
+    empty = left_out.all(1)
+    sums = z.masked_fill(left_out & ~empty[:, None], -math.inf).logsumexp(1)
+    return sums.masked_fill(empty, -math.inf).to(torch.promote_types(call.dtype, torch.float32))
 
 
 def _direction(
@@ -92,10 +122,16 @@ def _too_similar(similar: Similar, s: Tensor, positive: Tensor, scores: Tensor |
     return s > (limit if similar.threshold is None else limit.clamp(max=similar.threshold))
 
 
+def _same_ids(rows: Tensor, columns: Tensor) -> Tensor:
+    """Whether the id is equal, or either of two. (N,), (T,) or (N, 2), (T, 2) → (N, T)"""
+    same = rows[:, None] == columns[None, :]
+    return same if rows.ndim == 1 else same.any(2)
+
+
 def _pair_bias(options: Options, device: torch.device) -> Tensor:  # (N, N)
     bias = torch.zeros(options.counts.positives, options.counts.positives, dtype=torch.float64, device=device)
     if options.ids is not None:
-        bias.masked_fill_(options.ids[:, None] == options.ids[None, :], -math.inf)
+        bias.masked_fill_(_same_ids(options.ids, options.ids), -math.inf)
     return bias.fill_diagonal_(-math.inf)
 
 
@@ -106,5 +142,6 @@ def _extra_bias(options: Options, device: torch.device) -> Tensor:  # (N, H + Q)
         own = torch.arange(N, device=device)[:, None] == torch.arange(H, device=device)[None, :] % N
         bias[:, :H].masked_fill_(own, options.own_log_weight)
     if options.ids is not None and options.negative_ids is not None:
-        bias[:, :H].masked_fill_(options.ids[:, None] == options.negative_ids[None, :], -math.inf)
+        ids = options.ids if options.ids.ndim == 1 else options.ids[:, 1]  # a hard negative has a document's id
+        bias[:, :H].masked_fill_(_same_ids(ids, options.negative_ids), -math.inf)
     return bias

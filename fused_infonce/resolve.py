@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from . import checks
 from . import noise as noise_source
 from .backends import choose_backend
-from .config import MUST_AGREE_ACROSS_RANKS, SMOOTHING_IS_ALONE, LossConfig, make_config
+from .config import MUST_AGREE_ACROSS_RANKS, SMOOTHING_IS_ALONE, LossConfig, make_config, switch
 from .distributed import Counts, Exchange, Facts, agree, choose_strategy
 from .options import NoiseKind, Options, Similar
 
@@ -25,7 +25,7 @@ _COLUMNS = ("positives", "negatives", "queue")
 class Call:
     """What a backend is given."""
 
-    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # anchors, positives, negatives, queue
+    inputs: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # anchors, positives, negatives, queue
     noise_rows: Tensor | None  # (M, D), where the caller gave them
     temperature: float | Tensor
     kappa_bound: float | None  # an upper bound of 1/τ that the host knows without waiting for a device
@@ -66,7 +66,7 @@ def resolve(
     temperature: float | Tensor,
     noise: str | Tensor,
     generator: torch.Generator | None,
-    ids: Tensor | None,
+    ids: Tensor | tuple[Tensor, Tensor] | None,
     negative_ids: Tensor | None,
     guide: Sequence[Tensor] | None,
     traced: Traced | None = None,
@@ -87,9 +87,7 @@ def resolve(
     if traced is None and config.backend != "reference":
         checks.check_transforms([*tensors, temperature, noise, ids, negative_ids, *(guide or ())])
 
-    dtype = tensors[0].dtype
-    for x in tensors[1:]:
-        dtype = dtype if x.dtype == dtype else torch.promote_types(dtype, x.dtype)
+    dtype = _promoted(tensors)
     backend = choose_backend(config.backend, anchors.device, dtype, anchors.shape[1])
     num_noise = config.num_noise if noise_rows is None else noise_rows.shape[0]
     kind: NoiseKind = config.noise if noise_rows is None else "given"
@@ -99,13 +97,67 @@ def resolve(
     if kind == "sampled":
         seed = traced.seed if traced else _drawn_seed(backend, generator, anchors.device, seed_on_cpu)
     resolved = Options.of(config, num_noise, counts, kind, ids, negative_ids, similar, seed)
-    autocast = autocast_dtype(anchors.device.type) if traced is None else traced.autocast_dtype
-    product_dtype = dtype if dtype == torch.float64 or autocast is None else autocast
+    product_dtype = _product_dtype(dtype, anchors.device.type, traced)
     bound = None if backend == "reference" else _kappa_bound(temperature, config.min_temperature)
     inputs = (anchors, positives, negatives, queue)
     if resolved.noise_kind != "given":
         noise_rows = None
     return Call(inputs, noise_rows, temperature, bound, resolved, dtype, product_dtype, backend)
+
+
+def resolve_without_positives(
+    rows: Tensor,
+    columns: Tensor,
+    *,
+    temperature: float | Tensor,
+    row_ids: Tensor | tuple[Tensor, Tensor] | None,
+    column_ids: Tensor | tuple[Tensor, Tensor] | None,
+    exclude_diagonal: bool,
+    filter_threshold: float | Tensor | None,
+    guide: Sequence[Tensor] | None,
+    traced: Traced | None = None,
+    **options: Any,  # other fields of LossConfig
+) -> Call:
+    """Returns the arguments of ``cosine_logsumexp`` as a Call: the rows are anchors, the columns negatives."""
+    tensors = checks.check_rows_and_columns(rows, columns)
+    (N, D), T, device = rows.shape, columns.shape[0], rows.device
+    temperature = checks.check_temperature(temperature, device)
+    limit = None
+    if isinstance(filter_threshold, Tensor):
+        limit = checks.check_row_limits("filter_threshold", filter_threshold, N, device)
+        filter_threshold = None
+    options |= {"filter_threshold": filter_threshold, "num_noise": 0, "decoupled": True, "reduction": "none"}
+    config = make_config(options)
+    row_ids, column_ids = checks.check_row_and_column_ids(row_ids, column_ids, N, T, device)
+    similar = None if limit is None and filter_threshold is None else Similar(None, filter_threshold, None, limit)
+    if guide is not None:
+        if similar is None:
+            raise ValueError("guide needs filter_threshold: the guide's cosines are compared with it")
+        similar.guide = checks.check_guide(guide, tensors)
+    exclude_diagonal = switch("exclude_diagonal", exclude_diagonal)
+    if traced is None and config.backend != "reference":
+        checks.check_transforms([*tensors, temperature, row_ids, column_ids, limit, *(guide or ())])
+
+    dtype = _promoted(tensors)
+    backend = choose_backend(config.backend, device, dtype, D)
+    counts = Counts(0, T, 0, unpaired=N)
+    resolved = Options.of(config, 0, counts, "none", row_ids, column_ids, similar, None, exclude_diagonal)
+    bound = None if backend == "reference" else _kappa_bound(temperature, config.min_temperature)
+    product_dtype = _product_dtype(dtype, device.type, traced)
+    return Call((rows, None, columns, None), None, temperature, bound, resolved, dtype, product_dtype, backend)
+
+
+def _promoted(tensors: list[Tensor]) -> torch.dtype:
+    dtype = tensors[0].dtype
+    for x in tensors[1:]:
+        dtype = dtype if x.dtype == dtype else torch.promote_types(dtype, x.dtype)
+    return dtype
+
+
+def _product_dtype(dtype: torch.dtype, device_type: str, traced: Traced | None) -> torch.dtype:
+    """That of autocast where it is on, but for float64."""
+    autocast = autocast_dtype(device_type) if traced is None else traced.autocast_dtype
+    return dtype if dtype == torch.float64 or autocast is None else autocast
 
 
 def _drawn_seed(
@@ -135,10 +187,12 @@ def _check_with_tensors(config: LossConfig, counts: Counts, ids: Tensor | None, 
         raise ValueError(SMOOTHING_IS_ALONE)
 
 
-def resolve_among(group: ProcessGroup, **arguments: Any) -> Call:
-    """Returns the same with a process group: the ranks agree on what must be equal, and the seed is rank 0's."""
+def resolve_among(group: ProcessGroup, resolver: Callable[..., Call], **arguments: Any) -> Call:
+    """Returns ``resolver``'s call with a process group: the ranks agree on what must be equal, and the seed is
+    rank 0's.
+    """
     try:
-        call = resolve(**arguments, seed_on_cpu=True)
+        call = resolver(**arguments)
         if call.backend == "reference":
             raise ValueError(
                 "backend='reference' supports a single process only; use 'auto' or 'torch' with a group"
@@ -161,10 +215,9 @@ def resolve_among(group: ProcessGroup, **arguments: Any) -> Call:
         "temperature": _known(arguments["temperature"]),
         **{name: str(getattr(options, name)) for name in MUST_AGREE_ACROSS_RANKS},
         "noise": options.noise_kind,
-        "whether ids are given": options.ids is not None,
-        "whether negative_ids are given": (
-            None if call.inputs[2] is None else arguments["negative_ids"] is not None
-        ),
+        "whether there are positives": options.paired,
+        "the number of ids per row": 0 if options.ids is None else options.ids.ndim,
+        "whether negative_ids are given": (None if call.inputs[2] is None else options.negative_ids is not None),
         **{f"whether {name} need a gradient": need for name, need in needs.items()},
         "whether anything needs a gradient": any(needs.values()),
     }

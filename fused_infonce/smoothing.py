@@ -19,7 +19,7 @@ from .config import Reduction
 from .distributed import Exchange
 from .geometry import cosine_with_margin, unit_rows
 
-Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # anchors, positives, negatives, queue
+Inputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # anchors, positives, negatives, queue
 
 
 def smoothing_term(
@@ -35,6 +35,7 @@ def smoothing_term(
 ) -> Tensor:
     """The term of every row (N,), or reduced; differentiable."""
     anchors, positives, *others = inputs
+    assert positives is not None
     N, T = anchors.shape[0], positives.shape[0] + sum(x.shape[0] for x in others if x is not None)
     if exchange is not None:
         N, T = exchange.total("positives"), exchange.total("columns")
@@ -64,7 +65,9 @@ class _Smoothing:
 
     def terms(self, inputs: Inputs, temperature: float | Tensor, sums: Tensor) -> Tensor:
         """Of each row, (N,); sums: over all ranks' rows."""
-        q, k = unit_rows(inputs[0], self.dtype), unit_rows(inputs[1], self.dtype)
+        anchors, positives, *_ = inputs
+        assert positives is not None
+        q, k = unit_rows(anchors, self.dtype), unit_rows(positives, self.dtype)
         s = (q * k).sum(1)
         p = s
         if self.angular_margin:

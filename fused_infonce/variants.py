@@ -96,11 +96,14 @@ def exponents_fit(options: Options, kappa_bound: float | None, limit: float) -> 
 
 def can_hide_columns(options: Options) -> bool:
     """Whether a column that contains NaN can be masked in every row."""
-    return options.ids is not None or (options.similar is not None and options.similar.guide is not None)
+    guided = options.similar is not None and options.similar.guide is not None
+    return options.ids is not None or guided or options.exclude_diagonal
 
 
 def similarity_limit(positive_score: Tensor, similar: Similar) -> Tensor:
-    """The score above which a column does not count as a negative: min(score_ii + margin, threshold)."""
+    """The score above which a column does not count as a negative: limit, or min(score_ii + margin, threshold)."""
+    if similar.limit is not None:
+        return similar.limit
     if similar.margin is None:
         limit = torch.full_like(positive_score, math.inf)
     else:
@@ -153,8 +156,11 @@ def row_loss(total: Tensor, offset: Tensor | None, options: Options) -> Tensor:
 
 
 def counted_loss(loss: Tensor, options: Options) -> Tensor:
-    """The rows' losses as they are summed: a decoupled row without negatives counts 0; loss: ``row_loss``."""
-    if options.decoupled:
+    """The rows' losses as they are summed: a decoupled row without negatives counts 0; loss: ``row_loss``.
+
+    Without positives such a row keeps the logarithm of its empty sum, −∞.
+    """
+    if options.decoupled and options.paired:
         loss = loss.nan_to_num(nan=math.nan, posinf=math.inf, neginf=0.0)
     return transformed_loss(loss, options)[0] if transforms_loss(options) else loss
 

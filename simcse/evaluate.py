@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from logging import getLogger
 from pathlib import Path
 from typing import Any, Literal
@@ -90,6 +90,9 @@ class EvaluationArguments:
         "alignment-uniformity plane, with the run's path where the model's folder has a trainer_state.json.",
     )
     batch_size: int = flag(64, "Sentences per batch.")
+    truncate_dim: int | None = flag(
+        None, "Keep this many features of each vector (Matryoshka). Default: what the folder states, else all."
+    )
     query_prompt: str | None = flag(
         None,
         "Text before the first sentence of each pair, and before the sentences of transfer tasks. Default: "
@@ -100,6 +103,8 @@ class EvaluationArguments:
     )
 
     def __post_init__(self) -> None:
+        if self.truncate_dim is not None and self.truncate_dim < 1:
+            raise ValueError(f"--truncate_dim must be at least 1, not {self.truncate_dim}")
         if self.batch_size < 1:
             raise ValueError(f"--batch_size must be at least 1, not {self.batch_size}")
         if self.tasks and self.task_set not in (None, "na"):
@@ -148,6 +153,13 @@ def main(argv: list[str] | None = None) -> None:
 
             transfer_tasks = [read_transfer(name, files, folds) for name, files in transfer_files.items()]
         encoder, tokenizer = load_encoder(args.model_name_or_path, args.pooler_type)
+        if args.truncate_dim is not None:
+            if args.truncate_dim > encoder.config.hidden_size:
+                raise UserError(
+                    f"--truncate_dim {args.truncate_dim} is more than the {encoder.config.hidden_size} features "
+                    f"of {args.model_name_or_path}"
+                )
+            encoder.settings = replace(encoder.settings, truncate_dim=args.truncate_dim)
         if tasks and not encoder.settings.compares_by_cosine:
             getLogger("simcse").warning(
                 f"{args.model_name_or_path} compares its vectors by {encoder.settings.similarity}; it is scored "
@@ -160,6 +172,8 @@ def main(argv: list[str] | None = None) -> None:
         document = query if args.document_prompt is None else args.document_prompt
         tasks = [pairs.with_prompts(query, document) for pairs in tasks]
         heading = f"{args.model_name_or_path}, {encoder.pooler_type}"
+        if args.truncate_dim is not None:
+            heading += f", {args.truncate_dim} features"
         tables, notes = [], []
         scores: dict[str, float] = {}
         details: dict[str, Any] = {}

@@ -6,7 +6,6 @@ import inspect
 import itertools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,24 +16,13 @@ from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutput
 
-from fused_infonce import GSInfoNCELoss, contrastive_stats, gs_infonce
+from fused_infonce import GSInfoNCELoss, contrastive_stats
 from simcse.arguments import LossArguments
 from simcse.model import SentenceEncoder, load_masked_lm
+from simcse.published import LOSSES, Columns, check_flags, published_loss
 
 STATS_OPTIONS = inspect.signature(contrastive_stats).parameters
 PARTS_A_TRIM = 8  # more would let the heap grow further, fewer cost time: at every part a fifth
-
-
-@dataclass
-class Columns:
-    """Everything of a batch that the loss compares, beside its options."""
-
-    anchors: Tensor  # (B, D)
-    positives: Tensor  # (B, D)
-    negatives: Tensor | None  # (H, D), view after view
-    queue: Tensor | None  # (Q, D)
-    ids: Tensor | None  # (B,)
-    negative_ids: Tensor | None  # (H,)
 
 
 class Objective(nn.Module):
@@ -92,12 +80,34 @@ class Objective(nn.Module):
             ids[2 * rows :] if ids is not None and views > 2 else None,
         )
 
-    def check_loss(self, device: torch.device) -> None:
+    def check_loss(self, device: torch.device, views: int) -> None:
         """Raises the loss's error for options that it refuses together, or on this device, before any training."""
-        x = torch.eye(2, self.encoder.config.hidden_size, device=device)
-        ids = torch.arange(2, device=device) if self.options.mask_duplicates else None
-        options = {**self.options.loss_options, "generator": torch.Generator()}  # draws nothing of the run's
-        gs_infonce(x, x, temperature=self.options.temp, ids=ids, **options)
+        if self.options.loss in LOSSES:
+            check_flags(self.options, views, alone=self.loss.group == "local")
+        x = torch.eye(2, self.encoder.config.hidden_size, device=device).repeat(views, 1)
+        ids = torch.arange(2, device=device).repeat(views) if self.options.mask_duplicates else None
+        group, self.loss.group = self.loss.group, "local"
+        try:  # the generator draws nothing of the run's
+            self.contrastive_loss(self.columns(x, views, ids), torch.Generator())
+        finally:
+            self.loss.group = group
+
+    def contrastive_loss(self, columns: Columns, generator: torch.Generator) -> Tensor:
+        """The loss of ``--loss``, of the whole vectors or summed over the prefixes of ``--matryoshka_dims``."""
+        dims, features = self.options.matryoshka_dims, columns.anchors.shape[1]
+        if dims and max(dims) > features:
+            raise ValueError(f"--matryoshka_dims must be at most the model's {features} features, not {max(dims)}")
+        weights = self.options.matryoshka_weights or [1.0] * len(dims or [features])
+        total: Any = 0
+        for dim, weight in zip(dims or [features], weights, strict=True):
+            total = total + weight * self._loss_of(columns if dim == features else columns.prefix(dim), generator)
+        return total
+
+    def _loss_of(self, columns: Columns, generator: torch.Generator) -> Tensor:
+        if self.options.loss not in LOSSES:
+            return self.loss(**vars(columns), generator=generator)
+        self.loss.project()
+        return published_loss(self.options, columns, self.loss.temperature, self.loss.group)
 
     def enqueue(self, positives: Tensor) -> None:
         if self.queue_size:

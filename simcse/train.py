@@ -279,7 +279,7 @@ def _trainer(encoder: Any, tokenizer: Any, args: SimCSETrainingArguments, *input
         raise UserError(f"--report_to {name}: its package is not installed; install it, or take --report_to none")
     try:
         trainer = SimCSETrainer(encoder, tokenizer, args, *inputs)
-        trainer.model.check_loss(args.device)
+        trainer.model.check_loss(args.device, trainer.views)
     except OSError as error:
         raise UserError(f"cannot write to --output_dir: {error.strerror or error}") from None
     except (ValueError, ImportError) as error:

@@ -132,7 +132,7 @@ class SimCSETrainer(Trainer):
         generator = self._generator()
         before = generator.clone_state()
         with self.accelerator.autocast():
-            loss = self.model.loss(**vars(columns), generator=generator)
+            loss = self.model.contrastive_loss(columns, generator)
         if self._is_logging_step():
             self._stats = self.model.stats(columns, before)
         if self.options.do_mlm:

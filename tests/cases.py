@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from helpers import loss_and_grads, rows
@@ -25,7 +25,7 @@ class LossCase:
     options: dict[str, Any] = field(default_factory=dict)  # noise="given" stands for a tensor
     negatives: int = 0  # hard negatives per anchor
     queue: bool = False
-    ids: bool = False  # with hard negatives also negative_ids
+    ids: bool | Literal["pair"] = False  # with hard negatives also negative_ids
     guide: bool = False
 
     def given(self, **options: Any) -> LossCase:
@@ -54,6 +54,8 @@ def build(
         options["queue"] = made(Q, 4)
     if case.ids:
         options["ids"] = torch.arange(N, device=device) // 2
+        if case.ids == "pair":
+            options["ids"] = torch.arange(N, device=device) % 4, options["ids"]
         if H:
             options["negative_ids"] = torch.arange(H, device=device) % (N // 2 + 2)
     if case.guide:
@@ -137,6 +139,9 @@ CASES = {
     "ids": LossCase(ids=True),
     "ids, sum": LossCase({"reduction": "sum"}, ids=True),
     "ids, negatives": LossCase(ids=True, **_more),
+    "pairs of ids": LossCase(ids="pair"),
+    "pairs of ids, negatives": LossCase({"reduction": "none"}, ids="pair", **_more),
+    "pairs of ids, symmetric": LossCase(_both_ways, ids="pair", **_more),
     "ids, symmetric": LossCase(_both_ways, ids=True, **_more),
     "noise": LossCase(GIVEN),
     "noise, negatives": LossCase(GIVEN, **_more),

@@ -128,6 +128,10 @@ def test_every_case(ranks, name, strategy):
         options["ids"] = [torch.arange(n) % 4 for n in counts]
         if case.negatives:
             options["negative_ids"] = [torch.arange(case.negatives * n) % 5 for n in counts]
+        if case.ids == "pair":
+            options["ids"] = [
+                torch.stack([torch.arange(n) // 2, x], 1) for n, x in zip(counts, options["ids"], strict=True)
+            ]
     assert_same(ranks, options, counts, views=case.negatives, queue=3 * case.queue)
 
 
@@ -499,7 +503,7 @@ DISAGREEMENTS = [
     ({"hardness": 2.0}, r"hardness \(0.0 on ranks 0, 1, 3, 2.0 on rank 2\)"),
     ({"filter_threshold": 0.9}, r"filter_threshold \(None on ranks 0, 1, 3, 0.9 on rank 2\)"),
     ({"min_temperature": 0.01}, r"min_temperature \(None .* 0.01 on rank 2\)"),
-    ({"ids": None}, "whether ids are given"),
+    ({"ids": None}, "the number of ids per row"),
     ({"strategy": "ring"}, r"strategy \(auto .* ring on rank 2\)"),
     ({"grad": False}, "whether anchors need a gradient"),
     ({"shape": (3, 6)}, "rank 2: ValueError: ids must have shape"),

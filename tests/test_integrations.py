@@ -59,8 +59,15 @@ MNRL_OPTIONS = [
     {"scale": 50.0},
     {"directions": ("query_to_doc", "query_to_query")},
     {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"},
+    {"directions": ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")},
     {"hardness_mode": "all_negatives", "hardness_strength": 5.0},
-]
+    {"hardness_mode": "in_batch_negatives", "hardness_strength": 9.0},
+    {"hardness_mode": "hard_negatives", "hardness_strength": 5.0},
+    {
+        "directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction",
+        "hardness_mode": "hard_negatives", "hardness_strength": 5.0,
+    },
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -94,39 +101,14 @@ def test_multiple_negatives_ranking(cached, columns, options, dtype, model):
     ("options", "message"),
     [
         ({"similarity_fct": torch.mm}, "similarity_fct must be cos_sim, not mm"),
-        ({"directions": ("query_to_doc", "doc_to_doc")}, "doc_to_doc"),
-        ({"directions": ("query_to_doc", "doc_to_query")}, "per_direction"),
-        ({"hardness_mode": "hard_negatives", "hardness_strength": 5.0}, "take hardness_mode='all_negatives'"),
-        (
-            {
-                "hardness_mode": "all_negatives",
-                "hardness_strength": 5.0,
-                "directions": ("query_to_doc", "query_to_query"),
-            },
-            "with directions=.*query_to_query",
-        ),
+        ({"directions": ("query_to_doc", "doc_to_doc"), "decoupled": True}, "decoupled cannot be combined"),
         ({"scale": 0.0}, "Scale must be"),
     ],
-    ids=["similarity", "doc_to_doc", "doc_to_query", "hardness", "directions", "scale"],
+    ids=["similarity", "options", "scale"],
 )
 def test_what_is_not_hosted_is_said(cached, options, message, model):
     with pytest.raises(ValueError, match=message):
-        mnrl(cached)[0](model, **options)
-
-
-@pytest.mark.parametrize("cached", [False, True])
-def test_hardness_of_in_batch_negatives_is_hosted_for_pairs(cached, model):
-    ours, theirs = mnrl(cached)
-    options = {"hardness_mode": "in_batch_negatives", "hardness_strength": 9.0}
-    inputs = [rows(N, D, seed=s) for s in range(3)]
-    compare(
-        applied(ours(model, **options), cached),
-        applied(theirs(model, **options), cached),
-        inputs[:2],
-        torch.float64,
-    )
-    with pytest.raises(ValueError, match=r"in_batch_negatives.*all_negatives"):
-        applied(ours(model, **options), cached)(*inputs)
+        applied(mnrl(cached)[0](model, **options), cached)(*[rows(N, D, seed=s) for s in range(2)])
 
 
 def test_config_for_the_model_card(model):
@@ -274,6 +256,90 @@ def test_ntxent_views_of_different_sizes():
         FusedNTXentLoss()(torch.ones(3, 4), torch.ones(2, 4))
 
 
+@pytest.fixture(scope="module")
+def guide(model):
+    """Another tiny model, with the same vocabulary."""
+    import copy
+
+    other = copy.deepcopy(model)
+    for i, weight in enumerate(other.parameters()):
+        weight.data += 0.1 * rows(*weight.shape, seed=i).to(weight)
+    return other
+
+
+TEXTS = [[f"{a} {b}" for a in ("cat", "dog", "sun") for b in ("one", "two")] for _ in range(3)]
+TEXTS = [
+    [f"{text} {more}" for text in texts] for texts, more in zip(TEXTS, ("red", "blue green", ""), strict=True)
+]
+GIST_OPTIONS = [
+    {},
+    {"margin": 0.1, "temperature": 0.05},
+    {"margin": 0.3, "margin_strategy": "relative", "contrast_positives": False},
+    {"contrast_anchors": False, "margin": -0.05},
+]
+
+
+def gist_pair(cached: bool):
+    from sentence_transformers.sentence_transformer import losses
+
+    from fused_infonce.integrations import sentence_transformers as fused
+
+    name = "CachedGISTEmbedLoss" if cached else "GISTEmbedLoss"
+    return getattr(fused, "Fused" + name), getattr(losses, name)
+
+
+def step(loss: nn.Module, columns: int) -> list[Tensor]:
+    """A loss and the gradients of its model's weights, in float64."""
+    loss.model.zero_grad()
+    loss.double()
+    features = [loss.model.preprocess(texts) for texts in TEXTS[:columns]]
+    value = loss(features, None)
+    value.backward()
+    return [value.detach(), *(x.grad.clone() for x in loss.model.parameters() if x.grad is not None)]
+
+
+@pytest.mark.parametrize("columns", [2, 3])
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("options", GIST_OPTIONS, ids=str)
+def test_gistembed(options, cached, columns, model, guide):
+    import copy
+
+    results = []
+    for kind in gist_pair(cached):
+        more = {"mini_batch_size": 4} if cached else {}
+        results.append(step(kind(copy.deepcopy(model), copy.deepcopy(guide), **options, **more), columns))
+    for a, b in zip(*results, strict=True):
+        assert relative_error(a, b) < 1e-9 or b.norm() < 1e-9
+
+
+def test_gistembed_tokenizes_again_for_a_shorter_guide(model, guide):
+    import copy
+
+    shorter = copy.deepcopy(guide)
+    shorter.max_seq_length = 8
+    ours, theirs = (step(kind(copy.deepcopy(model), copy.deepcopy(shorter)), 2) for kind in gist_pair(False))
+    assert relative_error(ours[0], theirs[0]) < 1e-9
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_matryoshka(cached, model):
+    import copy
+
+    from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+
+    from fused_infonce.integrations.sentence_transformers import FusedMatryoshkaLoss
+
+    results = []
+    for kind, inner in zip((FusedMatryoshkaLoss, MatryoshkaLoss), mnrl(cached), strict=True):
+        copied = copy.deepcopy(model)
+        dims = [copied.get_embedding_dimension(), 4]
+        results.append(step(kind(copied, inner(copied), dims, [1.0, 0.3]), 3))
+    for a, b in zip(*results, strict=True):
+        assert relative_error(a, b) < 1e-9 or b.norm() < 1e-9
+    with pytest.raises(ValueError, match="loss must be one of fused_infonce"):
+        FusedMatryoshkaLoss(model, mnrl(cached)[1](model), [4])
+
+
 # ---------------------------------------------------------------------- several ranks
 
 
@@ -295,7 +361,9 @@ def several(name: str, leaves: list[Tensor]) -> Tensor:
         return FusedClipLoss(gather_with_grad=True, world_size=ranks)(*leaves, 20.0)
     if name == "ntxent":
         return FusedNTXentLoss(0.3, gather_distributed=True)(*leaves)
-    options = {"directions": ("query_to_doc", "query_to_query")} if name == "mnrl, queries" else {}
+    every = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+    hard = {"hardness_mode": "hard_negatives", "hardness_strength": 5.0}
+    options = {"mnrl": {}, "mnrl, terms": {"directions": every, **hard}}[name]
     loss = mnrl(False)[0](None, gather_across_devices=True, **options)
     return applied(loss, False)(*leaves)
 
@@ -307,15 +375,21 @@ def two_ranks():
     ranks.stop()
 
 
-@pytest.mark.parametrize("name", ["clip", "ntxent", "mnrl", "mnrl, queries"])
+@pytest.mark.parametrize("name", ["clip", "ntxent", "mnrl", "mnrl, terms"])
 def test_two_ranks_are_one_batch(name, two_ranks):
-    """Every rank's loss is that of the whole batch; its gradients are W times its rows', for DDP to average."""
+    """Every rank's loss is that of the whole batch; its gradients are W times its rows', for DDP to average.
+
+    Where the denominator has several terms a rank's loss is that of its own rows, as in the library.
+    """
     inputs = [rows(2 * N, D, seed=s) for s in range(2 if name in ("clip", "ntxent") else 3)]
     leaves = [x.clone().requires_grad_() for x in inputs]
     whole = several(name, leaves)
     grads = torch.autograd.grad(whole, leaves)
-    for rank, (loss, *parts) in enumerate(two_ranks.run(of_one_rank, name, inputs, slice(0, N))):
-        assert loss == pytest.approx(whole.item(), rel=1e-12)
+    answers = two_ranks.run(of_one_rank, name, inputs, slice(0, N))
+    if name == "mnrl, terms":
+        assert (answers[0][0] + answers[1][0]) / 2 == pytest.approx(whole.item(), rel=1e-12)
+    for rank, (loss, *parts) in enumerate(answers):
+        assert name == "mnrl, terms" or loss == pytest.approx(whole.item(), rel=1e-12)
         for part, grad in zip(parts, grads, strict=True):
             assert relative_error(torch.as_tensor(part), 2 * grad[rank * N : (rank + 1) * N]) < 1e-11
 

@@ -371,7 +371,7 @@ def test_costs_are_what_is_launched_and_allocated(monkeypatch):
 FAULTS = {  # what is wrong: the file, what stands there, what a mistake would write; None: the line is gone
     "the positive counts as a negative": ("common.py", "z = tl.where(i[:, None] == j[None, :], float", None),
     "the mask is one off": ("common.py", "where(i[:, None] == j", "where(i[:, None] + 1 == j"),
-    "ids one off": ("common.py", "tl.load(column_ids + j, mask", "tl.load(column_ids + j + 1, mask"),
+    "ids one off": ("common.py", "tl.load(column_ids + j * HAS_IDS", "tl.load(column_ids + (j + 1) * HAS_IDS"),
     "own negatives one off": ("common.py", "(negative % num_positives)[", "(negative % num_positives + 1)["),
     "a dimension of the product lost": ("common.py", "[:, None] < D - d,", "[:, None] < D - d - 1,"),
     "a scale off by 0.1 %": ("normalise.py", "(q * factor).to(queries", "(q * factor * 1.001).to(queries"),

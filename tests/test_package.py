@@ -59,8 +59,8 @@ def build(checkout: Path, kind: str) -> Path:
 
 def test_public_names():
     assert set(fused_infonce.__all__) == {
-        "GSInfoNCELoss", "alignment", "anisotropy", "asymptotic_terms", "contrastive_stats", "gs_infonce",
-        "info_nce", "uniformity",
+        "GSInfoNCELoss", "alignment", "anisotropy", "asymptotic_terms", "contrastive_stats", "cosine_logsumexp",
+        "gs_infonce", "info_nce", "uniformity",
     }  # fmt: skip
     assert all(getattr(fused_infonce, name).__doc__ for name in fused_infonce.__all__)
     assert simcse.__all__ == ["SimCSE", "__version__"]

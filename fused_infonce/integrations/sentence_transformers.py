@@ -1,4 +1,5 @@
-"""sentence-transformers: MultipleNegativesRankingLoss and its cached form, with their constructors.
+"""sentence-transformers: MultipleNegativesRankingLoss and its cached form, with their constructors; GISTEmbedLoss
+and MatryoshkaLoss are in files of their own and importable from here.
 
     loss = −1/N Σ_i log( e^{s(q_i, d_i)/τ} / Σ_j e^{s(q_i, d_j)/τ} ),  τ = 1/scale, s the cosine
 
@@ -24,16 +25,24 @@ from torch import Tensor
 from ..config import FIELDS
 from ..distributed import Group
 from ..functional import gs_infonce
+from ..losses.reports import check_gte, gte
+from .sentence_transformers_gist import FusedCachedGISTEmbedLoss, FusedGISTEmbedLoss
+from .sentence_transformers_matryoshka import FusedMatryoshkaLoss
+
+__all__ = [
+    "FusedCachedGISTEmbedLoss",
+    "FusedCachedMultipleNegativesRankingLoss",
+    "FusedGISTEmbedLoss",
+    "FusedMatryoshkaLoss",
+    "FusedMultipleNegativesRankingLoss",
+]
 
 # Options of ``gs_infonce`` that the library's arguments do not decide, with their defaults.
 _DECIDED = ("symmetric", "hardness", "reduction", "strategy", "min_temperature")
 _OPTIONS = {name: field.default for name, field in FIELDS.items() if name not in _DECIDED} | {"num_noise": 0}
 
-# partition_mode → the sets of directions whose columns all belong to the query
-_DIRECTIONS = {
-    "joint": [{"query_to_doc"}, {"query_to_doc", "query_to_query"}],
-    "per_direction": [{"query_to_doc"}, {"query_to_doc", "doc_to_query"}],
-}
+# The options that every combination of directions takes; the others ask for one call of gs_infonce.
+_ANYWHERE = ("backend", "workspace_bytes")
 
 
 class _Fused:
@@ -68,29 +77,7 @@ class _Fused:
             raise ValueError(f"similarity_fct must be cos_sim, not {name}: rows are normalised in the loss")
         if not isinstance(self.scale, Tensor) and not self.scale > 0:
             raise ValueError(f"scale must be > 0, not {self.scale}")
-        mode, directions = self.partition_mode, set(self.directions)
-        if mode not in ("joint", "per_direction"):
-            raise ValueError(f"partition_mode must be 'joint' or 'per_direction', not {mode!r}")
-        if directions not in _DIRECTIONS[mode]:
-            raise ValueError(
-                f"directions={self.directions!r} with partition_mode={mode!r} cannot be hosted: every column has "
-                "to belong to the query; take ('query_to_doc',), ('query_to_doc', 'query_to_query') with "
-                "partition_mode='joint', ('query_to_doc', 'doc_to_query') with partition_mode='per_direction', or "
-                "the library's loss"
-            )
-        if self.hardness_mode not in (None, "in_batch_negatives", "hard_negatives", "all_negatives"):
-            raise ValueError(
-                "hardness_mode must be None, 'in_batch_negatives', 'hard_negatives' or 'all_negatives', not "
-                f"{self.hardness_mode!r}"
-            )
-        if not self.hardness_strength >= 0:
-            raise ValueError(f"hardness_strength must be >= 0, not {self.hardness_strength}")
-        if self._hardness and (self.hardness_mode == "hard_negatives" or directions != {"query_to_doc"}):
-            raise ValueError(
-                f"hardness_mode={self.hardness_mode!r} with directions={self.directions} cannot be hosted: all "
-                "negatives of one direction are weighted, or none; take hardness_mode='all_negatives' (of pairs "
-                "'in_batch_negatives' too) with directions=('query_to_doc',), or the library's loss"
-            )
+        check_gte(self.directions, self.partition_mode, self.hardness_mode, self.hardness_strength)
 
     @property
     def _hardness(self) -> float:
@@ -106,44 +93,48 @@ class _Fused:
     def _loss(self, queries: Tensor, documents: list[Tensor]) -> Tensor:
         """(N, D), [(N, D), …], the positives first"""
         self._check()
-        N = len(queries)
-        negatives = documents[1:]
-        if negatives and self._hardness and self.hardness_mode == "in_batch_negatives":
-            raise ValueError(
-                "hardness_mode='in_batch_negatives' with columns of hard negatives leaves a query's own "
-                "unweighted, which the sweep cannot; take 'all_negatives', or the library's loss"
-            )
+        directions = set(self.directions)
+        symmetric = self.partition_mode == "per_direction" and "doc_to_query" in directions
+        weighs_all = not self._hardness or self.hardness_mode == "all_negatives" or len(documents) == 1
+        group: Group = "world" if self.gather_across_devices and _ranks() > 1 else "local"
+        if (directions != {"query_to_doc"} and not (symmetric and not self._hardness)) or not weighs_all:
+            return self._several_terms(queries, documents, group)
         ids, negative_ids = self._ids or (None, None)
-        if "query_to_query" in self.directions:
-            # Each query against the others: masked for itself by an id of its own.
-            own = torch.arange(N, device=queries.device)
-            if ids is not None:
-                raise ValueError("mask_duplicates: it cannot be combined with the direction 'query_to_query'")
-            ids = own
-            negative_ids = torch.cat([own.new_full((sum(map(len, negatives)),), -1), own])
-            negatives = [*negatives, queries]
-        group: Group = "local"
-        if (
-            self.gather_across_devices
-            and dist.is_available()
-            and dist.is_initialized()
-            and dist.get_world_size() > 1
-        ):
-            group = "world"
-            if "query_to_query" in self.directions and ids is not None and negative_ids is not None:
-                step = dist.get_rank() << 40  # ids that differ from rank to rank
-                ids, negative_ids = ids + step, torch.where(negative_ids < 0, negative_ids, negative_ids + step)
+        of_pairs = 0.0 if len(documents) == 1 and self.hardness_mode == "hard_negatives" else self._hardness
         return gs_infonce(
             queries,
             documents[0],
-            torch.cat(negatives) if negatives else None,
+            torch.cat(documents[1:]) if documents[1:] else None,
             temperature=1 / self.scale,
             ids=ids,
             negative_ids=negative_ids,
-            symmetric="doc_to_query" in self.directions,
-            hardness=self._hardness,
+            symmetric=symmetric,
+            hardness=of_pairs,
             group=group,
             **{name: getattr(self, name) for name in _OPTIONS},
+        )
+
+    def _several_terms(self, queries: Tensor, documents: list[Tensor], group: Group) -> Tensor:
+        """Denominators of several sums, or with hardness of some negatives."""
+        given = {name: getattr(self, name) for name in ("mask_duplicates", *_OPTIONS) if name not in _ANYWHERE}
+        for name, value in given.items():
+            if isinstance(value, Tensor) or value != _OPTIONS.get(name, False):
+                raise ValueError(
+                    f"{name} cannot be combined with directions={self.directions!r}, "
+                    f"partition_mode={self.partition_mode!r} and hardness_mode={self.hardness_mode!r}, whose "
+                    "denominators are summed from several calls; leave it out, or use directions=('query_to_doc',)"
+                )
+        return gte(
+            queries,
+            documents[0],
+            torch.stack(documents[1:], 1) if documents[1:] else None,
+            temperature=1 / self.scale,
+            directions=self.directions,
+            partition_mode=self.partition_mode,
+            hardness_mode=self.hardness_mode,
+            hardness_strength=self.hardness_strength,
+            group=group,
+            **{name: getattr(self, name) for name in _ANYWHERE},
         )
 
     def _own_config(self) -> dict[str, Any]:
@@ -156,16 +147,17 @@ class FusedMultipleNegativesRankingLoss(_Fused, MultipleNegativesRankingLoss):  
 
     Args:
         model, scale, similarity_fct, gather_across_devices, directions, partition_mode, hardness_mode,
-            hardness_strength: the library's. ``similarity_fct`` must be ``cos_sim``. Of ``directions`` it takes
-            ``("query_to_doc",)``, that with ``"query_to_query"``, and ``("query_to_doc", "doc_to_query")`` with
-            ``partition_mode="per_direction"``. Hardness in the first of these: ``"all_negatives"``, and of pairs
-            ``"in_batch_negatives"``.
+            hardness_strength: the library's, in every combination (``fused_infonce.losses.gte``).
+            ``similarity_fct`` must be ``cos_sim``.
         mask_duplicates: a document with the same tokens as an anchor's positive is no negative of it.
         the other options of ``gs_infonce``, with its defaults, but for ``num_noise``: noise is off by default.
-            ``symmetric`` and ``hardness`` follow from ``directions`` and ``hardness_strength``.
+            ``symmetric`` and ``hardness`` follow from ``directions`` and ``hardness_strength``. They and
+            ``mask_duplicates`` need ``directions=("query_to_doc",)``, with ``"doc_to_query"`` if
+            ``partition_mode="per_direction"``, and hardness of all negatives or of none.
 
     With ``gather_across_devices`` every rank returns the mean over all ranks, where the library returns its own
-    rows'; the gradients after DistributedDataParallel's averaging are the same.
+    rows' (as here, where the denominator has several terms); the gradients after DistributedDataParallel's
+    averaging are the same.
 
     Raises:
         ValueError: an argument that this loss cannot host, also one assigned later, at the call; the message
@@ -259,6 +251,10 @@ class FusedCachedMultipleNegativesRankingLoss(_Fused, CachedMultipleNegativesRan
 
     def get_config_dict(self) -> dict[str, Any]:
         return {**super().get_config_dict(), **self._own_config()}
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _show_options(loss: type) -> None:

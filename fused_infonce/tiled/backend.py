@@ -78,8 +78,12 @@ class TileBackend(Protocol):
         scale_log2: float | Tensor,
         centers: tuple[Tensor, Tensor]
         | None,  # of anchors and columns, (D,) each; None: means of this call's rows
+        paired: bool = True,  # whether the first columns are the anchors' positives
     ) -> tuple[NormalizedBatch, Operands]:
-        """Norms, centres and operands. scale_log2: the factor of s_ij in exponents of base 2."""
+        """Norms, centres and operands. scale_log2: the factor of s_ij in exponents of base 2.
+
+        Without positives each anchor's is a zero row, which is not among the columns.
+        """
 
     def queries(
         self, q: NormalizedRows, k: NormalizedRows, center: Tensor | None, scale_log2: float | Tensor

@@ -52,7 +52,7 @@ class TiledProblem:
         backend: TileBackend,
         options: Options,
         kappa: float | Tensor,
-        inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None],  # (N, D), (N, D), (H, D), (Q, D)
+        inputs: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],  # (N, D), (N, D), (H, D), (Q, D)
         noise_rows: Tensor | None,  # (M, D)
     ) -> None:
         self.backend, self.options = backend, options
@@ -66,21 +66,25 @@ class TiledProblem:
         self.rank = 0 if exchange is None else exchange.rank
         self.counts = [options.counts] if exchange is None else exchange.counts  # by rank
         columns = [x for x in inputs[1:] if x is not None]
-        centers = None if exchange is None else exchange.centers(inputs[0], inputs[1], sums)
-        self.batch, self.operands = backend.normalise(inputs[0], columns, self.scale_log2, centers)
+        centers = None if exchange is None else exchange.centers(inputs[0], columns[0], sums)
+        self.batch, self.operands = backend.normalise(
+            inputs[0], columns, self.scale_log2, centers, paired=options.paired
+        )
         self.T = self.operands.keys.shape[0]
         self.positive_shift_log2: Tensor | None = None  # (κ p_i − (κ + β) s_ii) log2(e), (N, 1); None: 0
-        if options.angular_margin or options.hardness:
+        if options.paired and (options.angular_margin or options.hardness):
             self.positive_shift_log2 = self.kappa * LOG2_E * self.positive.value - self.scale_log2 * self.cosines
         self.row_shift_log2 = self._shifted(self.operands.positive_log2)  # (N, 1)
-        self.ids = None if options.ids is None else self._ids_by_rank(options.ids)
+        self.ids = None if options.column_ids is None else self._ids_by_rank(options.column_ids)
         self.columns = Columns(self.operands.keys, self.operands.grad_keys, self._own_terms())
 
     # ------------------------------------------------------------------ positives
 
     @functools.cached_property
     def cosines(self) -> Tensor:
-        """s_ii, (N, 1)"""
+        """s_ii, (N, 1); 0 without positives"""
+        if not self.options.paired:
+            return torch.zeros_like(self.operands.positive_log2)
         return self.backend.pair_cosines(self.batch)
 
     @functools.cached_property
@@ -141,10 +145,10 @@ class TiledProblem:
     def _own_terms(self) -> EntryTerms:
         options, ids = self.options, self.ids
         return EntryTerms(
-            num_positives=self.N,
+            num_positives=options.masked_diagonal,
             num_negatives=options.counts.negatives,
             own_bias=options.own_log_weight * LOG2_E,
-            row_ids=None if ids is None else ids[self.rank][: self.N],
+            row_ids=options.ids,
             column_ids=None if ids is None else ids[self.rank],
             limits=self._limits_of(self.rank),
         )
@@ -159,7 +163,8 @@ class TiledProblem:
         if similar.guide is not None:
             rows, columns = (self.backend.unit_rows(x)[0].clone() for x in similar.guide)
             guide = rows, columns
-            scores = (rows * columns[: self.N]).sum(1, keepdim=True, dtype=self.backend.precision.sums)
+            if self.options.paired:
+                scores = (rows * columns[: self.N]).sum(1, keepdim=True, dtype=self.backend.precision.sums)
         return variants.similarity_limit(scores, similar), guide
 
     def _limits_of(self, owner: int) -> Limits | None:
@@ -178,8 +183,6 @@ class TiledProblem:
 
     def _ids_by_rank(self, ids: Tensor) -> list[Tensor]:
         """Ids of each rank's first columns: its positives', and its negatives' where those have any."""
-        if self.options.negative_ids is not None:
-            ids = torch.cat([ids, self.options.negative_ids])
         exchange = self.exchange
         if exchange is None:
             return [ids]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import Exchange
+from ..options import NO_ID
 from .operands import Accumulator, Columns, NeedsGrad, grad_range
 from .problem import TiledProblem
 
@@ -72,8 +73,9 @@ def all_columns(problem: TiledProblem, needs: NeedsGrad) -> AllColumns:
     every_row = torch.cat([rows[owner][part] for owner, part in order])
     ids = problem.ids
     if ids is not None:
-        unused = torch.cat(ids).min() - 1  # an id that no row has
-        full = [torch.cat([x, unused.expand(pairs[rank] - len(x))]) for rank, x in enumerate(ids)]
+        full = [
+            torch.cat([x, x.new_full((pairs[rank] - len(x), *x.shape[1:]), NO_ID)]) for rank, x in enumerate(ids)
+        ]
         ids = [torch.cat([full[owner] for owner in owners])]
     terms = replace(problem.columns.terms, column_ids=None if ids is None else ids[0])
     columns = Columns(every_row, every_row.to(problem.backend.precision.gradient), terms)

@@ -22,6 +22,12 @@ BF16_CENTER_ROWS = 1024  # the same where sums of centred rows are rounded
 SMALL_BATCH_ROWS = 256  # up to here a mean over more than CENTER_ROWS would take 4 % of the time
 
 
+def zero_rows(like: Tensor, dtype: torch.dtype) -> NormalizedRows:
+    """As many zero rows as ``like`` has, in the memory of one."""
+    n, D = like.shape
+    return NormalizedRows(like.new_zeros(1, D).expand(n, D), like.new_zeros(n, 1, dtype=dtype))
+
+
 class TorchRows(TorchMemory):
     may_be_tiny = False  # whether ratios can be below variants.smallest_operand
     product_scale: float = 1.0  # a factor of the similarity product, where the queries do not contain it
@@ -32,6 +38,7 @@ class TorchRows(TorchMemory):
         columns: list[Tensor],
         scale_log2: float | Tensor,
         centers: tuple[Tensor, Tensor] | None,
+        paired: bool = True,
     ) -> tuple[NormalizedBatch, Operands]:
         precision = self.precision
         self.product_scale = scale_log2 if isinstance(scale_log2, float) else 1.0
@@ -45,8 +52,9 @@ class TorchRows(TorchMemory):
         lengths = [x.shape[0] for x in columns]
         rows = self.empty(sum(lengths), anchors.shape[1], dtype=precision.product)
         places = torch.split(rows, lengths)
-        queries, positive_log2 = self._queries(q, keys[0], center_k, scale_log2, places[0])
-        for k, out in zip(keys[1:], places[1:], strict=True):
+        pair = keys[0] if paired else zero_rows(anchors, precision.sums)
+        queries, positive_log2 = self._queries(q, pair, center_k, scale_log2, places[0] if paired else None)
+        for k, out in zip(keys[paired:], places[paired:], strict=True):
             self._center(k, center_k, out)
         grad_rows = rows
         if precision.gradient != precision.product:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import variants
+from ..distributed import mean_unit_row
 from ..kernels import noise, normalise, products, ratios, similarity
 from ..kernels.common import precision_of
 from ..kernels.settings import Settings, Tile, cdiv, default_settings, target_of
@@ -109,8 +110,12 @@ class TritonBackend:
         columns: list[Tensor],  # positives (N, D), and what else is given
         scale_log2: float | Tensor,
         centers: tuple[Tensor, Tensor] | None,
+        paired: bool = True,
     ) -> tuple[NormalizedBatch, Operands]:
         N, D = anchors.shape
+        pair, pairs = (columns[0], N) if paired else (anchors.new_zeros(1, D).expand(N, D), 0)
+        if not paired and centers is None:
+            centers = mean_unit_row(anchors, torch.float32), mean_unit_row(columns[0], torch.float32)
         queries = self._rows(N, D, self.precision.product)
         keys, grad_keys = self._copies(sum(x.shape[0] for x in columns), D)
         center_q = (
@@ -119,12 +124,13 @@ class TritonBackend:
         center_k = self.empty(D) if centers is None else centers[1]
         r_q, r_k, shift, cosines, chords = self.empty(5, N, 1).unbind()
         normalise.normalise_pairs(
-            anchors, columns[0], scale_log2, queries, keys[:N], None if grad_keys is None else grad_keys[:N],
+            anchors, pair, scale_log2, queries, keys[:N] if paired else None,
+            None if grad_keys is None or not paired else grad_keys[:N],
             (r_q, r_k, shift, cosines, chords), center_q, center_k, centers is None, self.settings.row_elements,
         )  # fmt: skip
-        rows = [NormalizedRows(columns[0], r_k)]
-        start = N
-        for x in columns[1:]:
+        rows = [NormalizedRows(columns[0], r_k)] if paired else []
+        start = pairs
+        for x in columns[len(rows) :]:
             part = slice(start, start + x.shape[0])
             r = self._normalise_rows(x, center_k, keys[part], None if grad_keys is None else grad_keys[part])
             rows.append(NormalizedRows(x, r))
@@ -255,6 +261,9 @@ class TritonBackend:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if anchors is None and positives is None:
             return None, None, None
+        if anchors is not None and anchors.positive_coeff is None and positives is None:
+            dq, dots = self._finish_one(batch.anchors, anchors, scale)
+            return dq, None, dots
         q, k = batch.anchors, batch.columns[0]
         dq, dk, dots = normalise.normalise_backward(
             q.x, q.inv_norm, _side(anchors), k.x, k.inv_norm, _side(positives), scale.tensor, scale.number,
@@ -351,14 +360,14 @@ def _special(columns: Columns, j0: int) -> dict[str, object]:
     return {
         "row_ids": None if ids is None else terms.row_ids,
         "column_ids": ids,
-        "num_ids": 0 if ids is None else ids.numel(),
+        "num_ids": 0 if ids is None else len(ids),
         "bias": terms.bias,
         "own_bias": terms.own_bias,
         "num_positives": terms.num_positives,
         "num_negatives": terms.num_negatives,
         "HAS_POSITIVES": terms.num_positives > j0,
         "HAS_OWN": terms.own_bias != 0,
-        "HAS_IDS": ids is not None,
+        "HAS_IDS": 0 if ids is None else ids.ndim,
         "limits": None if limits is None else limits.rows,
         "guide_rows": None if guide is None else guide[0],
         "guide_columns": None if guide is None else guide[1],

@@ -103,7 +103,9 @@ def gradients(
         share += more
         scale = scale.times(0.5)
     margin = problem.positive if problem.options.angular_margin else None
-    of_positive = share if margin is None or margin.slope is None else share * margin.slope
+    of_positive: Tensor | None = share if margin is None or margin.slope is None else share * margin.slope
+    if not problem.options.paired:
+        of_positive = None
 
     sums = _GradientSums(problem, needs)
     d_kappa = _noise_gradients(problem, needs, sums, rows, columns)
@@ -228,6 +230,8 @@ def _direction(problem: TiledProblem, loss: Tensor, weights: Tensor | None) -> t
     if problem.options.decoupled:
         empty = loss == -torch.inf
         share, loss = 1.0 - empty.to(loss.dtype), loss.masked_fill(empty, 0.0)
+        # A function of −∞ may have the slope NaN, as logaddexp has.
+        weights = None if weights is None else weights.masked_fill(empty, 0.0)
     else:
         share = -torch.expm1(-loss)
     if variants.transforms_loss(problem.options):

@@ -91,19 +91,19 @@ def masked(
     z,  # (BLOCK_N, BLOCK_T)
     i,  # (BLOCK_N,) rows of the whole matrix
     j,  # (BLOCK_T,) columns of it
-    row_ids,  # (N,)
-    column_ids,  # (num_ids,)
+    row_ids,  # (N,), or (N, 2)
+    column_ids,  # (num_ids,), or (num_ids, 2)
     num_ids,
     bias,
     HAS_POSITIVES: tl.constexpr,
-    HAS_IDS: tl.constexpr,
+    HAS_IDS: tl.constexpr,  # how many ids a row has, of which an equal one masks: 0, 1 or 2
 ):
     """What both directions see: the bias of all columns, in bits; −∞ for equal ids and the positive."""
     z += bias
-    if HAS_IDS:
-        of_rows = tl.load(row_ids + i)
-        known = j < num_ids
-        of_columns = tl.load(column_ids + j, mask=known, other=0)
+    known = j < num_ids
+    for which in tl.static_range(HAS_IDS):
+        of_rows = tl.load(row_ids + i * HAS_IDS + which)
+        of_columns = tl.load(column_ids + j * HAS_IDS + which, mask=known, other=0)
         z = tl.where(known[None, :] & (of_rows[:, None] == of_columns[None, :]), float("-inf"), z)
     if HAS_POSITIVES:
         z = tl.where(i[:, None] == j[None, :], float("-inf"), z)

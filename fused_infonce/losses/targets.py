@@ -1,0 +1,130 @@
+"""Losses whose targets are more than one positive per row: labels, classes, a teacher's distribution, weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..functional import cosine_logsumexp, info_nce
+from ..geometry import unit_rows
+from .terms import contrast, one_process_only, pair_cosines, reducible, scalar
+
+CHUNK = 1 << 20  # entries of a teacher's distribution that are held at once
+
+
+@reducible
+def supcon(rows: Tensor, labels: Tensor, *, temperature: float | Tensor = 0.1, **options: Any) -> Tensor:
+    r"""Supervised contrastive loss (Khosla et al., NeurIPS 2020, arXiv:2004.11362, equation 2); of one process.
+
+    .. math::
+        \ell_i = \frac{-1}{|P(i)|} \sum_{p \in P(i)} \log \frac{e^{s_{ip}/\tau}}{\sum_{a \ne i} e^{s_{ia}/\tau}}
+
+    P(i): the other rows with row i's label; a row without any counts 0. rows: (N, D), views below one another;
+    labels: (N,) integers. Σ_p s_ip is q̂_i·Σ_p k̂_p, O(N·D) beside the sweep of four products. Of a single positive
+    per row the loss is InfoNCE, which ``info_nce`` computes without the cancellation of this formula.
+    """
+    one_process_only("supcon", options)
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    every = cosine_logsumexp(rows, rows, temperature=temperature, exclude_diagonal=True, **options)
+    with torch.autocast(rows.device.type, enabled=False):
+        unit, group = unit_rows(rows, dtype), _dense_ranks(labels)
+        totals = torch.zeros_like(unit).index_add(0, group, unit)  # (N, D), of each label
+        others = torch.bincount(group, minlength=len(rows))[group] - 1
+        mean = (unit * (totals[group] - unit)).sum(1) / others.clamp(min=1)
+    return torch.where(others > 0, every - mean / scalar(temperature), 0.0)
+
+
+def _dense_ranks(labels: Tensor) -> Tensor:
+    """0, 1, … for the labels in ascending order, without waiting for a device. (N,) → (N,)"""
+    ordered, places = labels.sort()
+    ranks = F.pad((ordered[1:] != ordered[:-1]).long(), (1, 0)).cumsum(0)
+    return torch.empty_like(ranks).scatter_(0, places, ranks)
+
+
+@reducible
+def cross_entropy(
+    rows: Tensor, targets: Tensor, classes: Tensor, *, temperature: float | Tensor = 0.05, **options: Any
+) -> Tensor:
+    r"""Cross entropy over the cosines of rows and class vectors (NormFace, Wang et al. 2017, equation 6).
+
+    −log(e^{s(x_i, c_{y_i})/τ} / Σ_t e^{s(x_i, c_t)/τ}); rows x: (N, D); targets y: (N,) integers in [0, T);
+    classes c: (T, D). Of one process. Cost: four products of (N, T), which is never held.
+    """
+    one_process_only("cross_entropy", options)
+    numbers = torch.arange(len(classes), device=rows.device)
+    others = cosine_logsumexp(
+        rows, classes, temperature=temperature, row_ids=targets, column_ids=numbers, **options
+    )
+    return contrast(pair_cosines(rows, F.embedding(targets, classes)), temperature, others)
+
+
+@reducible
+def soft_labels(
+    queries: Tensor,
+    documents: Tensor,
+    teacher_queries: Tensor,
+    teacher_documents: Tensor,
+    *,
+    temperature: float | Tensor = 0.05,
+    teacher_temperature: float = 0.05,
+    **options: Any,
+) -> Tensor:
+    r"""Cross entropy to a teacher's distribution over the batch, given by its embeddings; of one process.
+
+    .. math::
+        \ell_i = -\sum_j t_{ij} \log \frac{e^{s_{ij}/\tau}}{\sum_k e^{s_{ik}/\tau}}, \quad
+        t_{ij} = \mathrm{softmax}_j(s^T_{ij}/\tau_T)
+
+    (Hinton et al. 2015, arXiv:1503.02531; for embeddings TAS-B, Hofstätter et al. 2021). The KL divergence is
+    less by the teacher's entropy, a constant: gradients are the same. queries (N, D); documents (T, D), the first
+    N of them the queries' own; the teacher's (N, E) and (T, E), without gradient.
+
+    Computed as InfoNCE plus (s_ii − Σ_j t_ij s_ij)/τ, so that nothing cancels where teacher and student agree.
+    Σ_j t_ij s_ij is q̂_i·Σ_j t_ij d̂_j, formed a chunk of rows at a time and again in the backward: O(N·D) memory.
+    Cost: four products and, of the teacher, two of (N, T, E) and three of (N, T, D).
+    """
+    one_process_only("soft_labels", options)
+    N = len(queries)
+    if len(documents) < N:
+        raise ValueError(
+            f"documents must begin with one for each of the {N} queries, not be {len(documents)} rows"
+        )
+    others = cosine_logsumexp(queries, documents, temperature=temperature, exclude_diagonal=True, **options)
+    loss = contrast(pair_cosines(queries, documents[:N]), temperature, others)
+    dtype = torch.promote_types(queries.dtype, torch.float32)
+    with torch.autocast(queries.device.type, enabled=False):
+        q, d = unit_rows(queries, dtype), unit_rows(documents, dtype)
+        t_q, t_d = (
+            unit_rows(x.detach(), dtype) / teacher_temperature**0.5 for x in (teacher_queries, teacher_documents)
+        )
+        parts = t_q.split(max(1, CHUNK // len(d)))
+        means = torch.cat([checkpoint(_attend, part, t_d, d, use_reentrant=False) for part in parts])  # (N, D)
+        return loss + (q * (d[:N] - means)).sum(1) / scalar(temperature)
+
+
+def _attend(rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+    return torch.softmax(rows @ columns.T, 1) @ values
+
+
+def clip(
+    images: Tensor,
+    texts: Tensor,
+    *,
+    weights: Tensor | None = None,
+    temperature: float | Tensor = 0.07,
+    **options: Any,
+) -> Tensor:
+    r"""The loss of CLIP (Radford et al. 2021, arXiv:2103.00020, figure 3), with a weight per pair.
+
+    Σ_i w_i (ℓ_i^{image→text} + ℓ_i^{text→image}) / (2 Σ_i w_i); images, texts: (N, D); weights: (N,) >= 0, None
+    for 1. options: of :func:`fused_infonce.info_nce`; with weights of one process.
+    """
+    if weights is None:
+        return info_nce(images, texts, temperature=temperature, symmetric=True, **options)
+    one_process_only("clip with weights", options)
+    losses = info_nce(images, texts, temperature=temperature, symmetric=True, reduction="none", **options)
+    return (weights * losses).sum() / weights.sum()

@@ -1,0 +1,96 @@
+"""``--loss``, ``--matryoshka_dims`` and ``--truncate_dim`` reach what they name, or are refused at the start."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+from test_simcse_options import folder, prepared  # noqa: F401 (a fixture)
+from test_simcse_train import flags
+
+from fused_infonce import info_nce, losses
+from simcse import evaluate, train
+from simcse.published import LOSSES
+
+PAIRS = ("debiased", "hcl")
+
+
+def command(folder, output, **change):  # noqa: F811
+    """``flags`` with lists."""
+    plain = {name: x for name, x in change.items() if not isinstance(x, list)}
+    lists = [[f"--{name}", *map(str, x)] for name, x in change.items() if isinstance(x, list)]
+    return [*flags(folder, output, **{"per_device_train_batch_size": 8, **plain}), *itertools.chain(*lists)]
+
+
+def columns_of(trainer, views):
+    torch.manual_seed(1)
+    rows = torch.randn(6 * views, trainer.model.encoder.config.hidden_size)
+    return trainer.model.columns(rows, views, None)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_published_loss_is_what_is_trained(folder, tmp_path, name):  # noqa: F811
+    views = 2 if name in PAIRS else 3
+    data = {} if views == 2 else {"train_file": folder / "train.jsonl"}
+    trainer = prepared(folder, tmp_path, loss=name, temp=0.1, **data)
+    given = columns_of(trainer, views)
+    found = trainer.model.contrastive_loss(given, torch.Generator())
+    own = (
+        [] if given.negatives is None else [given.negatives.view(-1, 6, given.negatives.shape[1]).transpose(0, 1)]
+    )
+    assert found == getattr(losses, name)(given.anchors, given.positives, *own, temperature=0.1)
+
+
+def test_prefixes(folder, tmp_path):  # noqa: F811
+    change = {"num_noise": 0, "matryoshka_dims": [4, 16], "matryoshka_weights": [0.5, 2.0]}
+    trainer = train.prepare(command(folder, tmp_path / "run", sts_data=None, **change))
+    given = columns_of(trainer, 2)
+    rows = [given.anchors, given.positives]
+    want = losses.matryoshka(info_nce, (4, 16), (0.5, 2.0))(*rows)
+    assert trainer.model.contrastive_loss(given, torch.Generator()) == pytest.approx(want.item(), rel=1e-6)
+
+
+REFUSED = {
+    "an option of the other loss": (
+        {"loss": "gte", "angular_margin": 0.1},
+        "--loss gte cannot be combined with --",
+    ),
+    "a queue": ({"loss": "hcl", "queue_size": 8}, "--loss hcl cannot be combined with --queue_size"),
+    "duplicates": ({"loss": "llave", "mask_duplicates": True}, "cannot be combined with --mask_duplicates"),
+    "prefix": ({"matryoshka_dims": [4, 4096]}, "--matryoshka_dims must be at most the model's"),
+    "no prefix": ({"matryoshka_dims": [0]}, "--matryoshka_dims must be numbers of at least 1"),
+    "weights": ({"matryoshka_dims": [4], "matryoshka_weights": [1, 2]}, "--matryoshka_weights must be one number"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_does_not_fit_ends_at_the_start(folder, tmp_path, capsys, change, message):  # noqa: F811
+    with pytest.raises(SystemExit) as ended:
+        train.main(command(folder, tmp_path / "run", sts_data=None, **change))
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_pairs_only(folder, tmp_path, capsys):  # noqa: F811
+    change = {"loss": "debiased", "train_file": folder / "train.jsonl"}
+    with pytest.raises(SystemExit):
+        train.main(command(folder, tmp_path / "run", sts_data=None, **change))
+    assert "--loss debiased takes pairs, not 4 columns" in capsys.readouterr().err
+
+
+def test_a_run_with_prefixes_and_its_score_by_one_of_them(folder, tmp_path, capsys):  # noqa: F811
+    change = {"loss": "qwen3_embedding", "matryoshka_dims": [4, 16], "max_steps": 2}
+    train.main(command(folder, tmp_path / "run", sts_data=None, **change))
+    scores = []
+    for extra in ([], ["--truncate_dim", "4"]):
+        file = tmp_path / f"scores{len(extra)}.json"
+        evaluate.main(["--model_name_or_path", str(tmp_path / "run"), "--output_json", str(file), *extra])
+        scores.append(json.loads(file.read_text()))
+    assert scores[0] != scores[1]
+    assert ", 4 features" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        evaluate.main(["--model_name_or_path", str(tmp_path / "run"), "--truncate_dim", "4096"])
+    assert "--truncate_dim 4096 is more than the" in capsys.readouterr().err
