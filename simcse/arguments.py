@@ -157,6 +157,9 @@ def loss_flags() -> type:
     return make_dataclass("LossFlags", flags)
 
 
+AUTO = "auto"
+
+
 @dataclass
 class LossArguments(loss_flags()):
     _argument_group_name = "loss"
@@ -193,10 +196,13 @@ class LossArguments(loss_flags()):
         "Embeddings of past batches to keep as further negatives; with global negatives all processes' together. "
         "--mask_duplicates does not look at them.",
     )
-    mini_batch_size: int | None = flag(
-        None,
-        "Sentences that are embedded at a time (gradient caching): memory follows it, while the loss sees the "
-        "whole batch. Costs a second forward pass. Default: the whole batch.",
+    mini_batch_size: str = flag(
+        AUTO,
+        "Sentences embedded at once. A number: gradient caching, so that memory follows it, while the loss sees "
+        "the whole batch; it costs a second forward pass. 0: the whole batch. 'auto': the fastest size by a short "
+        "measurement, the whole batch included, with a second forward pass for what does not fit into half of the "
+        "free memory; the log and run.json name the size, and a resumed run keeps it.",
+        metavar="auto|INTEGER",
     )
     do_mlm: bool = flag(
         False,
@@ -235,8 +241,11 @@ class LossArguments(loss_flags()):
             raise ValueError(f"with --learn_temperature, --temp must be from 0.015 to 1, not {self.temp}")
         if self.queue_size < 0:
             raise ValueError(f"--queue_size must be at least 0, not {self.queue_size}")
-        if self.mini_batch_size is not None and self.mini_batch_size < 1:
-            raise ValueError(f"--mini_batch_size must be at least 1, not {self.mini_batch_size}")
+        if self.mini_batch_size != AUTO and not str(self.mini_batch_size).isdecimal():
+            raise ValueError(
+                f"--mini_batch_size must be auto, a number of sentences, or 0 for the whole batch, not "
+                f"{self.mini_batch_size}"
+            )
         if not 0 < self.mlm_probability <= 1 or not self.mlm_weight >= 0:
             raise ValueError(
                 "--mlm_probability must be above 0 and at most 1, and --mlm_weight at least 0, not "
@@ -370,7 +379,7 @@ class _HelpFormatter(HelpFormatter):
             return option
         if action.choices:
             return f"{option} {{{','.join(map(str, action.choices))}}}"
-        return f"{option} {VALUES.get(action.type, 'TEXT')}"
+        return f"{option} {action.metavar or VALUES.get(action.type, 'TEXT')}"
 
     def _get_help_string(self, action: Action) -> str:
         shown = action.default not in (None, SUPPRESS, "", []) and action.nargs != 0

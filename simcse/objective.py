@@ -1,11 +1,7 @@
 """What is trained: the encoder, the contrastive loss, and what else has weights or a memory of past batches."""
 
-import ctypes
-import functools
 import inspect
 import itertools
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,16 +9,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutput
 
 from fused_infonce import GSInfoNCELoss, contrastive_stats
-from simcse.arguments import LossArguments
+from simcse.arguments import AUTO, LossArguments
+from simcse.mini_batches import MiniBatches, embed_in_mini_batches
 from simcse.model import SentenceEncoder, load_masked_lm
 from simcse.published import LOSSES, Columns, check_flags, published_loss
 
 STATS_OPTIONS = inspect.signature(contrastive_stats).parameters
-PARTS_A_TRIM = 8  # more would let the heap grow further, fewer cost time: at every part a fifth
 
 
 class Objective(nn.Module):
@@ -45,6 +40,8 @@ class Objective(nn.Module):
             group="local" if group is None else group,
             **options.loss_options,
         )
+        size = options.mini_batch_size
+        self.mini_batches = MiniBatches(0 if size == AUTO else int(size))  # the trainer chooses in place of 'auto'
         self.queue_size = options.queue_size // (dist.get_world_size(group) if group is not None else 1)
         self.register_buffer("queue", torch.empty(0, encoder.config.hidden_size))
         self.mlm = MLMHead(encoder) if options.do_mlm else None
@@ -56,9 +53,9 @@ class Objective(nn.Module):
         """
         given = {"masked_ids": masked_ids, "labels": labels, **tokens}
         inputs = {name: x for name, x in given.items() if x is not None}
-        return embed_in_parts(self._embed, inputs, self.options.mini_batch_size)
+        return embed_in_mini_batches(self.embed, inputs, self.mini_batches)
 
-    def _embed(
+    def embed(
         self, masked_ids: Tensor | None = None, labels: Tensor | None = None, **tokens: Tensor
     ) -> tuple[Tensor, Tensor]:
         vectors = self.encoder.embed(**tokens)
@@ -172,54 +169,3 @@ class _HiddenStates(nn.Module):
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutput:
         return BaseModelOutput(last_hidden_state=inputs_embeds)
-
-
-@functools.cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-
-
-def _trim_heap() -> None:
-    """Gives what is free in glibc's heap back: between the small tensors that parts leave little is reused."""
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
-
-
-def embed_in_parts(
-    model: Callable[..., tuple[Tensor, Tensor]], inputs: dict[str, Tensor], size: int | None
-) -> tuple[Tensor, Tensor]:
-    """``model(**inputs)`` in parts of ``size`` rows, of which one at a time holds its activations.
-
-    Gradient caching (Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup",
-    2021): each part is embedded without keeping its graph, the loss gives the vectors' gradients at once, and the
-    backward embeds each part again, with the same random state, to pass them on. That is what activation
-    checkpointing does when a whole part is its unit. A part holds rows of like length and no more padding than
-    they need.
-    """
-    if not size or size >= len(inputs["input_ids"]):
-        return model(**inputs)
-    names = list(inputs)
-    lengths, order = _used_columns(inputs["attention_mask"]).sort(descending=True, stable=True)
-    longest = lengths[::size].clamp(min=1).tolist()
-
-    calls = itertools.count(1)  # a few parts reuse each other's memory well enough
-
-    def embed(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        if tensors[0].device.type == "cpu" and next(calls) % PARTS_A_TRIM == 0:
-            _trim_heap()
-        return model(**dict(zip(names, tensors, strict=True)))
-
-    parts = [
-        # Tensors by position: checkpoint finds their device's random state there.
-        checkpoint(embed, *(inputs[name][rows, :width] for name in names), use_reentrant=False)
-        for rows, width in zip(order.split(size), longest, strict=True)
-    ]
-    vectors, extra = zip(*parts, strict=True)
-    return torch.cat(vectors)[order.argsort()], torch.stack(extra).sum()
-
-
-def _used_columns(mask: Tensor) -> Tensor:
-    """Columns up to the last token of each row; where padding is on the left, all. (R, L) → (R,)"""
-    places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    return (mask.bool() * places).amax(1)

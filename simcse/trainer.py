@@ -24,13 +24,14 @@ from transformers import (
     TrainerState,
 )
 
-from simcse.arguments import LossArguments, SimCSETrainingArguments
+from simcse.arguments import AUTO, LossArguments, SimCSETrainingArguments
 from simcse.dataset import Row, Views, duplicate_ids
 from simcse.elastic import mark_start
 from simcse.errors import UserError
 from simcse.files import replaced
 from simcse.layout import save_encoder
 from simcse.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, has_adapter
+from simcse.mini_batches import UNMEASURED, MiniBatches, choose, keep_freed_memory
 from simcse.model import MLP_FILE, SentenceEncoder
 from simcse.objective import Objective
 from simcse.report import log_line
@@ -143,6 +144,47 @@ class SimCSETrainer(Trainer):
         if self.model.training:
             self.model.enqueue(columns.positives)
         return (loss, vectors) if return_outputs else loss
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self.args.device.type == "cpu":
+            keep_freed_memory()
+        if self.options.mini_batch_size == AUTO:
+            self._choose_mini_batches()
+        self.run.settings["mini_batch_size"] = self.model.mini_batches.size
+        return super().train(*args, **kwargs)
+
+    def _choose_mini_batches(self) -> None:
+        """Takes the resumed run's size, else the fastest on rank 0, measured before the model is wrapped."""
+        before = Run.read(self.resumed) if self.resumed is not None else None
+        size = before.settings.get("mini_batch_size") if before else None
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            plan = MiniBatches(UNMEASURED if size is None else size)
+        elif self.args.torch_compile:
+            plan = MiniBatches(size or 0)  # of few shapes: each one is compiled
+        else:
+            plan = self._measure_mini_batches(size) if self.is_world_process_zero() else MiniBatches()
+            if self.args.world_size > 1:
+                plan = broadcast_object_list([plan])[0]
+        self.model.mini_batches = plan
+        if self.is_world_process_zero():
+            rows = self.views * self.args.train_batch_size
+            number = f"{plan.size} of {rows}" if plan.size else f"all {rows}"
+            tqdm.write(f"embeds   {number} sentences at once (--mini_batch_size {plan.size})")
+
+    def _measure_mini_batches(self, size: int | None) -> MiniBatches:
+        rows = self.train_dataset
+        spread = rows[:: len(rows) // self.args.train_batch_size][: self.args.train_batch_size]
+        inputs = self.data_collator(spread)
+        inputs.pop("ids", None)
+        inputs = {name: x.to(self.args.device) for name, x in inputs.items()}
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.model.train()
+        on_gpu = self.args.device.type == "cuda"
+        with torch.random.fork_rng([self.args.device] if on_gpu else []), self.accelerator.autocast():
+            if self.options.do_mlm:
+                inputs |= self._mask(inputs)
+                self._draws = None
+            return choose(self.model.embed, inputs, parameters, size)
 
     def _generator(self) -> torch.Generator:
         """Random numbers of the step, beside dropout's, by seed, step and process; of noise rank 0's count.
