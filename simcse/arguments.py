@@ -164,6 +164,22 @@ AUTO = "auto"
 class LossArguments(loss_flags()):
     _argument_group_name = "loss"
 
+    loss: Literal[  # those of simcse.published, beside gs_infonce
+        "gs_infonce", "gte", "qwen3_embedding", "gemini_embedding", "embedding_gemma", "llave", "debiased", "hcl"
+    ] = flag(
+        "gs_infonce",
+        "'gs_infonce': (GS-)InfoNCE with the options below; or one of fused_infonce.losses, without noise: 'gte', "
+        "'qwen3_embedding', 'gemini_embedding', 'embedding_gemma', 'llave', and of pairs 'debiased', 'hcl'.",
+    )
+    matryoshka_dims: list[int] | None = flag(  # noqa: RUF009 (a field, as its neighbours)
+        None,
+        "Lengths of the prefixes of the vectors whose losses are summed, such as 64 128 384 (Matryoshka). "
+        "Default: the whole vectors alone.",
+        nargs="+",
+    )
+    matryoshka_weights: list[float] | None = flag(  # noqa: RUF009 (a field, as its neighbours)
+        None, "Weights of these losses, one for each prefix. Default: 1.", nargs="+"
+    )
     temp: float = flag(0.05, "Temperature τ; similarities are cosine / τ.")
     learn_temperature: bool = flag(False, "Learn τ, from --temp on, between 0.015 and 1.")
     mask_duplicates: bool = flag(
@@ -184,8 +200,8 @@ class LossArguments(loss_flags()):
         AUTO,
         "Sentences embedded at once. A number: gradient caching, so that memory follows it, while the loss sees "
         "the whole batch; it costs a second forward pass. 0: the whole batch. 'auto': the fastest size by a short "
-        "measurement, the whole batch included, with a second forward pass for what does not fit into half of "
-        "the free memory; the log and run.json name the size, and a resumed run keeps it.",
+        "measurement, the whole batch included, with a second forward pass for what does not fit into half of the "
+        "free memory; the log and run.json name the size, and a resumed run keeps it.",
         metavar="auto|INTEGER",
     )
     do_mlm: bool = flag(
@@ -208,6 +224,14 @@ class LossArguments(loss_flags()):
             LossConfig(**self.loss_options)
         except (TypeError, ValueError) as error:  # whose message starts with the option's name
             raise ValueError(f"--{error}") from None
+        dims = self.matryoshka_dims or []
+        if any(dim < 1 for dim in dims):
+            raise ValueError(f"--matryoshka_dims must be numbers of at least 1, not {min(dims)}")
+        if self.matryoshka_weights is not None and len(self.matryoshka_weights) != len(dims):
+            raise ValueError(
+                f"--matryoshka_weights must be one number for each of the {len(dims)} --matryoshka_dims, not "
+                f"{len(self.matryoshka_weights)}"
+            )
         if self.label_smoothing and self.mask_duplicates:
             raise ValueError(
                 "--label_smoothing cannot be combined with --mask_duplicates: it spreads the label over every "

@@ -133,7 +133,7 @@ class SimCSETrainer(Trainer):
         generator = self._generator()
         before = generator.clone_state()
         with self.accelerator.autocast():
-            loss = self.model.loss(**vars(columns), generator=generator)
+            loss = self.model.contrastive_loss(columns, generator)
         if self._is_logging_step():
             self._stats = self.model.stats(columns, before)
         if self.options.do_mlm:
@@ -154,7 +154,7 @@ class SimCSETrainer(Trainer):
         return super().train(*args, **kwargs)
 
     def _choose_mini_batches(self) -> None:
-        """The size of the run that is resumed, else the fastest on rank 0; before the model is wrapped."""
+        """Takes the resumed run's size, else the fastest on rank 0, measured before the model is wrapped."""
         before = Run.read(self.resumed) if self.resumed is not None else None
         size = before.settings.get("mini_batch_size") if before else None
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
