@@ -123,10 +123,15 @@ def table(N: int, D: int) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
+def make_parser() -> Parser:
     parser = Parser(prog="python -m experiments.losses", description=__doc__)
     parser.add_argument("--rows", type=int, default=512, metavar="N", help="pairs per batch")
     parser.add_argument("--features", type=int, default=256, metavar="D", help="features per row, at least 64")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser()
     args = parser.parse_args(argv)
     with exit_cleanly(parser.prog):
         print(table(args.rows, args.features))

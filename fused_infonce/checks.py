@@ -144,8 +144,9 @@ def _check_ids(name: str, ids: Any, count: int, device: torch.device, pairs: boo
     if ids is None:
         return None
     if pairs and isinstance(ids, (tuple, list)):
-        if len(ids) != 2:
-            raise ValueError(f"{name} must be a tensor ({count},) or a pair of them, not {len(ids)} of them")
+        if len(ids) != 2 or not all(isinstance(x, Tensor) for x in ids):
+            wanted = f"an integer tensor ({count},) or a pair of them"
+            raise TypeError(f"{name} must be {wanted}, not {type(ids).__name__} of {len(ids)}")
         for i, x in enumerate(ids):
             _check_ids(f"{name}[{i}]", x, count, device)
         return torch.stack([x.long() for x in ids], 1)

@@ -11,7 +11,7 @@ from helpers import relative_error, rows
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fused_infonce import GSInfoNCELoss, gs_infonce, info_nce
-from fused_infonce.compile_op import _NUMBERS, _PLAIN
+from fused_infonce.compile_op import _NUMBERS, _PLAIN, _TENSORS
 from fused_infonce.config import FIELDS
 
 N, D = 12, 8
@@ -225,12 +225,14 @@ def operator_arguments(layout, way, backend="torch", learn=False, varying=False,
         options["temperature"] = None
     numbers = torch.tensor([options["temperature"], 1.5], dtype=torch.float64) if varying else None
     inputs = [LAYOUTS[layout](x.detach()).requires_grad_(needs_grad) for x in leaves()]
-    tensors = (*inputs, None, tau, None, torch.arange(N) // 2, None, None, numbers)
+    ids = torch.arange(N) // 2
+    tensors = (*inputs, None, tau, None, ids, *[None] * (len(_TENSORS) - 7), numbers)
     changing = "temperature,hardness" if varying else ""
     return (
         *tensors,
         changing,
         *(options[name] for name in (*_NUMBERS, *_PLAIN)),
+        False,
         None,
         [True, True, True, False, learn],
     )
@@ -266,7 +268,8 @@ def test_opcheck_of_other_backends_and_changing_numbers(backend, varying, way):
 def _no_caches(monkeypatch):
     """What an earlier run compiled proves nothing."""
     monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
-    monkeypatch.setattr(torch.compiler.config, "force_disable_caches", True)
+    with torch.compiler.config.patch(force_disable_caches=True):
+        yield
 
 
 @pytest.mark.usefixtures("_no_caches")

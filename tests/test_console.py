@@ -21,7 +21,7 @@ from bench import cli as bench_cli
 from bench.cases import Case
 from bench.render import Table
 from bench.worker import Worker
-from experiments import scaling, study, theory
+from experiments import losses, scaling, study, theory
 from simcse import cli
 from simcse.app import AppArguments
 from simcse.arguments import DataArguments, LossArguments, ModelArguments, SimCSETrainingArguments, parse
@@ -424,6 +424,8 @@ def check(command: str, folder: Path) -> None:
         study._parser().parse_args(words[words.index("experiments.study") + 1 :])
     elif "experiments.theory" in words:
         theory._parser().parse_args(words[words.index("experiments.theory") + 1 :])
+    elif "experiments.losses" in words:
+        losses.make_parser().parse_args(words[words.index("experiments.losses") + 1 :])
     elif "experiments.scaling" in words:
         scaling.main(words[words.index("experiments.scaling") + 1 :])
     else:
