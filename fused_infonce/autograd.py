@@ -214,8 +214,8 @@ def _backend(call: Call) -> TileBackend:
 def _precision(call: Call) -> Precision:
     anchors, options, dtype = call.inputs[0], call.options, call.product_dtype
     size = options.total("rows") * options.total("columns") * anchors.shape[1]
-    in_fp32 = size <= SMALL_PRODUCT or not backends.multiplies_half_faster(anchors.device.type)
-    if in_fp32 and dtype != torch.float64:
+    slower = call.backend == "torch" and not backends.multiplies_half_faster(anchors.device.type)
+    if (slower or size <= SMALL_PRODUCT) and dtype != torch.float64:
         dtype = torch.float32
     return Precision.of(dtype, anchors.device)
 
