@@ -182,10 +182,10 @@ class LossArguments(loss_flags()):
     )
     mini_batch_size: str = flag(
         AUTO,
-        "Sentences embedded at once. A number: gradient caching, so that memory follows it, while the loss sees the "
-        "whole batch; it costs a second forward pass. 0: the whole batch. 'auto': the fastest size by a short "
-        "measurement, the whole batch included, with a second forward pass for what does not fit into half of the "
-        "free memory; the log and run.json name the size, and a resumed run keeps it.",
+        "Sentences embedded at once. A number: gradient caching, so that memory follows it, while the loss sees "
+        "the whole batch; it costs a second forward pass. 0: the whole batch. 'auto': the fastest size by a short "
+        "measurement, the whole batch included, with a second forward pass for what does not fit into half of "
+        "the free memory; the log and run.json name the size, and a resumed run keeps it.",
         metavar="auto|INTEGER",
     )
     do_mlm: bool = flag(

@@ -47,9 +47,9 @@ def embed_in_mini_batches(model: Embed, inputs: dict[str, Tensor], plan: MiniBat
     """``model(**inputs)`` in mini batches of ``plan.size`` rows.
 
     Gradient caching (Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup",
-    2021): each mini batch is embedded without keeping its graph, the loss gives the vectors' gradients at once, and
-    the backward embeds each mini batch again, with the same random state, to pass them on. That is what activation
-    checkpointing does when a whole mini batch is its unit.
+    2021): each mini batch is embedded without keeping its graph, the loss gives the vectors' gradients at once,
+    and the backward embeds each mini batch again, with the same random state, to pass them on. That is what
+    activation checkpointing does when a whole mini batch is its unit.
     """
     if not plan.size or plan.size >= len(inputs["input_ids"]):
         return model(**inputs)

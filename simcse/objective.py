@@ -130,6 +130,11 @@ class Objective(nn.Module):
     def activation_checkpointing_enable(self, **options: Any) -> None:
         self.encoder.backbone.activation_checkpointing_enable(**options)
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Classes of layers, each of which ``--fsdp`` shards as one unit."""
+        return sorted(self.encoder.backbone._no_split_modules or [])
+
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.backbone.get_input_embeddings()
 
