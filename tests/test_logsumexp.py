@@ -153,7 +153,7 @@ def test_info_nce_is_made_of_it():
         ({"row_ids": torch.arange(5)}, "column_ids is missing"),
         ({"row_ids": torch.arange(4), "column_ids": torch.arange(6)}, r"row_ids must have shape \(5,\)"),
         ({"row_ids": torch.arange(5), "column_ids": [torch.arange(6)] * 2}, "must both be"),
-        ({"row_ids": [torch.arange(5)] * 3}, "row_ids must be a tensor .* or a pair"),
+        ({"row_ids": [torch.arange(5)] * 3}, "row_ids must be an integer tensor .* or a pair"),
         ({"filter_threshold": torch.zeros(6)}, r"filter_threshold must have shape \(5,\)"),
         ({"guide": [rows(5, 2), rows(6, 2)]}, "guide needs filter_threshold"),
         ({"exclude_diagonal": 1}, "exclude_diagonal must be True or False"),
