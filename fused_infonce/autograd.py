@@ -29,8 +29,10 @@ SMALL_PRODUCT = 1 << 23
 
 
 def fused_loss(call: Call) -> Tensor:
-    """Losses of the rows (N,), or their sum or mean (0-dim), in nats; differentiable once. Of a call without
-    positives: the log-sum-exps (N,)."""
+    """Losses of the rows (N,), or their sum or mean (0-dim), in nats; differentiable once.
+
+    Of a call without positives these are the log-sum-exps of the rows.
+    """
     differentiable = (*call.inputs, call.temperature)
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in differentiable):
         return _FusedInfoNCE.apply(*differentiable, call)  # type: ignore[no-any-return, no-untyped-call]

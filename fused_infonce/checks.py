@@ -27,25 +27,28 @@ def check_inputs(*inputs: Tensor | None) -> list[Tensor]:
             f"positives must have one row for each of the {anchors.shape[0]} anchors, not {positives.shape[0]}; "
             "further columns go to negatives or queue"
         )
-    for name, x in present[1:]:
-        assert x is not None
-        if x.shape[1] != anchors.shape[1]:
-            raise ValueError(f"{name} must have the anchors' {anchors.shape[1]} features, not {x.shape[1]}")
-        check_device(name, x, anchors.device)
-    if anchors.device.type == "meta":
-        raise ValueError("anchors is on meta, where tensors have no values; move it to another device")
-    return [x for _, x in present if x is not None]
+    matrices = [(name, x) for name, x in present if x is not None]
+    _check_alike(matrices)
+    return [x for _, x in matrices]
 
 
 def check_rows_and_columns(rows: Any, columns: Any) -> list[Tensor]:
-    for name, x in (("rows", rows), ("columns", columns)):
+    matrices = [("rows", rows), ("columns", columns)]
+    for name, x in matrices:
         check_matrix(name, x)
-    if columns.shape[1] != rows.shape[1]:
-        raise ValueError(f"columns must have the rows' {rows.shape[1]} features, not {columns.shape[1]}")
-    check_device("columns", columns, rows.device, "rows")
-    if rows.device.type == "meta":
-        raise ValueError("rows is on meta, where tensors have no values; move it to another device")
+    _check_alike(matrices)
     return [rows, columns]
+
+
+def _check_alike(matrices: list[tuple[str, Tensor]]) -> None:
+    """ValueError unless all have the features and the device of the first, which must hold values."""
+    first, rows = matrices[0]
+    for name, x in matrices[1:]:
+        if x.shape[1] != rows.shape[1]:
+            raise ValueError(f"{name} must have the {first}' {rows.shape[1]} features, not {x.shape[1]}")
+        check_device(name, x, rows.device, first)
+    if rows.device.type == "meta":
+        raise ValueError(f"{first} is on meta, where tensors have no values; move it to another device")
 
 
 def check_row_limits(name: str, limits: Tensor, N: int, device: torch.device) -> Tensor:

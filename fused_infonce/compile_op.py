@@ -24,7 +24,7 @@ from .autograd import (
     reduced,
 )
 from .config import FIELDS, TYPES
-from .resolve import Call, Traced, autocast_dtype, resolve, resolve_without_positives
+from .resolve import WITHOUT_POSITIVES, Call, Traced, autocast_dtype, resolve, resolve_without_positives
 from .smoothing import smoothing_term
 from .tiled.operands import NeedsGrad
 
@@ -102,8 +102,8 @@ def compiled_logsumexp(
     given = {
         "temperature": None if tau is not None else temperature,
         "filter_threshold": None if limits is not None else filter_threshold,
-        "decoupled": True, "reduction": "none", "num_noise": 0,
-    }  # fmt: skip
+        **WITHOUT_POSITIVES,
+    }
     defaults = {name: field.default for name, field in FIELDS.items()}
     ids = _one_tensor(row_ids), _one_tensor(column_ids)
     tensors = (rows, None, columns, None, tau, None, *ids, None, limits, *(guide or (None, None)))
@@ -222,9 +222,14 @@ def _call_without_positives(
     return call, NeedsGrad(*needs)
 
 
+def _plain_options(args: tuple[Any, ...]) -> dict[str, Any]:
+    """The options among the operator's arguments that are not numbers."""
+    return dict(zip(_PLAIN, args[-_LAST - len(_PLAIN) : -_LAST], strict=True))
+
+
 def _keeps_gradients(args: tuple[Any, ...]) -> bool:
     """Whether the forward forms gradients: where one upstream number scales all, and symmetric's are not kept."""
-    plain = dict(zip(_PLAIN, args[-_LAST - len(_PLAIN) : -_LAST], strict=True))
+    plain = _plain_options(args)
     return plain["reduction"] != "none" and not plain["symmetric"] and any(args[-1])
 
 
@@ -264,7 +269,7 @@ def _forward_fake(*args: Any) -> Results:
     if _keeps_gradients(args):
         grads = [like.new_empty(x.shape) if need else None for x, need in zip(inputs, needs, strict=True)]
         return _padded([like, *grads], anchors)
-    plain = dict(zip(_PLAIN, args[-_LAST - len(_PLAIN) : -_LAST], strict=True))
+    plain = _plain_options(args)
     loss = like.new_empty(N) if plain["reduction"] == "none" else like
     return _padded([loss, like.new_empty(N, 1), like.new_empty(N, 1) if plain["symmetric"] else None], anchors)
 

@@ -274,9 +274,9 @@ def gradients(
             v = v.to(q.dtype)
             if options.paired:
                 v.addcmul_(of_positive, x[:N], value=-1)
-        no_sums = options.paired and of_constant is None and kept.slope is None  # they are 0
-        if low_precision or options.symmetric or not no_sums:
-            v.addcmul_(G.sum(1, keepdim=True), kept.center)
+        on_diagonal = options.paired and not low_precision and kept.slope is None
+        if not on_diagonal or options.symmetric or of_constant is not None:
+            v.addcmul_(G.sum(1, keepdim=True), kept.center)  # elsewhere these sums are 0
         out.anchors, dots = _through_norm(v, q, kept.inv_norm_anchors, dtypes[0])
         d_kappa = dots.sum() if needs.temperature else None
     chosen = grad_range(options.counts, needs.columns)

@@ -68,9 +68,8 @@ def reference_logsumexp(call: Call) -> Tensor:
         limit = similar.threshold if similar.limit is None else similar.limit
         assert limit is not None
         left_out |= scores > limit
-    z = (
-        kappa * s + options.hardness * s.detach() + 0 * columns.double().sum()
-    )  # NaN of a column left out shows, too
+    hidden = 0 * columns.double().sum()  # NaN where a column is, also one that every row leaves out
+    z = kappa * s + options.hardness * s.detach() + hidden
     empty = left_out.all(1)
     sums = z.masked_fill(left_out & ~empty[:, None], -math.inf).logsumexp(1)
     return sums.masked_fill(empty, -math.inf).to(torch.promote_types(call.dtype, torch.float32))

@@ -19,6 +19,8 @@ from .distributed import Counts, Exchange, Facts, agree, choose_strategy
 from .options import NoiseKind, Options, Similar
 
 _COLUMNS = ("positives", "negatives", "queue")
+# Options of a call without positives, see ``Options``.
+WITHOUT_POSITIVES: dict[str, Any] = {"decoupled": True, "reduction": "none", "num_noise": 0}
 
 
 @dataclass(slots=True, eq=False)
@@ -126,8 +128,7 @@ def resolve_without_positives(
     if isinstance(filter_threshold, Tensor):
         limit = checks.check_row_limits("filter_threshold", filter_threshold, N, device)
         filter_threshold = None
-    options |= {"filter_threshold": filter_threshold, "num_noise": 0, "decoupled": True, "reduction": "none"}
-    config = make_config(options)
+    config = make_config({**options, "filter_threshold": filter_threshold, **WITHOUT_POSITIVES})
     row_ids, column_ids = checks.check_row_and_column_ids(row_ids, column_ids, N, T, device)
     similar = None if limit is None and filter_threshold is None else Similar(None, filter_threshold, None, limit)
     if guide is not None:

@@ -140,7 +140,7 @@ def exp_normal_(z: Tensor) -> Tensor:
 
 
 def exp2_normal_(z: Tensor, unit_log2: float = 0.0) -> Tensor:
-    """2^z in place, cut as ``exp_normal_`` cuts e^z; with a unit below ``smallest_operand`` times the unit."""
+    """2^z in place, cut as ``exp_normal_`` cuts e^z; ``unit_log2`` is a part of z, and of the cut."""
     return torch.threshold_(z, math.log2(smallest_operand(z.dtype)) + unit_log2, -math.inf).exp2_()
 
 

@@ -100,7 +100,7 @@ class _Fused:
         if (directions != {"query_to_doc"} and not (symmetric and not self._hardness)) or not weighs_all:
             return self._several_terms(queries, documents, group)
         ids, negative_ids = self._ids or (None, None)
-        of_pairs = 0.0 if len(documents) == 1 and self.hardness_mode == "hard_negatives" else self._hardness
+        hardness = 0.0 if len(documents) == 1 and self.hardness_mode == "hard_negatives" else self._hardness
         return gs_infonce(
             queries,
             documents[0],
@@ -109,7 +109,7 @@ class _Fused:
             ids=ids,
             negative_ids=negative_ids,
             symmetric=symmetric,
-            hardness=of_pairs,
+            hardness=hardness,
             group=group,
             **{name: getattr(self, name) for name in _OPTIONS},
         )

@@ -188,12 +188,8 @@ def gemini_embedding(
         query_ids, document_ids: (N,), equal for equal texts; with both, a document is masked where either is.
     """
     given = [x for x in (query_ids, document_ids) if x is not None]
-    ids: Any = None if not given else given[0] if len(given) == 1 else (given[0], given[1])
-    masks: dict[str, Any] = {"row_ids": ids, "column_ids": ids, "exclude_diagonal": True}
-    terms = [cosine_logsumexp(queries, documents, temperature=temperature, **masks, **options)]
-    if negatives is not None:
-        terms.append(own_negatives(queries, negatives, temperature))
-    return contrast(pair_cosines(queries, documents), temperature, *terms)
+    ids = (given[0], given[1]) if len(given) == 2 else given[0] if given else None
+    return _in_batch_and_own(queries, documents, negatives, temperature, ids, 0.0, options)
 
 
 @reducible
@@ -219,17 +215,21 @@ def embedding_gemma(
         queries, documents: (N, D). negatives: (N, K, D), own hard negatives, no columns of other queries.
         hardness: α. ids: (N,) of the documents; one with the id of d_i is not a negative of query i.
     """
-    terms = [
-        cosine_logsumexp(
-            queries,
-            documents,
-            temperature=temperature,
-            exclude_diagonal=True,
-            row_ids=ids,
-            column_ids=ids,
-            **options,
-        )
-    ]
+    return _in_batch_and_own(queries, documents, negatives, temperature, ids, hardness, options)
+
+
+def _in_batch_and_own(
+    queries: Tensor,
+    documents: Tensor,
+    negatives: Tensor | None,
+    temperature: float | Tensor,
+    ids: Tensor | tuple[Tensor, Tensor] | None,
+    hardness: float,  # of own hard negatives
+    options: dict[str, Any],
+) -> Tensor:
+    """The loss over documents of other queries and own hard negatives, (N,)."""
+    masks: dict[str, Any] = {"row_ids": ids, "column_ids": ids, "exclude_diagonal": True}
+    terms = [cosine_logsumexp(queries, documents, temperature=temperature, **masks, **options)]
     if negatives is not None:
         terms.append(own_negatives(queries, negatives, temperature, hardness=hardness))
     return contrast(pair_cosines(queries, documents), temperature, *terms)

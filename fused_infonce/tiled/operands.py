@@ -180,7 +180,7 @@ class Accumulator:
 
 @dataclass(slots=True, eq=False)
 class RowStats:
-    """Results of the rows, (N, 1) each. Both shares, as the tiles, are given in ``unit``s."""
+    """Results of the rows, (N, 1) each. Both shares are multiplied by ``unit``, as the tiles are."""
 
     alpha: Tensor  # e^(−o_i)-scaled f'(loss_i)/(1 + R_i), f as in variants.transformed_loss; decoupled 1/R_i
     losses: Tensor  # nats, as variants.row_loss returns them
