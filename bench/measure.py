@@ -17,7 +17,7 @@ from bench.cases import Batch, Case, Loss, make_batch, result_of, run_step
 from bench.floor import COPY, FLOOR, copy, floor
 from bench.gate import Gate, outcome
 from bench.registry import Candidate, Unsupported
-from fused_infonce.testing import Result, added_memory, relative_errors
+from fused_infonce.testing import Result, added_memory, half_precision_products, relative_errors
 
 MIN_TURNS = 5
 TURN_SECONDS = 0.1  # shorter calls are repeated, so that most find caches as they left them
@@ -45,7 +45,7 @@ def each(candidates: Iterable[Any], work: Callable[[Any], Facts]) -> Iterator[Ev
 
 
 def accuracy(case: Case, candidates: list[Candidate], device: str, seconds: float) -> Iterator[Event]:
-    """Measures the errors of loss and gradients against float64."""
+    """Measures the errors of loss and gradients against float64; bf16 products are rounded on every machine."""
     batch = make_batch(case, device, given_noise=True)
     answers: dict[str, Result] = {}
 
@@ -56,7 +56,8 @@ def accuracy(case: Case, candidates: list[Candidate], device: str, seconds: floa
         if candidate.expects not in answers:
             answers[candidate.expects] = candidate.answer(batch, case)
         answer = answers[candidate.expects]
-        found = relative_errors(result_of(loss, batch, case, device), answer, case.temperature)
+        with half_precision_products():
+            found = relative_errors(result_of(loss, batch, case, device), answer, case.temperature)
         return {"errors": found, "exact_loss": float(answer["loss"])}
 
     yield from each(candidates, work)

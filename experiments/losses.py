@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_infonce import info_nce, losses
 from fused_infonce.losses.reports import DIRECTIONS
-from fused_infonce.testing import embeddings
+from fused_infonce.testing import embeddings, half_precision_products
 from simcse.errors import Parser, exit_cleanly
 
 from . import dense_losses as dense
@@ -101,7 +101,8 @@ def errors(name: str, N: int, D: int) -> dict[str, float]:
     found = {}
     for label, loss in (("", ours), ("dense ", theirs)):
         for kind in ("fp32", "bf16"):
-            got = _gradients(loss, batch(N, D, torch.float32), autocast=kind == "bf16")
+            with half_precision_products():
+                got = _gradients(loss, batch(N, D, torch.float32), autocast=kind == "bf16")
             pairs = [(g.double(), w) for g, w in zip(got, want, strict=True) if w.norm() > 0]
             found[label + kind] = max(float((g - w).norm() / w.norm()) for g, w in pairs)
     return found

@@ -32,11 +32,12 @@ def _poisoned_memory():
 
 
 @pytest.fixture(autouse=True)
-def _half_precision_products(monkeypatch):
+def _half_precision_products():
     """bf16 and fp16 inputs are multiplied as such on every CPU, so that all machines test the same operations."""
-    from fused_infonce import backends
+    from fused_infonce.testing import half_precision_products
 
-    monkeypatch.setattr(backends, "multiplies_half_faster", lambda device_type: True)
+    with half_precision_products():
+        yield
 
 
 def pytest_terminal_summary(terminalreporter):
