@@ -5,6 +5,7 @@ until the backward pass or, in gradient caching, computed a second time there; t
 """
 
 import ctypes
+import functools
 import itertools
 import os
 import sys
@@ -25,6 +26,7 @@ GAIN = 0.1  # by which twice the size has to be faster; two runs then seldom cho
 SHARE_OF_FREE_MEMORY = 0.5  # that kept activations may take
 UNMEASURED = 64  # sentences, where the weights are sharded and one process alone cannot run the model
 
+PASSES_PER_TRIM = 8  # that are computed again; more would let the heap grow further, trims at each cost a fifth
 # glibc's mallopt: parameters and values
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 NEVER, LARGEST = 2**31 - 1, 2**30  # bytes
@@ -54,11 +56,17 @@ def embed_in_mini_batches(model: Embed, inputs: dict[str, Tensor], plan: MiniBat
     if not plan.size or plan.size >= len(inputs["input_ids"]):
         return model(**inputs)
     names = list(inputs)
+    passes = itertools.count(1)
 
     def embed(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         # Autocast would give all mini batches the same bf16 copy of a weight, and sum their gradients in bf16.
         torch.clear_autocast_cache()
         return model(**dict(zip(names, tensors, strict=True)))
+
+    def embed_twice(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        if tensors[0].device.type == "cpu" and next(passes) % PASSES_PER_TRIM == 0:
+            trim_heap()
+        return embed(*tensors)
 
     places = _mini_batches(inputs["attention_mask"], plan.size)
     tokens = list(itertools.accumulate(len(rows) * width for rows, width in reversed(places)))[::-1]
@@ -68,7 +76,7 @@ def embed_in_mini_batches(model: Embed, inputs: dict[str, Tensor], plan: MiniBat
         tensors = [inputs[name][rows, :width] for name in names]
         # The last ones are kept: the backward begins there, and frees them before it computes others again.
         keep = held * plan.bytes_per_token < plan.budget
-        outputs.append(embed(*tensors) if keep else checkpoint(embed, *tensors, use_reentrant=False))
+        outputs.append(embed(*tensors) if keep else checkpoint(embed_twice, *tensors, use_reentrant=False))
     vectors, extra = zip(*outputs, strict=True)
     order = torch.cat([rows for rows, _ in places])
     return torch.cat(vectors)[order.argsort()], torch.stack(extra).sum()
@@ -99,13 +107,25 @@ def choose(model: Embed, inputs: dict[str, Tensor], parameters: list[Tensor], si
     return replace(plan, size=0) if plan.size >= batch else plan
 
 
+@functools.cache
+def _glibc(name: str) -> Callable[..., int] | None:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+
+
+def trim_heap() -> None:
+    """Return glibc's free memory to the system: between the small tensors of mini batches little is reused."""
+    trim = _glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
 def keep_freed_memory() -> None:
     """Have glibc keep freed memory for the next tensors, instead of returning it to the system.
 
     By default a tensor above 32 MiB is mapped and unmapped for each use, and the system clears its pages anew at
     each step: half the time of a step of 128 sentences, by ``getrusage`` (MiniLM, 2 cores).
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    mallopt = _glibc("mallopt")
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, LARGEST)
         mallopt(M_TRIM_THRESHOLD, NEVER)
