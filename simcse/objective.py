@@ -140,6 +140,18 @@ class Objective(nn.Module):
     def activation_checkpointing_enable(self, **options: Any) -> None:
         self.encoder.backbone.activation_checkpointing_enable(**options)
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Classes of layers, each of which ``--fsdp`` shards as one unit.
+
+        Not one that holds the input embeddings, as BertEmbeddings: accelerate shards these as a unit of their own,
+        and a weight can be in one only.
+        """
+        backbone = self.encoder.backbone
+        embeddings = backbone.get_input_embeddings()
+        around = {type(module).__name__ for module in backbone.modules() if embeddings in module.modules()}
+        return sorted(set(backbone._no_split_modules or ()) - around)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.backbone.get_input_embeddings()
 

@@ -46,6 +46,7 @@ from simcse.runs import (
     saving,
     take_over,
 )
+from simcse.sharding import CHECKPOINT_FILES, ShardedEncoder, check_sharding, shard_on_cpus, unsharded
 from simcse.sts import Pairs, encode, geometry, spearman
 
 OBJECTIVE_FILE = "objective.safetensors"  # in checkpoints: a learned temperature, the queue, the MLM head
@@ -79,6 +80,8 @@ class SimCSETrainer(Trainer):
         if options.do_mlm and tokenizer.mask_token is None:
             raise ValueError("--do_mlm: the model's tokenizer has no mask token; leave it out")
         everyone = options.negatives == "global" and args.world_size > 1
+        if args.fsdp:
+            check_sharding(args.fsdp_config, options, encoder)
         super().__init__(
             model=Objective(encoder, options, dist.group.WORLD if everyone else None),
             args=args,
@@ -144,6 +147,12 @@ class SimCSETrainer(Trainer):
         if self.model.training:
             self.model.enqueue(columns.positives)
         return (loss, vectors) if return_outputs else loss
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp:
+            shard_on_cpus(self.accelerator, self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if self.args.device.type == "cpu":
@@ -261,7 +270,8 @@ class SimCSETrainer(Trainer):
     ) -> dict[str, float]:
         """Spearman × 100, alignment and uniformity on the pairs, in fp32 without dropout; rank 0 measures."""
         pairs = eval_dataset or self.eval_dataset
-        metrics = self._measure(pairs, metric_key_prefix) if self.is_world_process_zero() else {}
+        takes_part = self.is_world_process_zero() or self.is_fsdp_enabled  # which gathers weights in all processes
+        metrics = self._measure(pairs, metric_key_prefix) if takes_part else {}
         if self.args.world_size > 1:
             metrics = broadcast_object_list([metrics])[0]
         self.log(metrics)
@@ -270,7 +280,7 @@ class SimCSETrainer(Trainer):
 
     def _measure(self, pairs: Pairs, prefix: str) -> dict[str, float]:
         vectors = encode(
-            self.model.encoder,
+            ShardedEncoder(self.model) if self.is_fsdp_enabled else self.model.encoder,
             self.processing_class,
             pairs.sentences,
             self.args.per_device_eval_batch_size,
@@ -287,7 +297,10 @@ class SimCSETrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         with saving(folder):
             merge = self.merge and folder == Path(self.args.output_dir)
-            save_encoder(self.model.encoder, self.processing_class, folder, self.card, merge)
+            encoder = self.model.encoder
+            if self.is_fsdp_enabled:
+                encoder = unsharded(encoder, state_dict)
+            save_encoder(encoder, self.processing_class, folder, self.card, merge)
             extra = self.model.extra_state()
             if self._queues is not None:
                 extra["queue"] = self._queues
@@ -314,7 +327,8 @@ class SimCSETrainer(Trainer):
     def check_resumable(self, checkpoint: Path) -> None:
         """Refuse a checkpoint with a missing or damaged file: a part of the run would start from the beginning."""
         one = self.args.world_size == 1
-        required = [*self._model_files(), "optimizer.pt", "scheduler.pt"]
+        optimizer = CHECKPOINT_FILES if self.is_fsdp_enabled else ["optimizer.pt"]
+        required = [*self._model_files(), *optimizer, "scheduler.pt"]
         required.append("rng_state.pth" if one else f"rng_state_{self.args.process_index}.pth")
         required += [OBJECTIVE_FILE] * bool(self._extra_names())
         required += ["scaler.pt"] * (getattr(self.accelerator, "scaler", None) is not None)
@@ -339,7 +353,10 @@ class SimCSETrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
         with reading(folder / self._model_files()[1]):
-            self.model.encoder.load_weights(folder)
+            if self.is_fsdp_enabled:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            else:
+                self.model.encoder.load_weights(folder)
         if not self._extra_names():
             return
         with reading(folder / OBJECTIVE_FILE):
@@ -364,7 +381,10 @@ class SimCSETrainer(Trainer):
 
     def _load_best_model(self) -> None:
         with reading(self.state.best_model_checkpoint):
-            self.model.encoder.load_weights(self.state.best_model_checkpoint)
+            if self.is_fsdp_enabled:
+                super()._load_best_model()
+            else:
+                self.model.encoder.load_weights(self.state.best_model_checkpoint)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint is written in a folder of its own and then moved: it is whole, or it is not there."""
