@@ -313,6 +313,8 @@ class SimCSETrainingArguments(TrainingArguments):
             self.load_best_model_at_end = False  # there is no best checkpoint to load
         if self.disable_tqdm is None and not sys.stderr.isatty():
             self.disable_tqdm = True  # a bar that is drawn again and again fills a log file
+        if self.deepspeed:
+            raise ValueError("--deepspeed is not supported: --fsdp shards weights, gradients and optimizer alike")
         # transformers demands that checkpoints and evaluations fall together, so that the best is among the
         # checkpoints. Here an evaluation that is the best so far writes one, whatever the strategies are.
         load_best, self.load_best_model_at_end = self.load_best_model_at_end, False

@@ -43,7 +43,8 @@ class Objective(nn.Module):
         size = options.mini_batch_size
         self.mini_batches = MiniBatches(0 if size == AUTO else int(size))  # the trainer chooses in place of 'auto'
         self.queue_size = options.queue_size // (dist.get_world_size(group) if group is not None else 1)
-        self.register_buffer("queue", torch.empty(0, encoder.config.hidden_size))
+        # Not persistent: sharded weights are loaded by name and shape, and the queue grows.
+        self.register_buffer("queue", torch.empty(0, encoder.config.hidden_size), persistent=False)
         self.mlm = MLMHead(encoder) if options.do_mlm else None
 
     def forward(self, masked_ids: Tensor | None = None, labels: Tensor | None = None, **tokens: Tensor) -> Any:
@@ -127,13 +128,14 @@ class Objective(nn.Module):
     def extra_state(self) -> dict[str, Tensor]:
         """Weights and memory beside the encoder's, which its own folder holds."""
         names = {name for name, _ in itertools.chain(self.named_parameters(), self.named_buffers())}
-        state = {name: value for name, value in self.state_dict().items() if not name.startswith("encoder.")}
+        state = {**self.state_dict(), "queue": self.queue}
+        state = {name: value for name, value in state.items() if not name.startswith("encoder.")}
         state = {name: value for name, value in state.items() if name in names}  # what two names share, once
         return {name: value.contiguous() for name, value in state.items() if value.numel()}
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
         self.queue = state.pop("queue", self.queue[:0]).to(self.queue.device)
-        self.load_state_dict({"queue": self.queue, **state}, strict=False)
+        self.load_state_dict(state, strict=False)
 
     # What flags of TrainingArguments ask of a model.
 

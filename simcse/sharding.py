@@ -7,23 +7,30 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
-from simcse.arguments import LossArguments
+from simcse.arguments import LossArguments, SimCSETrainingArguments
 from simcse.errors import UserError
 from simcse.lora import has_adapter
 from simcse.model import SentenceEncoder, with_weights
 
-# What a checkpoint holds in place of optimizer.pt, by accelerate's names.
+# The files of a checkpoint in place of optimizer.pt, by the names that accelerate and transformers give them.
 CHECKPOINT_FILES = ["pytorch_model_fsdp.bin", "optimizer.bin"]
 
 
-def check_sharding(config: dict[str, Any], options: LossArguments, encoder: SentenceEncoder) -> None:
+def check_sharding(args: SimCSETrainingArguments, options: LossArguments, encoder: SentenceEncoder) -> None:
     """``UserError`` for what cannot be sharded."""
+    if args.world_size == 1:
+        raise UserError("--fsdp divides the weights among processes, and this is a single one; start it by torchrun")
+    config = args.fsdp_config
     refused = {
-        "--learn_temperature": options.learn_temperature,  # used outside of the sharded module's forward
+        "--learn_temperature": options.learn_temperature,  # a scalar, which fully_shard cannot divide
         "--do_mlm": options.do_mlm,
         "--lora_r": has_adapter(encoder.backbone),
+        "--fp16": args.fp16,
         "--fsdp_config version 1": int(config.get("version", 2)) != 2,
+        "--fsdp_config xla": config.get("xla"),
+        "--fsdp_config activation_checkpointing": config.get("activation_checkpointing"),  # mini batches do that
         "--fsdp_config state_dict_type SHARDED_STATE_DICT": "SHARDED" in config.get("state_dict_type", ""),
     }
     for name, given in refused.items():
@@ -31,21 +38,27 @@ def check_sharding(config: dict[str, Any], options: LossArguments, encoder: Sent
             raise UserError(f"--fsdp cannot be combined with {name}; leave one of them out")
 
 
-def shard_on_cpus(accelerator: Accelerator, plugin_args: dict[str, Any]) -> None:
-    """Have accelerate (1.15) shard the weights of processes on CPUs, as it does on GPUs.
+def enable_sharding(accelerator: Accelerator, plugin_args: dict[str, Any]) -> None:
+    """Have accelerate shard the weights, on CPUs too, in fp32.
 
-    It takes the plugin over for devices of its list only, in which CPUs are missing, and would train whole copies
-    of the weights without a word. The state is shared by all of accelerate's objects in this process.
+    accelerate (1.15) takes the plugin over on its list of accelerators only; on CPUs it would train whole copies of
+    the weights without a word. Its state is shared by all its objects in this process. Under ``--bf16`` it would
+    gather weights and sum gradients in bf16, in evaluation too; autocast around the forward computes what a single
+    process does.
     """
     state = accelerator.state
-    if state.distributed_type != DistributedType.MULTI_CPU:
-        return
-    plugin = FullyShardedDataParallelPlugin(**plugin_args)
-    if state.mixed_precision != "no":
-        plugin.set_mixed_precision(state.mixed_precision)
-    state.fsdp_plugin = plugin
-    state.distributed_type = DistributedType.FSDP
-    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    if state.distributed_type == DistributedType.MULTI_CPU:
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**plugin_args)
+        state.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    state.fsdp_plugin.mixed_precision_policy = None
+
+
+def check_sharded(model: nn.Module) -> None:
+    """``UserError`` where accelerate, of another version or on another device, left weights whole."""
+    whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
+    if whole:
+        raise UserError(f"--fsdp: accelerate did not shard {whole[0]} on this device; leave --fsdp out")
 
 
 def unsharded(encoder: SentenceEncoder, weights: dict[str, Tensor]) -> SentenceEncoder:

@@ -70,7 +70,7 @@ KEPT = (
     *("train_sampling_strategy", "seed", "data_seed", "num_train_epochs", "max_steps"),
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
     *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
-    *("bf16", "fp16", "neftune_noise_alpha", "metric_for_best_model"),
+    *("bf16", "fp16", "fsdp", "neftune_noise_alpha", "metric_for_best_model"),
 )
 # Flags of the loss that a resumed run may change: they say where and in which parts it is computed.
 MAY_CHANGE = {"mini_batch_size", *(name for name, field in FIELDS.items() if not field.metadata["changes_loss"])}

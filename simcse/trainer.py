@@ -4,7 +4,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,14 @@ from simcse.runs import (
     saving,
     take_over,
 )
-from simcse.sharding import CHECKPOINT_FILES, ShardedEncoder, check_sharding, shard_on_cpus, unsharded
+from simcse.sharding import (
+    CHECKPOINT_FILES,
+    ShardedEncoder,
+    check_sharded,
+    check_sharding,
+    enable_sharding,
+    unsharded,
+)
 from simcse.sts import Pairs, encode, geometry, spearman
 
 OBJECTIVE_FILE = "objective.safetensors"  # in checkpoints: a learned temperature, the queue, the MLM head
@@ -81,7 +88,7 @@ class SimCSETrainer(Trainer):
             raise ValueError("--do_mlm: the model's tokenizer has no mask token; leave it out")
         everyone = options.negatives == "global" and args.world_size > 1
         if args.fsdp:
-            check_sharding(args.fsdp_config, options, encoder)
+            check_sharding(args, options, encoder)
         super().__init__(
             model=Objective(encoder, options, dist.group.WORLD if everyone else None),
             args=args,
@@ -131,7 +138,10 @@ class SimCSETrainer(Trainer):
             ids = self._ids_of_everyone(ids)
         if self.options.do_mlm:
             inputs |= self._mask(inputs)
-        vectors, mlm = model(**inputs)  # (V·B, D), ()
+        # With whole weights accelerate has wrapped the forward in autocast.
+        with self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext():
+            vectors, mlm = model(**inputs)  # (V·B, D), ()
+        vectors = vectors.float()
         columns = self.model.columns(vectors, self.views, ids)
         generator = self._generator()
         before = generator.clone_state()
@@ -151,7 +161,7 @@ class SimCSETrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         if self.args.fsdp:
-            shard_on_cpus(self.accelerator, self.args.fsdp_plugin_args)
+            enable_sharding(self.accelerator, self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -166,7 +176,7 @@ class SimCSETrainer(Trainer):
         """Takes the resumed run's size, else the fastest on rank 0, measured before the model is wrapped."""
         before = Run.read(self.resumed) if self.resumed is not None else None
         size = before.settings.get("mini_batch_size") if before else None
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_fsdp_enabled:
             plan = MiniBatches(UNMEASURED if size is None else size)
         elif self.args.torch_compile:
             plan = MiniBatches(size or 0)  # of few shapes: each one is compiled
@@ -177,7 +187,7 @@ class SimCSETrainer(Trainer):
         self.model.mini_batches = plan
         if self.is_world_process_zero():
             rows = self.views * self.args.train_batch_size
-            number = f"{plan.size} of {rows}" if plan.size else f"all {rows}"
+            number = f"{plan.size} of {rows}" if 0 < plan.size < rows else f"all {rows}"
             tqdm.write(f"embeds   {number} sentences at once (--mini_batch_size {plan.size})")
 
     def _measure_mini_batches(self, size: int | None) -> MiniBatches:
@@ -339,6 +349,8 @@ class SimCSETrainer(Trainer):
 
     def take_over_folder(self) -> None:
         """Make --output_dir this run's, when everything has been read and training is about to begin."""
+        if self.args.fsdp:
+            check_sharded(self.model)
         output = Path(self.args.output_dir)
         if self.args.should_save:
             with saving(output):
