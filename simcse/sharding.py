@@ -24,7 +24,7 @@ def check_sharding(args: SimCSETrainingArguments, options: LossArguments, encode
         raise UserError("--fsdp divides the weights among processes, and this is a single one; start it by torchrun")
     config = args.fsdp_config
     refused = {
-        "--learn_temperature": options.learn_temperature,  # a scalar, which fully_shard cannot divide
+        "--learn_temperature": options.learn_temperature,  # used, and clamped in place, outside of the forward
         "--do_mlm": options.do_mlm,
         "--lora_r": has_adapter(encoder.backbone),
         "--fp16": args.fp16,
