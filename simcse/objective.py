@@ -13,8 +13,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from fused_infonce import GSInfoNCELoss, contrastive_stats
 from simcse.arguments import AUTO, LossArguments
+from simcse.backbone import load_masked_lm
+from simcse.encoder import SentenceEncoder
 from simcse.mini_batches import MiniBatches, embed_in_mini_batches
-from simcse.model import SentenceEncoder, load_masked_lm
 from simcse.published import LOSSES, Columns, check_flags, published_loss
 
 STATS_OPTIONS = inspect.signature(contrastive_stats).parameters
@@ -168,7 +169,7 @@ class MLMHead(nn.Module):
 
     def __init__(self, encoder: SentenceEncoder):
         super().__init__()
-        self.model, self.missing = load_masked_lm(encoder)
+        self.model, self.missing = load_masked_lm(encoder.source, encoder.config)
         setattr(self.model, self.model.base_model_prefix, _HiddenStates())  # the encoder is the backbone
 
     def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from simcse.arguments import LossArguments, SimCSETrainingArguments
+from simcse.backbone import with_weights
+from simcse.encoder import SentenceEncoder
 from simcse.errors import UserError
 from simcse.lora import has_adapter
-from simcse.model import SentenceEncoder, with_weights
 
 # The files of a checkpoint in place of optimizer.pt, by the names that accelerate and transformers give them.
 CHECKPOINT_FILES = ["pytorch_model_fsdp.bin", "optimizer.bin"]
@@ -21,7 +22,9 @@ CHECKPOINT_FILES = ["pytorch_model_fsdp.bin", "optimizer.bin"]
 def check_sharding(args: SimCSETrainingArguments, options: LossArguments, encoder: SentenceEncoder) -> None:
     """``UserError`` for what cannot be sharded."""
     if args.world_size == 1:
-        raise UserError("--fsdp divides the weights among processes, and this is a single one; start it by torchrun")
+        raise UserError(
+            "--fsdp divides the weights among processes, and this is a single one; start it by torchrun"
+        )
     config = args.fsdp_config
     refused = {
         "--learn_temperature": options.learn_temperature,  # used, and clamped in place, outside of the forward
@@ -41,10 +44,10 @@ def check_sharding(args: SimCSETrainingArguments, options: LossArguments, encode
 def enable_sharding(accelerator: Accelerator, plugin_args: dict[str, Any]) -> None:
     """Have accelerate shard the weights, on CPUs too, in fp32.
 
-    accelerate (1.15) takes the plugin over on its list of accelerators only; on CPUs it would train whole copies of
-    the weights without a word. Its state is shared by all its objects in this process. Under ``--bf16`` it would
-    gather weights and sum gradients in bf16, in evaluation too; autocast around the forward computes what a single
-    process does.
+    accelerate (1.15) takes the plugin over on its list of accelerators only; on CPUs it would train whole copies
+    of the weights without a word. Its state is shared by all its objects in this process. Under ``--bf16`` it
+    would gather weights and sum gradients in bf16, in evaluation too; autocast around the forward computes what a
+    single process does.
     """
     state = accelerator.state
     if state.distributed_type == DistributedType.MULTI_CPU:

@@ -17,12 +17,12 @@ from test_simcse_train import flags
 from transformers.training_args import OptimizerNames
 
 from simcse import convert, runs, train
-from simcse.dataset import shipped
+from simcse.collator import packaged_file
 from simcse.errors import UserError
-from simcse.layout import save_encoder
 from simcse.model import load_encoder
+from simcse.readers import read_table
 from simcse.runs import RUN_FILE, STATE_FILE
-from simcse.table import read_table
+from simcse.saved_model import save_encoder
 
 STEPS = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 9, "max_steps": 4}
 
@@ -31,7 +31,7 @@ STEPS = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 9, "max_
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     make_tiny_model(folder / "model")
-    sentences = [row for (row,) in read_table(shipped("sentences.txt")).rows]
+    sentences = [row for (row,) in read_table(packaged_file("sentences.txt")).rows]
     (folder / "train.txt").write_text("\n".join(sentences[:96]), encoding="utf-8")
     (folder / "odd.txt").write_text("\n".join(sentences[:33]), encoding="utf-8")
     (folder / "other.txt").write_text("\n".join(sentences[96:192]), encoding="utf-8")

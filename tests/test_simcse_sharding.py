@@ -1,4 +1,4 @@
-"""Training with sharded weights (FSDP2): gradient caching gives the weights of one process, and runs are resumed."""
+"""Training with sharded weights (FSDP2): the gradients and weights of one process, and runs that are resumed."""
 
 import json
 import os
@@ -19,10 +19,10 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModel, TrainerCallback
 
 from simcse import SimCSE, train
-from simcse.dataset import shipped
+from simcse.collator import packaged_file
 from simcse.errors import UserError
+from simcse.readers import read_table
 from simcse.sharding import check_sharded
-from simcse.table import read_table
 
 STEPS = 10
 WAYS = {
@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     make_tiny_model(folder / "model")
     make_decoder(folder / "decoder")
-    sentences = [row[0] for row in read_table(shipped("sentences.txt")).rows]
+    sentences = [row[0] for row in read_table(packaged_file("sentences.txt")).rows]
     (folder / "train.txt").write_text("\n".join(sentences[:320]), encoding="utf-8")
     grades = [5.0, 4.2, 3.0, 2.5, 1.0, 0.0]
     pairs = [("STSB", "x", "dev", grades[i % 6], sentences[i], sentences[i + 1]) for i in range(24)]
