@@ -1,8 +1,8 @@
 """Trains SmolLM2, which never saw a contrastive loss, with SimCSE and GS-InfoNCE, and scores it before and after.
 
-The grid: unsupervised on sentences and supervised on triplets with hard negatives; poolers avg and last; batches of 64
-and 256, which see equally many sentences; InfoNCE, GS-InfoNCE at λ = 1, and at the λ that makes noise a tenth of the
-denominator; three seeds. ``python -m experiments.smollm2``; docs/study.md describes it.
+The grid: unsupervised on sentences and supervised on triplets with hard negatives; poolers avg and last; batches
+of 64 and 256, which see equally many sentences; InfoNCE, GS-InfoNCE at λ = 1, and at the λ that makes noise a
+tenth of the denominator; three seeds. ``python -m experiments.smollm2``; docs/study.md describes it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def runs(args: argparse.Namespace) -> list[Run]:
     """The grid. Seeds are outermost, so that an interrupted study has all cells for the seeds it finished."""
     before = [Run("none", pooler, 0, BEFORE, 0) for pooler in args.poolers]
     # Of a setting λ = 1 comes before the tenth, whose λ follows from it.
-    grid = product(args.seeds, args.data, args.poolers, args.batch, [loss for loss in LOSSES if loss in args.losses])
+    grid = product(
+        args.seeds, args.data, args.poolers, args.batch, [loss for loss in LOSSES if loss in args.losses]
+    )
     return before + [Run(data, pooler, batch, loss, seed) for seed, data, pooler, batch, loss in grid]
 
 
@@ -211,6 +213,7 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     poolers = sorted({one["pooler"] for one in found})
+    lines = {"linewidth": 1.2, "markersize": 3}
     figure = Figure(figsize=(6.2 * len(poolers), 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, pooler in zip(figure.subplots(1, len(poolers), squeeze=False)[0], poolers, strict=True):
@@ -221,7 +224,7 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
         for (label, one), colour in zip(shown.items(), ("#3b528b", "#d95f02", "#1b9e77"), strict=False):
             values = one["spectrum"]
             text = f"{label}: effective rank {one['effective_rank']:.0f}, STS-B dev {one['dev']:.1f}"
-            axes.plot(range(1, len(values) + 1), values, ".-", color=colour, label=text, linewidth=1.2, markersize=3)
+            axes.plot(range(1, len(values) + 1), values, ".-", color=colour, label=text, **lines)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("index of the singular value")
@@ -242,8 +245,8 @@ def block(found: list[dict[str, Any]], absent: list[Run], out: Path, base: Path)
     setting, machine = one["setting"], one["machine"]
     head = (
         f"Measured on {machine['cpu']}, torch {one['versions']['torch']}, commit {one['commit']}: "
-        f"{setting['sentences']:,} rows per training, {'bf16' if setting['bf16'] else 'fp32'}. Spearman × 100; mean ± "
-        "standard deviation over seeds."
+        f"{setting['sentences']:,} rows per training, {'bf16' if setting['bf16'] else 'fp32'}. Spearman × 100; "
+        "mean ± standard deviation over seeds."
     )
     missing = f"Not run: {len(absent)} of {len(absent) + len(found)} runs of the grid"
     missing += f" ({', '.join(run.file.removesuffix('.json') for run in absent)})." if absent else "."
@@ -276,7 +279,9 @@ def _parser() -> Parser:
     parser.add_argument("--evaluations", type=int, default=4, help="on STS-B dev in a training (default: 4)")
     parser.add_argument("--dev_only", action="store_true", help="score STS-B dev without the seven test sets")
     parser.add_argument("--fp32", action="store_true", help="train in fp32 (default: bf16)")
-    parser.add_argument("--quick", action="store_true", help="the grid in small: 512 rows, one evaluation, one seed")
+    parser.add_argument(
+        "--quick", action="store_true", help="the grid in small: 512 rows, one evaluation, one seed"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/smollm2"), help="folder; its runs are not repeated")
     parser.add_argument("--readme", type=Path, help="page whose block between the marks is replaced")
     parser.add_argument("--report", action="store_true", help="only make table and figure of --out anew")
@@ -306,7 +311,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"{args.out} has no runs; leave --report out to make some")
         draw(found, args.out / PICTURE)
         done = {file_of(one) for one in found}
-        text = block(found, [run for run in wanted if run.file not in done], args.out, (args.readme or args.out).parent)
+        absent = [run for run in wanted if run.file not in done]
+        text = block(found, absent, args.out, (args.readme or args.out).parent)
         if args.readme:
             fill(args.readme, text)
         print(text)

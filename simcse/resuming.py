@@ -32,7 +32,7 @@ def find_checkpoint(output: Path, given: str, warn: Warn) -> Path:
     run = Run.read(output)
     folders = numbered(output)
     if run is None:
-        owners = {owner for folder in folders if (owner := owner(folder))}
+        owners = {run_id for folder in folders if (run_id := owner(folder))}
         if len(owners) > 1:
             raise UserError(
                 f"--resume_from_checkpoint true: {output} has no {RUN_FILE}, and checkpoints of {len(owners)} "

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import (
     DataCollatorForLanguageModeling,
     PreTrainedTokenizerBase,
@@ -18,12 +17,13 @@ from transformers import (
 )
 
 from simcse.arguments import AUTO, LossArguments, SimCSETrainingArguments
+from simcse.auto_size import choose_mini_batches
 from simcse.callbacks import LogLines, PerRankDropout, ProgressBar
 from simcse.checkpoints import CheckpointedTrainer, OwnFolder
 from simcse.collator import Row, Views, duplicate_ids
 from simcse.encoder import SentenceEncoder
 from simcse.flags import asking
-from simcse.mini_batches import UNMEASURED, MiniBatches, choose, keep_freed_memory
+from simcse.mini_batches import keep_freed_memory
 from simcse.objective import Objective
 from simcse.runs import Run
 from simcse.sharding import ShardedEncoder, check_sharding, enable_sharding
@@ -139,42 +139,9 @@ class SimCSETrainer(CheckpointedTrainer):
         if self.args.device.type == "cpu":
             keep_freed_memory()
         if self.options.mini_batch_size == AUTO:
-            self._choose_mini_batches()
+            choose_mini_batches(self)
         self.run.settings["mini_batch_size"] = self.model.mini_batches.size
         return super().train(*args, **kwargs)
-
-    def _choose_mini_batches(self) -> None:
-        """Takes the resumed run's size, else the fastest on rank 0, measured before the model is wrapped."""
-        before = Run.read(self.resumed) if self.resumed is not None else None
-        size = before.settings.get("mini_batch_size") if before else None
-        if self.is_fsdp_enabled:
-            plan = MiniBatches(UNMEASURED if size is None else size)
-        elif self.args.torch_compile:
-            plan = MiniBatches(size or 0)  # of few shapes: each one is compiled
-        else:
-            plan = self._measure_mini_batches(size) if self.is_world_process_zero() else MiniBatches()
-            if self.args.world_size > 1:
-                plan = broadcast_object_list([plan])[0]
-        self.model.mini_batches = plan
-        if self.is_world_process_zero():
-            rows = self.views * self.args.train_batch_size
-            number = f"{plan.size} of {rows}" if 0 < plan.size < rows else f"all {rows}"
-            tqdm.write(f"embeds   {number} sentences at once (--mini_batch_size {plan.size})")
-
-    def _measure_mini_batches(self, size: int | None) -> MiniBatches:
-        rows = self.train_dataset
-        spread = rows[:: len(rows) // self.args.train_batch_size][: self.args.train_batch_size]
-        inputs = self.data_collator(spread)
-        inputs.pop("ids", None)
-        inputs = {name: x.to(self.args.device) for name, x in inputs.items()}
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.model.train()
-        on_gpu = self.args.device.type == "cuda"
-        with torch.random.fork_rng([self.args.device] if on_gpu else []), self.accelerator.autocast():
-            if self.options.do_mlm:
-                inputs |= self._mask(inputs)
-                self._draws = None
-            return choose(self.model.embed, inputs, parameters, size)
 
     def _generator(self) -> torch.Generator:
         """Random numbers of the step, beside dropout's, by seed, step and process; of noise rank 0's count.
