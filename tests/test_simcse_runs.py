@@ -409,7 +409,7 @@ def test_full_disk_is_one_line(folder, full, tmp_path, capsys, part, missing):
 @pytest.mark.parametrize(
     "function",
     [
-        "saved_model.save_encoder",
+        "checkpoints.save_encoder",
         "checkpoints.save_file",
         "trainer.SimCSETrainer._save_rng_state",
         "train.plot_path",
@@ -419,8 +419,7 @@ def test_full_disk_in_any_save_is_one_line(folder, tmp_path, capsys, monkeypatch
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    name = "checkpoints.save_encoder" if function == "saved_model.save_encoder" else function
-    monkeypatch.setattr(f"simcse.{name}", full)
+    monkeypatch.setattr(f"simcse.{function}", full)
     change = {"sts_data": folder / "sts.tsv"} if "plot" in name else {"learn_temperature": True}
     error = refused(unwatched(folder, tmp_path / "run", **change), capsys)
     assert "No space left on device" in error
