@@ -66,7 +66,7 @@ class Table:
         return table
 
 
-@dataclass
+@dataclass(eq=False)
 class Section:
     """What is shown of results: a table, with a picture and a note where there are some."""
 
