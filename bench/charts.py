@@ -76,14 +76,16 @@ def readme_charts(documents: dict[str, Document]) -> Iterator[Chart]:
 
     if rows := few("accuracy", "bf16"):
         alt = "Gradient error by stage of training"
-        caption = "Relative error of the gradient by stage of training, bf16; at the dotted line no digit is right."
+        caption = "Relative error of the gradient by stage of training, bf16; at 1 (dotted) no digit is right."
         caption += " The losses st-mnrl and st-cached-mnrl multiply in fp32 here, as their trainer does."
         chart = Chart("readme-error.png", alt, [_error_panel(rows, "bf16")], STAGE, caption=caption)
         chart.ticks, chart.size = _stages(rows), README_SIZE
         yield chart
     if made := _memory_panels(few("memory", "fp32")):
         alt = "Peak memory by number of anchors"
-        caption = "Peak memory of the loss beyond its inputs, forward and backward, fp32; a line ends where memory did."
+        caption = (
+            "Peak memory of the loss beyond its inputs, forward and backward, fp32; a line ends where memory did."
+        )
         yield Chart("readme-memory.png", alt, made[:1], N_AXIS, UNAVOIDABLE, caption, size=README_SIZE)
 
 

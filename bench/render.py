@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from os.path import relpath
 from pathlib import Path
 from typing import Any
@@ -164,30 +165,32 @@ class Chart:
                 axes.axvline(edge - 0.5, color="0.85", linewidth=1)
             return
         axes.set_xscale("log")
-        axes.set_xticks(sorted({round(point[0], 6) for points in panel.lines.values() for point in points}))
+        ticks = sorted({round(point[0], 6) for points in panel.lines.values() for point in points})
+        close = any(b < 1.5 * a for a, b in pairwise(ticks))
+        axes.set_xticks(ticks)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(_plain))
-        axes.tick_params(axis="x", labelsize="small")
+        axes.tick_params(axis="x", labelsize="small", rotation=30 if close else 0)
 
     def _name_ends(self, axes: Axes, panel: Panel) -> None:
-        """Names each line: beside the panel, or at its last point where it ends earlier than the others."""
+        """Names each line right of its last point, beside the panel where this is the last of all."""
         to_axes = axes.transData + axes.transAxes.inverted()
-        last = max(point[0] for points in panel.lines.values() for point in points)
-        kind = {"fontsize": "small", "va": "center", "annotation_clip": False}
-        ends = []
+        ends: dict[float, list[tuple[float, list[str]]]] = {}  # place of the last point → height and names
         for names in _together(panel.lines):
-            point = panel.lines[names[0]][-1][:2]
-            text, colour = " = ".join(names), self._look(names[0])["color"]
-            if point[0] < last:
-                axes.annotate(text, point, (6, 0), textcoords="offset points", color=colour, **kind)
-            else:
-                ends.append((to_axes.transform(point)[1], point, text, colour))
-        ends.sort()
-        places = _apart([height for height, *_ in ends], LABEL_GAP * (1.3 if self.size else 1))
-        for place, (_, point, text, colour) in zip(places, ends, strict=True):
-            leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
-            beside = {"xytext": (1.04, place), "textcoords": "axes fraction", "arrowprops": leader}
-            axes.annotate(text, point, color=colour, **beside, **kind)
+            x, height = to_axes.transform(panel.lines[names[0]][-1][:2])
+            ends.setdefault(round(x, 4), []).append((height, names))
+        gap = LABEL_GAP * (1.3 if self.size else 1)
+        for x, labels in ends.items():
+            labels.sort()
+            right = 1.04 if x == max(ends) else x + 0.04
+            for place, (height, names) in zip(_apart([h for h, _ in labels], gap), labels, strict=True):
+                colour = self._look(names[0])["color"]
+                leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
+                leader["relpos"] = (0, 0.5)  # it begins at the left of the name
+                axes.annotate(
+                    ", ".join(names), (x, height), (right, place), "axes fraction", va="center",
+                    fontsize="small", color=colour, arrowprops=leader, annotation_clip=False,
+                )  # fmt: skip
 
     def _legend(self, figure: Figure, columns: int) -> None:
         names = dict.fromkeys(name for panel in self.panels for name, points in panel.lines.items() if points)

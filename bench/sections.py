@@ -23,8 +23,8 @@ def _loss(document: Document) -> Iterator[Section]:
     small = [row for case, found in by_case(rows).items() if "τ" in case.label for row in found.values()]
     usual = tables.ratios(row for row in rows if row not in small)
     note = (
-        "\nThe floor is the bare matrix products of the same shapes and dtype; below 1× ours is faster. An entry is "
-        "one of the N·(N + M + H) similarities.\n"
+        "\nThe floor is the bare matrix products of the same shapes and dtype; below 1× ours is faster. An entry "
+        "is one of the N·(N + M + H) similarities.\n"
     )
     chart = charts.time_by_size(document)
     yield Section("Time of ours, forward and backward", usual, chart, note + tables.disturbed(rows), "time")

@@ -1,4 +1,4 @@
-"""What the results say, in three sentences: how much faster, leaner and more exact, against whom, and where not."""
+"""What the results say, in three sentences: how much faster, leaner and more exact, and than what."""
 
 from __future__ import annotations
 
@@ -71,7 +71,9 @@ def _leaner(rows: list[Row]) -> str:
     for larger, f in groups.items():
         needed, naive = measured(f, ours_in(f), mib), f.get("naive", {})
         if needed and larger.N > case.N and larger.at(case.N) == case and naive.get("status") == "out of memory":
-            text += f"; for {larger.N:,} pairs it needs {number(needed)} MiB, and the standard loss runs out of memory"
+            text += (
+                f"; for {larger.N:,} pairs it needs {number(needed)} MiB, and the standard one runs out of memory"
+            )
             break
     return text + "."
 
