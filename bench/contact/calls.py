@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Call:
     ids: bool = False
     guide: bool = False
     learned: bool = False  # the temperature is a tensor with a gradient
+    regime: str = "middle"
 
     @property
     def temperature(self) -> float:
@@ -42,10 +43,9 @@ class Call:
         return BOUNDS[self.dtype] * (max(1, TEMPERATURE / self.temperature) if self.dtype == "fp32" else 1)
 
     def at_most(self, N: int, D: int) -> Call:
-        return Call(min(N, self.N), min(D, self.D), **{name: getattr(self, name) for name in _KEPT})
+        return replace(self, N=min(N, self.N), D=min(D, self.D))
 
 
-_KEPT = ("dtype", "options", "negatives", "noise", "ids", "guide", "learned")
 MANY_CHUNKS = {"workspace_bytes": 16 << 20}  # some 1000 rows of 8209 columns in bf16
 
 CALLS = {
@@ -60,7 +60,7 @@ CALLS = {
     "filter by a guide": Call(1000, options={"filter_threshold": 0.2}, guide=True),
     "given noise": Call(512, noise=3),
     "learned temperature": Call(1024, options={"symmetric": True}, learned=True),
-    "small temperature": Call(1000, dtype="fp32", options={"temperature": 0.005}),
+    "small temperature": Call(1000, dtype="fp32", options={"temperature": 0.005}, regime="random"),
     "two rows": Call(2, 3, "fp32"),
     "one tile": Call(64, 64),
     "many chunks": Call(8209, options=MANY_CHUNKS),
@@ -109,7 +109,7 @@ def _build(call: Call, device: str) -> tuple[dict[str, Tensor], dict[str, Any], 
     def random(n: int, width: int = call.D) -> Tensor:
         return torch.randn(n, width, generator=generator).to(device, dtype)
 
-    q, k = (x.to(device, dtype) for x in embeddings("middle", call.N, call.D))
+    q, k = (x.to(device, dtype) for x in embeddings(call.regime, call.N, call.D))
     leaves = {"dq": q, "dk": k}
     if call.negatives:
         leaves["dnegatives"] = random(call.negatives * call.N)
