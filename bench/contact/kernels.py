@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-PRODUCTS = ("aten::mm", "aten::addmm")
+PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}  # operation → place of the first factor
 Row = dict[str, Any]
 
 
@@ -27,21 +27,20 @@ def by_kernel(step: Callable[[], object], device: str) -> list[Row]:
 
 
 def by_product(step: Callable[[], object], device: str) -> list[Row]:
-    """Returns shapes, kernel, calls, microseconds and TFLOP/s of every kind of matrix product in a step."""
-    found: dict[Any, Row] = {}
+    """Returns shapes, kernels, calls, microseconds and TFLOP/s of every kind of matrix product in a step."""
+    found: dict[str, Row] = {}
     for event in _events(step, device):
-        if event.name not in PRODUCTS or not event.input_shapes:
+        if event.name not in PRODUCTS:
             continue
-        shapes = [tuple(shape) for shape in event.input_shapes if len(shape) == 2][-2:]
-        pieces = [(kernel.name, kernel.duration) for kernel in event.kernels]
-        pieces = pieces or [(event.name, event.cpu_time_total if device == "cpu" else 0.0)]
-        for name, spent in pieces:
-            product = " × ".join(str(shape).replace(" ", "") for shape in shapes)
-            row = found.setdefault((product, name), {"product": product, "kernel": name, "calls": 0, "us": 0.0})
-            row["calls"] += 1
-            row["us"] += spent
-            (M, K), (_, N) = shapes
-            row["flops"] = row.get("flops", 0) + 2 * M * K * N
+        first = PRODUCTS[event.name]
+        (M, K), (_, N) = event.input_shapes[first : first + 2]
+        product = f"({M},{K}) × ({K},{N})"
+        row = found.setdefault(product, {"product": product, "kernel": "", "calls": 0, "us": 0.0, "flops": 0})
+        names = dict.fromkeys(kernel.name for kernel in event.kernels)
+        row["kernel"] = " + ".join(dict.fromkeys([*filter(None, row["kernel"].split(" + ")), *names]))
+        row["calls"] += 1
+        row["us"] += event.cpu_time_total if device == "cpu" else sum(x.duration for x in event.kernels)
+        row["flops"] += 2 * M * K * N
     for row in found.values():
         flops = row.pop("flops")
         row["tflops"] = flops / row["us"] / 1e6 if row["us"] else None

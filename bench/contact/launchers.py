@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import inspect
 import pkgutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import Case, make_batch, run_step
-from bench.measure import Event, clock_for
+from bench.measure import Event, Step, clock_for
 from bench.registry import Candidate, first_line
 
 HELPERS = ("common", "settings")  # modules of the kernels that launch nothing
@@ -67,15 +68,23 @@ class Launch:
 SIMILARITIES = ("exp_similarity", "ratio_sums", "weighted_ratios")
 
 
-def measure(case: Case, candidates: list[Candidate], device: str, seconds: float) -> Iterator[Event]:
-    """Yields time, TFLOP/s and GB/s of each launch of a call, and of its variants."""
-    batch, clock = make_batch(case, device), clock_for(device)
+def measure(
+    case: Case,
+    candidates: list[Candidate],
+    device: str,
+    seconds: float,
+    with_variants: bool = True,
+    timed: bool = True,
+) -> Iterator[Event]:
+    """Yields time, TFLOP/s and GB/s of each launch of a call, and of its variants; not timed, it compiles them."""
+    batch, clock = make_batch(case, device), clock_for(device) if timed else _once
     loss = candidates[0].loss_for(case)
     launches = record(lambda: run_step(loss, batch, case, device))
     if not launches:
         raise RuntimeError(f"{candidates[0].name} called no launcher of fused_infonce.kernels")
     for launch in launches:
-        for variant, arguments in (("as called", launch.arguments), *variants(launch.arguments)):
+        others = variants(launch.arguments) if with_variants else ()
+        for variant, arguments in (("as called", launch.arguments), *others):
             row = {"candidate": launch.name, "variant": variant, "calls": launch.calls}
             yield "start", {"candidate": launch.name}
             try:
@@ -86,6 +95,13 @@ def measure(case: Case, candidates: list[Candidate], device: str, seconds: float
             rates = {"gb_s": launch.bytes / ms / 1e6, "tflops": launch.flops / ms / 1e9 if launch.flops else None}
             shapes = {name: str(tuple(x.shape)).replace(" ", "") for name, x in launch.tensors.items()}
             yield "result", row | {"status": "ok", "ms": ms, **rates, "shapes": shapes}
+
+
+def _once(step: Step) -> float:
+    """Returns the milliseconds of a first call, in which kernels compile."""
+    start = time.perf_counter()
+    step()
+    return 1e3 * (time.perf_counter() - start)
 
 
 def variants(arguments: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
