@@ -28,16 +28,15 @@ def by_kernel(step: Callable[[], object], device: str) -> list[Row]:
 
 def by_product(step: Callable[[], object], device: str) -> list[Row]:
     """Returns shapes, kernels, calls, microseconds and TFLOP/s of every kind of matrix product in a step."""
-    found: dict[str, Row] = {}
+    found: dict[tuple[str, str], Row] = {}
     for event in _events(step, device):
         if event.name not in PRODUCTS:
             continue
         first = PRODUCTS[event.name]
         (M, K), (_, N) = event.input_shapes[first : first + 2]
-        product = f"({M},{K}) × ({K},{N})"
-        row = found.setdefault(product, {"product": product, "kernel": "", "calls": 0, "us": 0.0, "flops": 0})
-        names = dict.fromkeys(kernel.name for kernel in event.kernels)
-        row["kernel"] = " + ".join(dict.fromkeys([*filter(None, row["kernel"].split(" + ")), *names]))
+        product, name = f"({M},{K}) × ({K},{N})", " + ".join(dict.fromkeys(kernel.name for kernel in event.kernels))
+        row = {"product": product, "kernel": name, "calls": 0, "us": 0.0, "flops": 0}
+        row = found.setdefault((product, name), row)
         row["calls"] += 1
         row["us"] += event.cpu_time_total if device == "cpu" else sum(x.duration for x in event.kernels)
         row["flops"] += 2 * M * K * N

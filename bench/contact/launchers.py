@@ -2,7 +2,7 @@
 
 The launchers are the functions of ``fused_infonce.kernels`` that the backend calls. They are recorded during a call
 and then called by themselves, so that nothing here repeats their arguments. A variant changes one flag of the launch
-settings, or takes the product of the other maker.
+settings, or lets cuBLAS make the product instead of the kernel, or the other way round.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from bench.cases import Case, make_batch, run_step
-from bench.measure import Event, Step, clock_for
+from bench.measure import Event, clock_for
 from bench.registry import Candidate, first_line
 
 HELPERS = ("common", "settings")  # modules of the kernels that launch nothing
-FLAGS = ("library",)  # arguments of launchers that choose between two makers of the same result
+FLAGS = ("library",)  # arguments of launchers: whether cuBLAS makes the result, and not a kernel
 
 
 @dataclass
@@ -76,8 +76,11 @@ def measure(
     with_variants: bool = True,
     timed: bool = True,
 ) -> Iterator[Event]:
-    """Yields time, TFLOP/s and GB/s of each launch of a call, and of its variants; not timed, it compiles them."""
-    batch, clock = make_batch(case, device), clock_for(device) if timed else _once
+    """Yields time, TFLOP/s and GB/s of each launch of a call, and of its variants.
+
+    Not timed, it makes each once, so that its kernels are compiled, and yields the seconds.
+    """
+    batch, clock = make_batch(case, device), clock_for(device)
     loss = candidates[0].loss_for(case)
     launches = record(lambda: run_step(loss, batch, case, device))
     if not launches:
@@ -87,7 +90,12 @@ def measure(
         for variant, arguments in (("as called", launch.arguments), *others):
             row = {"candidate": launch.name, "variant": variant, "calls": launch.calls}
             yield "start", {"candidate": launch.name}
+            start = time.perf_counter()
             try:
+                launch.function(**arguments)
+                if not timed:
+                    yield "result", row | {"status": "ok", "seconds": [time.perf_counter() - start]}
+                    continue
                 ms = clock(lambda f=launch.function, arguments=arguments: f(**arguments))
             except Exception as error:  # a variant may need more than the device has
                 yield "result", row | {"status": "failed", "reason": first_line(error)}
@@ -97,18 +105,13 @@ def measure(
             yield "result", row | {"status": "ok", "ms": ms, **rates, "shapes": shapes}
 
 
-def _once(step: Step) -> float:
-    """Returns the milliseconds of a first call, in which kernels compile."""
-    start = time.perf_counter()
-    step()
-    return 1e3 * (time.perf_counter() - start)
-
-
 def variants(arguments: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields a name and the arguments with one flag changed, of the launch settings or among the arguments."""
     for name, value in arguments.items():
         if name in FLAGS:
             yield f"{name}={not value}", arguments | {name: not value}
+        if any(arguments.get(flag) for flag in FLAGS):  # the library has no launch settings
+            continue
         if is_dataclass(value) and type(value).__module__.endswith("kernels.settings"):
             for flag in (f.name for f in fields(value) if isinstance(getattr(value, f.name), bool)):
                 changed = replace(value, **{flag: not getattr(value, flag)})
