@@ -145,13 +145,13 @@ def _serve(out: TextIO, device: str, also: str) -> None:
     losses: dict[str, Any] = load(also)
     for line in sys.stdin:
         job = json.loads(line)
-        if job["job"] == "train":
-            run, case, known = train.train, train.TrainCase(**job["case"]), train.TRAINERS
-        else:
-            module, _, name = job["job"].rpartition(":")
-            run = getattr(importlib.import_module(module) if module else measure, name)
-            case, known = Case(**job["case"]), losses
         try:
+            if job["job"] == "train":
+                run, case, known = train.train, train.TrainCase(**job["case"]), train.TRAINERS
+            else:
+                module, _, name = job["job"].rpartition(":")
+                run = getattr(importlib.import_module(module) if module else measure, name)
+                case, known = Case(**job["case"]), losses
             candidates = [known[name] for name in job["candidates"]]
             for event, facts in run(case, candidates, device, job["seconds"], **job.get("more", {})):
                 report(event, **facts)

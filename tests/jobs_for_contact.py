@@ -34,3 +34,8 @@ def crashing(case, candidates, device, seconds):
 def hanging(case, candidates, device, seconds):
     yield "alive", {}
     time.sleep(600)
+
+
+def interrupted(case, candidates, device, seconds):
+    yield "alive", {}
+    raise KeyboardInterrupt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -55,6 +56,30 @@ def results_of(job, *arguments, **more) -> list[dict]:
 
 def item(step: str, name: str, job: str, **facts) -> plan.Item:
     return plan.Item(step, name, job if ":" in job else f"tests.jobs_for_contact:{job}", CASE, **facts)
+
+
+class Here:
+    """A worker that runs the jobs in this process."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def run(self, job, limit, end):
+        module, name = job["job"].split(":")
+        try:
+            for event, facts in getattr(importlib.import_module(module), name)(CASE, [], self.device, job["seconds"]):
+                yield {"event": event, **facts}
+        except RuntimeError as error:
+            yield {"event": "failed", "status": "failed", "reason": str(error)}
+
+    def stop(self) -> None:
+        pass
+
+
+def use(monkeypatch, *items: plan.Item) -> None:
+    """Makes these the items of the chosen steps, in this process."""
+    monkeypatch.setattr(command, "items", lambda device, steps: [x for x in items if x.step in steps])
+    monkeypatch.setattr(command, "Worker", Here)
 
 
 # ------------------------------------------------------------------ the command
@@ -122,8 +147,7 @@ def test_other_subcommands_results_are_reported_beside_it(tried, tmp_path, capsy
 
 
 def test_a_second_run_keeps_the_steps_of_the_first(tmp_path, monkeypatch):
-    chosen = {"versions": [item("versions", "a", "fine")], "small": [item("small", "b", "fine")]}
-    monkeypatch.setattr(command, "items", lambda device, steps: [x for step in steps for x in chosen[step]])
+    use(monkeypatch, item("versions", "a", "fine"), item("small", "b", "fine"))
     contact(tmp_path, "--steps", "versions")
     assert set(rows_of(tmp_path)) == {("versions", "a")}
     contact(tmp_path, "--steps", "small")
@@ -140,28 +164,30 @@ def test_a_second_run_keeps_the_steps_of_the_first(tmp_path, monkeypatch):
 def test_what_fails_is_recorded_and_the_rest_goes_on(tmp_path, monkeypatch):
     """In the worker of the steps, and in the processes that compile beside each other."""
     jobs = ("fine", "raising", "wrong", "crashing", "silent", "os:no_such_job", "hanging", "fine")
-    made = [item(step, f"{i} {job}", job, limit=1.5 if job == "hanging" else 60.0)
-            for step in ("compile", "correctness") for i, job in enumerate(jobs)]  # fmt: skip
+    made = [item("correctness", f"{i} {job}", job, limit=1.5 if job == "hanging" else 60.0)
+            for i, job in enumerate(jobs)]  # fmt: skip
+    made += [item("compile", name, name) for name in ("raising", "crashing", "fine")]
     monkeypatch.setattr(command, "items", lambda device, steps: made)
-    code, said = contact(tmp_path, "--steps", "compile", "correctness")
+    code, said = contact(tmp_path)
     assert code == 1
     found = rows_of(tmp_path)
-    for step in ("compile", "correctness"):
-        states = [[row["status"] for row in found[step, f"{i} {job}"]] for i, job in enumerate(jobs)]
-        expected = [["ok"], ["ok", "failed"], ["wrong"], ["crashed"], ["failed"], ["failed"], ["too slow"], ["ok"]]
-        assert states == expected
-        assert "this job raises" in found[step, "1 raising"][1]["reason"]
-        assert found[step, "2 wrong"][0]["errors"] == {"dq": 0.5, "dk": 0.1}
-        assert found[step, "3 crashing"][0]["candidate"] == "the one that crashes"
-        assert "no_such_job" in found[step, "5 os:no_such_job"][0]["reason"]
-    for text in ("FAIL", "this job raises", "dq is off by 5.0e-01", "SIGABRT", "6 ok", "12 without a result"):
+    states = [[row["status"] for row in found["correctness", f"{i} {job}"]] for i, job in enumerate(jobs)]
+    failed = ["failed"]
+    assert states == [["ok"], ["ok", "failed"], ["wrong"], ["crashed"], failed, failed, ["too slow"], ["ok"]]
+    assert "this job raises" in found["correctness", "1 raising"][1]["reason"]
+    assert found["correctness", "2 wrong"][0]["errors"] == {"dq": 0.5, "dk": 0.1}
+    assert found["correctness", "3 crashing"][0]["candidate"] == "the one that crashes"
+    assert "no_such_job" in found["correctness", "5 os:no_such_job"][0]["reason"]
+    states = [[row["status"] for row in found["compile", name]] for name in ("raising", "crashing", "fine")]
+    assert states == [["ok", "failed"], ["crashed"], ["ok"]]
+    for text in ("FAIL", "this job raises", "dq is off by 5.0e-01", "SIGABRT", "5 ok", "8 without a result"):
         assert text in said
 
 
 def test_only_a_failed_correctness_call_gives_exit_status_1(tmp_path, monkeypatch):
-    made = [item("small", "a", "raising"), item("correctness", "b", "fine")]
-    monkeypatch.setattr(command, "items", lambda device, steps: made)
+    use(monkeypatch, item("small", "a", "raising"), item("correctness", "b", "fine"))
     assert contact(tmp_path)[0] == 0
+    assert [row["status"] for row in rows_of(tmp_path)["small", "a"]] == ["ok", "failed"]
 
 
 def test_it_stops_with_the_budget_and_lists_what_remains(tmp_path, monkeypatch):
@@ -177,28 +203,32 @@ def test_it_stops_with_the_budget_and_lists_what_remains(tmp_path, monkeypatch):
     assert not json.loads((tmp_path / "first-contact.json").read_text())["complete"]
 
 
-@pytest.mark.parametrize("step", ["compile", "small"])
-def test_an_interrupted_run_leaves_a_valid_file(step, tmp_path):
-    """Ctrl-C in the one worker, and while several compile."""
+def test_an_interrupted_run_leaves_a_valid_file(tmp_path, monkeypatch, capsys):
+    use(monkeypatch, item("versions", "a", "fine"), item("small", "b", "interrupted"), item("small", "c", "fine"))
+    assert contact(tmp_path)[0] == 130
+    said = capsys.readouterr().err.strip()
+    assert said.endswith(f"interrupted; what was measured is kept: {tmp_path}/first-contact.json")
+    assert [rows[0]["status"] for rows in rows_of(tmp_path).values()] == ["ok", "not run", "not run"]
+
+
+def test_processes_that_compile_can_be_interrupted(tmp_path):
     code = (
         "from bench.contact import command, plan; from bench.cases import Case\n"
         "def item(step, name, job): return plan.Item(step, name, 'tests.jobs_for_contact:' + job, Case(16, 16))\n"
-        "command.items = lambda device, steps: [item('versions', 'first', 'fine'), "
-        f"item({step!r}, 'second', 'hanging'), item({step!r}, 'third', 'hanging'), item('small', 'last', 'fine')]\n"
+        "command.items = lambda device, steps: [item('compile', 'a', 'fine'), item('compile', 'b', 'hanging'), "
+        "item('compile', 'c', 'hanging'), item('small', 'd', 'fine')]\n"
         f"command.main(['--device', 'cpu', '--out', {str(tmp_path)!r}])"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=interruptible,
     ) as process:  # fmt: skip
-        assert "first: ok" in process.stdout.readline()
-        time.sleep(0.5)
+        assert "a: ok" in process.stdout.readline()
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == 130, said
     assert said.strip().endswith(f"interrupted; what was measured is kept: {tmp_path}/first-contact.json")
-    states = {name: [row["status"] for row in rows] for (_, name), rows in rows_of(tmp_path).items()}
-    assert states == {"first": ["ok"], "second": ["not run"], "third": ["not run"], "last": ["not run"]}
+    assert [rows[0]["status"] for rows in rows_of(tmp_path).values()] == ["ok", "not run", "not run", "not run"]
 
 
 @pytest.mark.parametrize(
@@ -226,7 +256,7 @@ def test_it_needs_torch_alone(tmp_path):
     for name in ("rich", "matplotlib", "numpy", "scipy", "transformers", "datasets", "accelerate", "pytest"):
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('No module named {name}', name='{name}')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    arguments = ["--device", "cpu", "--out", str(tmp_path / "out"), "--steps", "versions", "small", "correctness"]
+    arguments = ["--device", "cpu", "--out", str(tmp_path / "out"), "--steps", "versions", "correctness"]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "bench", "first-contact", *arguments], cwd=ROOT, env=environment,
         capture_output=True, text=True, timeout=60,
@@ -427,11 +457,12 @@ NCU = """==PROF== Connected to process 1
 
 
 def ncu_that(folder: Path, says: str, monkeypatch) -> None:
-    """Puts a program ``ncu`` on the path that runs the command that it is given, and says this."""
+    """Puts a program ``ncu`` on the path that says this, after the command that it is given where it can count."""
     file = folder / "ncu"
     file.write_text(
         f"#!{sys.executable}\nimport subprocess, sys\nat = sys.argv.index('-m')\n"
-        f"subprocess.run([sys.executable, *sys.argv[at:]], check=True)\nprint({says!r})\n"
+        f"says = {says!r}\nif 'ERROR' not in says: subprocess.run([sys.executable, *sys.argv[at:]], check=True)\n"
+        "print(says)\n"
     )
     file.chmod(0o755)
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
@@ -458,7 +489,6 @@ def test_counters_are_read(tmp_path, monkeypatch):
     ],
 )
 def test_why_there_are_no_counters(says, error, reason, tmp_path, monkeypatch):
-    monkeypatch.setattr(counters, "main", lambda *_: None)
     if says is None:
         monkeypatch.setenv("PATH", "")
     else:

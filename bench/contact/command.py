@@ -79,7 +79,7 @@ def run(parser: errors.Parser, args: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         print(f"\n{parser.prog}: interrupted; what was measured is kept: {contact.results.path}", file=sys.stderr)
         raise SystemExit(130) from None
-    print("\n".join(table.lines(contact.results.document)))
+    print("\n".join(table.lines(json.loads(contact.results.path.read_text(encoding="utf-8")))))
     print(f"{contact.results.path}: all of it; python -m bench report {folder} prints the table again")
     if any(row["step"] == "correctness" and row["status"] not in NO_FAULT for row in contact.results.rows):
         raise SystemExit(1)

@@ -62,7 +62,7 @@ SIZES = {
         "ours-triton",
         ("naive", "naive-compile"),
     ),
-    "cpu": Sizes(Case(64, 32), (16,), (16,), (64, 32), "ours-torch", ("naive",)),
+    "cpu": Sizes(Case(64, 32), (), (16,), (64, 32), "ours-torch", ("naive",)),
 }
 
 
