@@ -1,4 +1,5 @@
 """How fast, how lean, how exact, against what people use today and against the machine: ``python -m bench``."""
+
 import sys
 
 from simcse.errors import exit_cleanly

@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         if contact := documents.pop(first_contact.JOB, None):
             print("\n".join(first_contact_table.lines(contact)))
             if not documents:
-                return
+                return None
         if not documents:
             parser.error(f"{folder} contains no results; python -m bench --out {folder} makes them")
         report.write(documents, sections.make(documents), folder, pages)

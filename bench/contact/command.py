@@ -116,7 +116,9 @@ class Contact:
         try:
             for item in first:
                 self._do(item, self.workers[0], self.end)
-            self._do_in_parallel(compiled, min(self.end, time.monotonic() + COMPILE_SHARE * (self.end - self.start)))
+            self._do_in_parallel(
+                compiled, min(self.end, time.monotonic() + COMPILE_SHARE * (self.end - self.start))
+            )
             for item in rest:
                 self._do(item, self.workers[0], self.end)
         finally:

@@ -1,6 +1,6 @@
 """Hardware counters of the main kernels, by Nsight Compute (``ncu``), where it is on the path and may count.
 
-    python -m bench.contact.counters CASE CANDIDATE     one step of a candidate on a case (JSON): what ncu watches
+python -m bench.contact.counters CASE CANDIDATE     one step of a candidate on a case (JSON): what ncu watches
 """
 
 from __future__ import annotations

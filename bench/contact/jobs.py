@@ -80,9 +80,7 @@ def warm(
     yield "result", {"status": "ok", "seconds": spent}
 
 
-def correct(
-    case: Case, candidates: list[Candidate], device: str, seconds: float, call: str
-) -> Iterator[Event]:
+def correct(case: Case, candidates: list[Candidate], device: str, seconds: float, call: str) -> Iterator[Event]:
     """Yields the errors of one call against float64, and their bound."""
     yield "result", {"status": "ok", "errors": _check(call, case, device), "bound": _capped(call, case).bound}
 

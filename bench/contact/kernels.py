@@ -34,7 +34,10 @@ def by_product(step: Callable[[], object], device: str) -> list[Row]:
             continue
         first = PRODUCTS[event.name]
         (M, K), (_, N) = event.input_shapes[first : first + 2]
-        product, name = f"({M},{K}) × ({K},{N})", " + ".join(dict.fromkeys(kernel.name for kernel in event.kernels))
+        product, name = (
+            f"({M},{K}) × ({K},{N})",
+            " + ".join(dict.fromkeys(kernel.name for kernel in event.kernels)),
+        )
         row = {"product": product, "kernel": name, "calls": 0, "us": 0.0, "flops": 0}
         row = found.setdefault((product, name), row)
         row["calls"] += 1

@@ -145,7 +145,9 @@ def _compile(rest: list[Item], sizes: Sizes) -> Iterator[Item]:
     seen = set()
     for item in rest:
         job, names = f"{JOBS}:warm", [name for name in item.candidates if name in (sizes.ours, "naive-compile")]
-        wanted: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [(f"{x}, {item.case.label}", (x,), {}) for x in names]
+        wanted: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
+            (f"{x}, {item.case.label}", (x,), {}) for x in names
+        ]
         if item.job == LAUNCHERS:
             job = LAUNCHERS
             wanted = [(f"launchers, {item.name}", (sizes.ours,), {**item.more, "timed": False})]

@@ -50,7 +50,9 @@ def summary(rows: list[Row]) -> str:
     """Returns one line on the rows of one item."""
     bad = [row for row in rows if row["status"] != "ok"]
     if bad:
-        return "; ".join(f"{row.get('candidate', '')} {row['status']}: {row.get('reason', '')}".strip() for row in bad[:3])
+        return "; ".join(
+            f"{row.get('candidate', '')} {row['status']}: {row.get('reason', '')}".strip() for row in bad[:3]
+        )
     first = rows[0]
     for column in ("errors", "seconds", "ms"):
         if column in first:
