@@ -120,7 +120,8 @@ def main(argv: list[str] | None = None) -> None:
     args.command_line = sys.argv[1:] if argv is None else argv
     if args.job == first_contact.JOB:
         with errors.exit_cleanly(parser.prog):
-            return first_contact.run(parser, args)
+            first_contact.run(parser, args)
+        return
     made = args.folder if args.job == "report" else args.out
     folder = Path(made or Path("runs/bench") / datetime.now().strftime("%Y%m%d-%H%M%S"))
     pages = args.readme or (PAGES if folder.resolve() == RESULTS else ())
@@ -138,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
         if contact := documents.pop(first_contact.JOB, None):
             print("\n".join(first_contact_table.lines(contact)))
             if not documents:
-                return None
+                return
         if not documents:
             parser.error(f"{folder} contains no results; python -m bench --out {folder} makes them")
         report.write(documents, sections.make(documents), folder, pages)

@@ -1,4 +1,6 @@
-"""Compiles, without a GPU, what first contact launches for a tiny case: ``python tests/contact_on_fake_driver.py``.
+"""Compiles, without a GPU, what first contact launches for a small case.
+
+    python tests/contact_on_fake_driver.py
 
 Prints the results of the jobs ``warm`` and ``launchers.measure``, a line of JSON each, and the kernels compiled.
 """

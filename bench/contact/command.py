@@ -70,8 +70,9 @@ def run(parser: errors.Parser, args: argparse.Namespace) -> None:
     if output_folder("--out", str(folder)).is_dir():
         output_file("--out", str(folder / f"{JOB}.json"))
     steps = [step for step in STEPS if step in (args.steps or STEPS)]
-    head = {"command": " ".join(["python -m bench", *args.command_line]), "device": device,
-            "settings": {"budget": args.budget, "steps": steps, "seconds": SECONDS}, **describe("cpu")}  # fmt: skip
+    settings = {"budget": args.budget, "steps": steps, "seconds": SECONDS}
+    command_line = " ".join(["python -m bench", *args.command_line])
+    head = {"command": command_line, "device": device, "settings": settings, **describe("cpu")}
     contact = Contact(Results(JOB, folder, **head), items(device, steps), device, end)
     contact.keep_steps_of_before(steps)
     try:

@@ -1,8 +1,8 @@
 """Every launcher of the Triton backend alone, with the arguments that a whole call gives it, and its variants.
 
-The launchers are the functions of ``fused_infonce.kernels`` that the backend calls. They are recorded during a call
-and then called by themselves, so that nothing here repeats their arguments. A variant changes one flag of the launch
-settings, or lets cuBLAS make the product instead of the kernel, or the other way round.
+The launchers are the functions of ``fused_infonce.kernels`` that the backend calls. They are recorded during a
+call and then called by themselves, so that nothing here repeats their arguments. A variant changes one flag of the
+launch settings, or lets cuBLAS make the product instead of the kernel, or the other way round.
 """
 
 from __future__ import annotations
