@@ -43,10 +43,6 @@ def rows_of(folder: Path) -> dict[tuple[str, str], list[dict]]:
     return found
 
 
-def results_of(job, *arguments, **more) -> list[dict]:
-    return [facts for event, facts in job(*arguments, **more) if event == "result"]
-
-
 def item(step: str, name: str, job: str, **facts) -> plan.Item:
     return plan.Item(step, name, job if ":" in job else f"tests.jobs_for_contact:{job}", CASE, **facts)
 
@@ -159,7 +155,7 @@ def test_a_second_run_keeps_the_steps_of_the_first(tmp_path, monkeypatch):
 def test_what_fails_is_recorded_and_the_rest_goes_on(tmp_path, monkeypatch):
     """In the worker of the steps, and in the processes that compile beside each other."""
     jobs = ("fine", "raising", "wrong", "crashing", "silent", "os:no_such_job", "hanging", "fine")
-    made = [item("correctness", f"{i} {job}", job, limit=1.5 if job == "hanging" else 60.0)
+    made = [item("correctness", f"{i} {job}", job, limit=1.5 if job == "hanging" else 600.0)
             for i, job in enumerate(jobs)]  # fmt: skip
     made += [item("compile", name, name) for name in ("raising", "crashing", "fine")]
     monkeypatch.setattr(command, "items", lambda device, steps: made)
