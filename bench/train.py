@@ -71,7 +71,7 @@ def train(case: TrainCase, trainers: list[Trainer], device: str, seconds: float)
             peak = torch.cuda.max_memory_allocated() if device == "cuda" else process_memory("VmHWM")
         ms = summary(clock.milliseconds[WARM_UP:])
         found = {"ms": ms, "sentences_per_second": 1e3 * case.N / ms["median"], "mib": (peak - before) / MIB}
-        found["at_once"] = _mini_batch(made) or case.N
+        found["at_once"] = _at_once(made, case)
         with contextlib.suppress(Exception):  # the steps are measured even if this fails
             found["loss_share"] = _milliseconds_of_loss(case, trainer, made.model, device) / ms["median"]
         return found
@@ -79,11 +79,11 @@ def train(case: TrainCase, trainers: list[Trainer], device: str, seconds: float)
     yield from each(trainers, work)
 
 
-def _mini_batch(made: Any) -> int:
-    """Returns the sentences that a trainer embedded at once, 0 for the whole batch."""
+def _at_once(made: Any, case: TrainCase) -> int:
+    """Returns how many sentences a trainer embedded at once."""
     if hasattr(made.model, "mini_batches"):
-        return int(made.model.mini_batches.size)
-    return int(getattr(made.loss, "mini_batch_size", 0))
+        return made.model.mini_batches.size or 2 * case.N  # both views of the batch
+    return getattr(made.loss, "mini_batch_size", case.N)  # the views one after the other
 
 
 def _milliseconds_of_loss(case: TrainCase, trainer: Trainer, model: Any, device: str) -> float:
