@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, dense, variants
+from . import dense, variants
 from .options import Options
 from .resolve import Call
 from .tiled import one_pass, stats, two_pass
@@ -216,8 +216,7 @@ def _backend(call: Call) -> TileBackend:
 def _precision(call: Call) -> Precision:
     anchors, options, dtype = call.inputs[0], call.options, call.product_dtype
     size = options.total("rows") * options.total("columns") * anchors.shape[1]
-    slower = call.backend == "torch" and not backends.multiplies_half_faster(anchors.device.type)
-    if (slower or size <= SMALL_PRODUCT) and dtype != torch.float64:
+    if size <= SMALL_PRODUCT and dtype != torch.float64:
         dtype = torch.float32
     return Precision.of(dtype, anchors.device)
 

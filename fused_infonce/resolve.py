@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import checks
+from . import backends, checks
 from . import noise as noise_source
-from .backends import choose_backend
 from .config import MUST_AGREE_ACROSS_RANKS, SMOOTHING_IS_ALONE, LossConfig, make_config, switch
 from .distributed import Counts, Exchange, Facts, agree, choose_strategy
 from .options import NoiseKind, Options, Similar
@@ -90,7 +89,7 @@ def resolve(
         checks.check_transforms([*tensors, temperature, noise, ids, negative_ids, *(guide or ())])
 
     dtype = _promoted(tensors)
-    backend = choose_backend(config.backend, anchors.device, dtype, anchors.shape[1])
+    backend = backends.choose_backend(config.backend, anchors.device, dtype, anchors.shape[1])
     num_noise = config.num_noise if noise_rows is None else noise_rows.shape[0]
     kind: NoiseKind = config.noise if noise_rows is None else "given"
     if num_noise == 0 or config.noise_weight == 0:
@@ -99,7 +98,7 @@ def resolve(
     if kind == "sampled":
         seed = traced.seed if traced else _drawn_seed(backend, generator, anchors.device, seed_on_cpu)
     resolved = Options.of(config, num_noise, counts, kind, ids, negative_ids, similar, seed)
-    product_dtype = _product_dtype(dtype, anchors.device.type, traced)
+    product_dtype = _product_dtype(dtype, anchors.device.type, backend, traced)
     bound = None if backend == "reference" else _kappa_bound(temperature, config.min_temperature)
     inputs = (anchors, positives, negatives, queue)
     if resolved.noise_kind != "given":
@@ -140,11 +139,11 @@ def resolve_without_positives(
         checks.check_transforms([*tensors, temperature, row_ids, column_ids, limit, *(guide or ())])
 
     dtype = _promoted(tensors)
-    backend = choose_backend(config.backend, device, dtype, D)
+    backend = backends.choose_backend(config.backend, device, dtype, D)
     counts = Counts(0, T, 0, unpaired=N)
     resolved = Options.of(config, 0, counts, "none", row_ids, column_ids, similar, None, exclude_diagonal)
     bound = None if backend == "reference" else _kappa_bound(temperature, config.min_temperature)
-    product_dtype = _product_dtype(dtype, device.type, traced)
+    product_dtype = _product_dtype(dtype, device.type, backend, traced)
     return Call((rows, None, columns, None), None, temperature, bound, resolved, dtype, product_dtype, backend)
 
 
@@ -155,10 +154,14 @@ def _promoted(tensors: list[Tensor]) -> torch.dtype:
     return dtype
 
 
-def _product_dtype(dtype: torch.dtype, device_type: str, traced: Traced | None) -> torch.dtype:
-    """That of autocast where it is on, but for float64."""
+def _product_dtype(dtype: torch.dtype, device_type: str, backend: str, traced: Traced | None) -> torch.dtype:
+    """That of autocast where it is on, but for float64; fp32 where a narrower one is slower."""
     autocast = autocast_dtype(device_type) if traced is None else traced.autocast_dtype
-    return dtype if dtype == torch.float64 or autocast is None else autocast
+    chosen = dtype if dtype == torch.float64 or autocast is None else autocast
+    narrow = chosen in (torch.bfloat16, torch.float16)
+    if backend == "torch" and narrow and not backends.multiplies_faster(chosen, device_type):
+        return torch.float32
+    return chosen
 
 
 def _drawn_seed(
@@ -210,7 +213,7 @@ def resolve_among(group: ProcessGroup, resolver: Callable[..., Call], **argument
     facts = {
         "the number of features": call.inputs[0].shape[1],
         "the dtype": call.dtype,
-        "the dtype of products (autocast)": call.product_dtype,
+        "the dtype of products (autocast, or the CPU)": call.product_dtype,
         "the device type": call.inputs[0].device.type,
         "the backend": call.backend,
         "temperature": _known(arguments["temperature"]),

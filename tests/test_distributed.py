@@ -28,7 +28,7 @@ from fused_infonce.distributed import GATHER_BYTES, choose_strategy
 D, M = 12, 9
 UNEVEN = {1: [5], 2: [7, 4], 4: [5, 2, 1, 6]}
 SMALL_PRODUCT = autograd.SMALL_PRODUCT  # as this process and every rank import it
-MULTIPLIES_HALF_FASTER = backends.multiplies_half_faster
+MULTIPLIES_FASTER = backends.multiplies_faster
 LIMIT = {torch.float64: 1e-12, torch.float32: 5e-6}
 
 
@@ -210,12 +210,12 @@ def test_half_precision_rows_travel_and_stay_as_exact(ranks, dtype, monkeypatch)
 def without_small_products(group):
     """Few multiply-adds run in fp32, and all on CPUs without units for less; here they are not to."""
     autograd.SMALL_PRODUCT = 0
-    backends.multiplies_half_faster = lambda device_type: True
+    backends.multiplies_faster = lambda dtype, device_type: True
 
 
 def with_small_products(group):
     autograd.SMALL_PRODUCT = SMALL_PRODUCT
-    backends.multiplies_half_faster = MULTIPLIES_HALF_FASTER
+    backends.multiplies_faster = MULTIPLIES_FASTER
 
 
 @functools.cache
