@@ -24,11 +24,16 @@ from fused_infonce import info_nce, losses
 
 DIMS = (64, 128, 256, 512, 768)
 TAU = 0.05
-TILE = 1 << 19  # entries of one tile; a chunk of rows holds one for each prefix, and two more
+TILE = 1 << 20  # entries of one tile; a chunk of rows holds one for each prefix, and two more
 
 
 def one_sweep(
-    q: Tensor, k: Tensor, dims: Sequence[int] = DIMS, tau: float = TAU, product_dtype: torch.dtype | None = None
+    q: Tensor,
+    k: Tensor,
+    dims: Sequence[int] = DIMS,
+    tau: float = TAU,
+    product_dtype: torch.dtype | None = None,
+    tile: int = TILE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum over the prefixes of mean InfoNCE, and its gradients, (N, D) each; at κ = 1/τ of at most 40."""
     N, kappa = len(q), 1 / tau
@@ -42,7 +47,7 @@ def one_sweep(
     dq, dk, loss = torch.zeros_like(q), torch.zeros_like(k), q.new_zeros(())
     radial_q = torch.zeros(len(dims), N, dtype=q.dtype)  # Σ_j of the tile's entry times its cosine
     radial_k = torch.zeros_like(radial_q)
-    step = max(1, TILE // N)
+    step = max(1, tile // N)
     tiles = [q.new_empty(step, N) for _ in dims]
     raw, scaled = q.new_empty(step, N), q.new_empty(step, N)
     for first in range(0, N, step):
@@ -139,7 +144,7 @@ def seconds(steps: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 4096])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     q, k = inputs(300, torch.float64)
     print(f"float64, N = 300: {difference(one_sweep(q, k), calls(q, k)):.1e} from one call per prefix")
