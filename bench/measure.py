@@ -14,7 +14,7 @@ import torch
 
 from bench.cases import Batch, Case, Loss, make_batch, result_of, run_step
 from bench.floor import COPY, FLOOR, copy, floor
-from bench.gate import Gate, outcome
+from bench.gate import Gate, exact_answer, outcome
 from bench.registry import Candidate, Unsupported
 from fused_infonce.testing import Result, added_memory, half_precision_products, relative_errors
 
@@ -53,7 +53,7 @@ def accuracy(case: Case, candidates: list[Candidate], device: str, seconds: floa
         if candidate.loss != "InfoNCE":
             raise Unsupported(f"another loss: {candidate.loss}")
         if candidate.expects not in answers:
-            answers[candidate.expects] = candidate.answer(batch, case)
+            answers[candidate.expects] = exact_answer(batch, case, candidate.expects)
         answer = answers[candidate.expects]
         with half_precision_products():
             found = relative_errors(result_of(loss, batch, case, device), answer, case.temperature)

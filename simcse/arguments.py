@@ -189,6 +189,15 @@ class LossArguments(loss_flags()):
             LossConfig(**self.loss_options)
         except (TypeError, ValueError) as error:  # whose message starts with the option's name
             raise ValueError(f"--{error}") from None
+        if self.loss != "gs_infonce":
+            for name in NOISE_OPTIONS:
+                value = getattr(self, name)
+                if value != FIELDS[name].default and (name, value) != ("num_noise", 0):
+                    raise ValueError(
+                        f"--{name} {value} cannot be combined with --loss {self.loss}, which has no noise; leave "
+                        "one of them out"
+                    )
+            self.num_noise = 0
         dims = self.matryoshka_dims or []
         if any(dim < 1 for dim in dims):
             raise ValueError(f"--matryoshka_dims must be numbers of at least 1, not {min(dims)}")

@@ -49,7 +49,7 @@ PLACES = ("strategy", "backend", "workspace_bytes")  # flags of the loss that sa
 
 def check_flags(options: LossArguments, views: int, alone: bool) -> None:
     """ValueError for data of so many columns, for several processes whose batches are one, and for flags of
-    gs_infonce that a published loss does not have; noise's are without effect.
+    gs_infonce that a published loss does not have (the noise's are refused with the flags).
     """
     own = LOSSES[options.loss]
     if own.pairs_only and views > 2:

@@ -290,6 +290,13 @@ def _trainer(encoder: Any, tokenizer: Any, args: SimCSETrainingArguments, *input
 
 
 def _loss_name(options: LossArguments) -> str:
+    prefixes = f", summed over prefixes of {' '.join(map(str, options.matryoshka_dims or []))} features"
+    return _loss_of_a_prefix(options) + (prefixes if options.matryoshka_dims else "")
+
+
+def _loss_of_a_prefix(options: LossArguments) -> str:
+    if options.loss != "gs_infonce":
+        return f"the loss {options.loss}"
     given = {name: value for name, value in options.loss_options.items() if value != FIELDS[name].default}
     variants = [f"--{name} {value}" for name, value in given.items() if name not in NOISE_OPTIONS]
     others = f", {' '.join(variants)}" if variants else ""

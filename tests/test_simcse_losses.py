@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +61,7 @@ REFUSED = {
         "--loss gte cannot be combined with --",
     ),
     "a queue": ({"loss": "hcl", "queue_size": 8}, "--loss hcl cannot be combined with --queue_size"),
+    "noise": ({"loss": "gte", "num_noise": 64}, "--num_noise 64 cannot be combined with --loss gte"),
     "duplicates": ({"loss": "llave", "mask_duplicates": True}, "cannot be combined with --mask_duplicates"),
     "prefix": ({"matryoshka_dims": [4, 4096]}, "--matryoshka_dims must be at most the model's"),
     "no prefix": ({"matryoshka_dims": [0]}, "--matryoshka_dims must be numbers of at least 1"),
@@ -84,6 +88,9 @@ def test_pairs_only(folder, tmp_path, capsys):  # noqa: F811
 def test_a_run_with_prefixes_and_its_score_by_one_of_them(folder, tmp_path, capsys):  # noqa: F811
     change = {"loss": "qwen3_embedding", "matryoshka_dims": [4, 16], "max_steps": 2}
     train.main(command(folder, tmp_path / "run", sts_data=None, **change))
+    first = capsys.readouterr().out.splitlines()[0]
+    assert "the loss qwen3_embedding, summed over prefixes of 4 16 features" in first
+    assert "noise" not in first
     scores = []
     for extra in ([], ["--truncate_dim", "4"]):
         file = tmp_path / f"scores{len(extra)}.json"
@@ -94,3 +101,36 @@ def test_a_run_with_prefixes_and_its_score_by_one_of_them(folder, tmp_path, caps
     with pytest.raises(SystemExit):
         evaluate.main(["--model_name_or_path", str(tmp_path / "run"), "--truncate_dim", "4096"])
     assert "--truncate_dim 4096 is more than the" in capsys.readouterr().err
+
+
+def test_the_example_of_the_page_at_a_tiny_size(folder, tmp_path, capsys):  # noqa: F811
+    """The commands of docs/losses.md, with this folder's model, data and steps in the place of theirs."""
+    page = (Path(__file__).parents[1] / "docs" / "losses.md").read_text(encoding="utf-8")
+    block = re.search(r"```sh\n(python -m simcse.train .*?)```", page, re.DOTALL).group(1)
+    given = shlex.split(block.replace("\\\n", " "))
+    commands = [list(g) for is_start, g in itertools.groupby(given, lambda x: x == "python") if not is_start]
+    assert [c[1] for c in commands] == ["simcse.train", "simcse.train", "simcse.evaluate", "simcse.evaluate"]
+    own = {
+        "--model_name_or_path": folder / "model",
+        "--train_file": folder / "train.jsonl",
+        "--max_steps": 2,
+        "--per_device_train_batch_size": 8,
+        "--output_dir": tmp_path / "run",
+        "--sts_data": folder / "sts.tsv",
+    }
+    for module, *flags_given in (c[1:] for c in commands):
+        name = "run" if "--loss" in flags_given or "runs/nli-qwen3" in flags_given else "plain"
+        here = {**own, "--output_dir": tmp_path / name}
+        if module == "simcse.evaluate":
+            here["--model_name_or_path"] = tmp_path / name
+        argv = list(flags_given)
+        for flag, value in here.items():
+            if flag in argv:
+                argv[argv.index(flag) + 1] = str(value)
+        if module == "simcse.train":
+            argv += ["--model_name_or_path", str(folder / "model"), "--disable_tqdm", "True"]
+        (train if module == "simcse.train" else evaluate).main(argv)
+    out = capsys.readouterr().out
+    assert "the loss qwen3_embedding" in out
+    assert "InfoNCE" in out
+    assert (tmp_path / "run").is_dir() and (tmp_path / "plain").is_dir()

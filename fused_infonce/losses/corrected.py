@@ -25,7 +25,7 @@ def debiased(
     temperature: float | Tensor = 0.5,
     **options: Any,
 ) -> Tensor:
-    r"""The debiased contrastive loss (Chuang et al., NeurIPS 2020, arXiv:2007.00224, equations 7 and 8).
+    r"""The debiased contrastive loss (Chuang et al., NeurIPS 2020, arXiv:2007.00224).
 
     loss_i = log(1 + n g_i), g_i = max((R_i/n − τ⁺)/(1 − τ⁺), e^{−(1 + s_ii)/τ})
 
@@ -49,7 +49,7 @@ def hcl(
     temperature: float | Tensor = 0.5,
     **options: Any,
 ) -> Tensor:
-    r"""Hard negatives by importance weights (Robinson et al., ICLR 2021, arXiv:2010.04592, equations 4 to 6).
+    r"""Hard negatives by importance weights (Robinson et al., ICLR 2021, arXiv:2010.04592).
 
     As :func:`debiased`, R_i/n replaced by Σ_j w_ij e^{(s_ij − s_ii)/τ} / Σ_j w_ij, w_ij = e^{β s_ij/τ}. The
     weights have their gradient, as in the authors' code. Both sums are log-sum-exps, at τ/(1 + β) and at τ/β.

@@ -49,7 +49,7 @@ def _dense_ranks(labels: Tensor) -> Tensor:
 def cross_entropy(
     rows: Tensor, targets: Tensor, classes: Tensor, *, temperature: float | Tensor = 0.05, **options: Any
 ) -> Tensor:
-    r"""Cross entropy over the cosines of rows and class vectors (NormFace, Wang et al. 2017, equation 6).
+    r"""Cross entropy over the cosines of rows and class vectors (NormFace, Wang et al. 2017, arXiv:1704.06369).
 
     −log(e^{s(x_i, c_{y_i})/τ} / Σ_t e^{s(x_i, c_t)/τ}); rows x: (N, D); targets y: (N,) integers in [0, T);
     classes c: (T, D). Of one process. Cost: four products of (N, T), which is never held.
