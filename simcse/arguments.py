@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from transformers import TrainingArguments
 
-from fused_infonce.config import FIELDS, TYPES, LossConfig
+from fused_infonce.config import FIELDS, NOISE_OPTIONS, TYPES, LossConfig
 from simcse.encoder import PoolerType
 from simcse.flags import MODEL, flag, pooler_flag
 from simcse.recipes import RECIPES

@@ -196,7 +196,7 @@ def test_gradients_at_the_trained_stage_are_as_exact_as_info_nce_s(name, monkeyp
 
 
 ROWS = 2048  # N·M entries are 16 MiB in fp32, and a call is tiled
-PLACE = {"workspace_bytes": 1 << 20}
+PLACE = {"workspace_bytes": 1 << 21}
 # name → the loss of queries, documents (N, D) and own hard negatives (N, 2, D)
 BOUNDED = {
     "gte": lambda q, d, n: losses.gte(q, d, n, **PLACE),
@@ -240,7 +240,9 @@ class LargestTensor(TorchDispatchMode):
 
 
 def largest(loss) -> int:
-    leaves = [rows(*shape, seed=i, dtype=torch.float32) for i, shape in enumerate([(ROWS, 16)] * 2 + [(ROWS, 2, 16)])]
+    leaves = [
+        rows(*shape, seed=i, dtype=torch.float32) for i, shape in enumerate([(ROWS, 16)] * 2 + [(ROWS, 2, 16)])
+    ]
     leaves = [x.requires_grad_() for x in leaves]
     with LargestTensor() as seen:
         loss(*leaves).backward()
