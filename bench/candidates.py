@@ -6,6 +6,7 @@ import functools
 import runpy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,8 @@ from torch import Tensor
 from bench import peers  # noqa: F401 (registers the published packages)
 from bench.cases import Batch, Case, Loss
 from bench.registry import ALL_MODES, CANDIDATES, Candidate, Unsupported, candidate, first_line
-from fused_infonce import gs_infonce, info_nce
+from bench.standard import standard
+from fused_infonce import gs_infonce, info_nce, losses
 
 
 def load(also: str | None = None) -> dict[str, Candidate]:
@@ -35,7 +37,9 @@ def load(also: str | None = None) -> dict[str, Candidate]:
 def _ours(
     case: Case, backend: str, noise: str = "sampled", reduction: str = "mean", workspace_bytes: int | None = None
 ) -> Loss:
-    def loss(batch: Batch) -> Tensor:
+    options: dict[str, Any] = {"backend": backend, "workspace_bytes": workspace_bytes}
+
+    def infonce(batch: Batch) -> Tensor:
         given = isinstance(batch.noise, Tensor)
         value = gs_infonce(
             batch.q,
@@ -46,13 +50,12 @@ def _ours(
             noise=batch.noise if given and noise == "sampled" else noise,
             symmetric=case.mode == "symmetric",
             reduction=reduction,
-            backend=backend,
-            workspace_bytes=workspace_bytes,
+            **options,
         )
         return value.mean()
 
     def expected(batch: Batch) -> Tensor:
-        return loss(replace(batch, noise=case.noise))
+        return infonce(replace(batch, noise=case.noise))
 
     if backend == "triton":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -60,7 +63,15 @@ def _ours(
             info_nce(torch.eye(8, device=device), torch.eye(8, device=device), backend="triton")
         except Exception as error:
             raise Unsupported(first_line(error)) from None
-    return expected if noise == "expected" else loss
+    published = {
+        "gte": functools.partial(losses.gte, temperature=case.temperature, **options),
+        "matryoshka": losses.matryoshka(
+            functools.partial(info_nce, temperature=case.temperature, **options), case.dims
+        ),
+    }
+    if case.mode in published:
+        return lambda batch: published[case.mode](batch.q, batch.k)
+    return expected if noise == "expected" else infonce
 
 
 for _name, _facts in {
@@ -71,7 +82,11 @@ for _name, _facts in {
     "ours-expected": {"backend": "auto", "noise": "expected"},
     "ours-256MiB": {"backend": "auto", "workspace_bytes": 256 << 20},  # a workspace that holds more of the matrix
 }.items():
-    _modes = {"ours-two-sweeps": ("one-way",), "ours-256MiB": ("symmetric",)}.get(_name, ALL_MODES)
+    _modes = {
+        "ours-two-sweeps": ("one-way",),
+        "ours-expected": ("one-way", "forward"),
+        "ours-256MiB": ("symmetric",),
+    }.get(_name, ALL_MODES)
     _expects = _facts.get("noise", "sampled")
     candidate(_name, modes=_modes, noise=True, negatives=True, expects=_expects)(
         functools.partial(_ours, **_facts)
@@ -85,34 +100,13 @@ STANDARD = ("naive", "naive-compile", "simcse-broadcast")
 
 @candidate("naive", modes=ALL_MODES, noise=True, negatives=True)
 def _naive(case: Case) -> Loss:
-    if case.mode == "symmetric":
-
-        def both(batch: Batch) -> Tensor:
-            logits = F.normalize(batch.q, dim=1) @ F.normalize(batch.k, dim=1).T / case.temperature
-            labels = torch.arange(len(logits), device=logits.device)
-            return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-
-        return both
-
-    def one_way(batch: Batch) -> Tensor:
-        q, k = F.normalize(batch.q, dim=1), batch.k
-        if batch.negatives is not None:
-            k = torch.cat([k, batch.negatives])
-        cosines = q @ F.normalize(k, dim=1).T
-        noise = batch.noise
-        if isinstance(noise, int) and noise:
-            noise = torch.randn(noise, q.shape[1], device=q.device)
-        if isinstance(noise, Tensor):  # a separate product, because noise has no gradient
-            cosines = torch.cat([cosines, q @ F.normalize(noise, dim=1).T], 1)
-        return F.cross_entropy(cosines / case.temperature, torch.arange(len(q), device=q.device))
-
-    return one_way
+    return standard(case)
 
 
 @candidate("naive-compile", modes=ALL_MODES, noise=True, negatives=True)
 def _compiled(case: Case) -> Loss:
     torch.compiler.reset()
-    return torch.compile(_naive(case), dynamic=False)
+    return torch.compile(standard(case), dynamic=False)
 
 
 @candidate("simcse-broadcast")

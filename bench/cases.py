@@ -12,8 +12,10 @@ from torch import Tensor
 
 from fused_infonce.testing import REGIMES, Result, embeddings
 
-Mode = Literal["one-way", "symmetric", "forward"]
-MODES: tuple[Mode, ...] = ("one-way", "symmetric", "forward")
+Mode = Literal["one-way", "symmetric", "forward", "gte", "matryoshka"]
+MODES: tuple[Mode, ...] = ("one-way", "symmetric", "forward")  # of InfoNCE
+PUBLISHED: tuple[Mode, ...] = ("gte", "matryoshka")  # losses of embedding reports
+PREFIXES = (64, 128, 256, 512)  # of Matryoshka, beside the whole row
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TEMPERATURE = 0.05  # of every regime but "retrieval"
 BLOCK = 16384  # rows that are drawn at once
@@ -25,7 +27,7 @@ class Case:
 
     N: int
     D: int
-    mode: Mode = "one-way"  # "forward" is one-way without gradients
+    mode: Mode = "one-way"  # "forward" is one-way without gradients; PUBLISHED are other losses
     dtype: str = "fp32"  # of the matrix products
     noise: int = 0  # M random directions
     negatives: int = 0  # H hard negatives
@@ -45,10 +47,25 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Operations of the products that every exact implementation needs: what the floor computes."""
+        """Operations of the products that every exact implementation needs: what the floor computes.
+
+        GTE needs three matrices, and four products for their gradients, because two of them are symmetric;
+        Matryoshka needs InfoNCE's three, because a prefix's product is a partial sum of the whole row's.
+        """
         own, fixed = self.N + self.negatives, self.noise  # columns with a gradient, and without
-        products = {"one-way": 3 * own + 2 * fixed, "symmetric": 4 * own, "forward": own + fixed}[self.mode]
+        products = {
+            "one-way": 3 * own + 2 * fixed,
+            "symmetric": 4 * own,
+            "forward": own + fixed,
+            "gte": 7 * own,
+            "matryoshka": 3 * own,
+        }[self.mode]
         return 2 * self.N * self.D * products
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The prefixes of Matryoshka."""
+        return (*(dim for dim in PREFIXES if dim < self.D), self.D)
 
     @property
     def label(self) -> str:

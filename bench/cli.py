@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +19,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import report, results, sections, suites, tables, tune
 from bench.candidates import load
-from bench.cases import DTYPES, MODES
+from bench.cases import DTYPES, MODES, PUBLISHED
+from bench.contact import command as first_contact
+from bench.contact import table as first_contact_table
 from bench.registry import Candidate
 from bench.results import ROOT, Results, Row, describe
 from bench.runner import Runner
@@ -34,15 +38,18 @@ JOBS = {
     "train": "steps of simcse.train against those of sentence-transformers' trainer",
     "tune": "the fastest settings on this machine, and where to put them",
 }
-MEASURED = ("loss", "memory", "accuracy", "train")  # by ``python -m bench`` without a subcommand
+# What ``python -m bench`` measures without a subcommand → minutes on 2 cores, by which --budget is divided.
+MEASURED = {"loss": 10, "memory": 6, "accuracy": 2, "train": 12}
 RESULTS = ROOT / "bench" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")  # show what is in RESULTS
 EPILOG = """\
 examples:
   python -m bench --quick                      all of it on small sizes, within 5 minutes on 2 cores
-  python -m bench --out bench/results          what README and docs show (about half an hour)
+  python -m bench --out bench/results --budget 30
+                                               what README and docs show, in half an hour
   python -m bench loss --n 4096 --d 768 --dtype bf16 --candidates ours-torch naive st-mnrl
   python -m bench loss --also my_losses.py     your own loss beside the others (see docs/benchmarks.md)
+  python -m bench first-contact --out DIR      what to run first on a GPU machine
   python -m bench report                       tables and pictures of bench/results, README and docs anew
 """
 LIMITS = {"quick": 60.0, "standard": 120.0, "paper": 600.0}  # seconds without a sign of life
@@ -115,6 +122,10 @@ def main(argv: list[str] | None = None) -> None:
     with errors.exit_cleanly(parser.prog):
         args = parser.parse_args(argv)
     args.command_line = sys.argv[1:] if argv is None else argv
+    if args.job == first_contact.JOB:
+        with errors.exit_cleanly(parser.prog):
+            first_contact.run(parser, args)
+        return
     made = args.folder if args.job == "report" else args.out
     folder = Path(made or Path("runs/bench") / datetime.now().strftime("%Y%m%d-%H%M%S"))
     pages = args.readme or (PAGES if folder.resolve() == RESULTS else ())
@@ -122,13 +133,20 @@ def main(argv: list[str] | None = None) -> None:
         if args.job != "report":
             check_outputs(folder, (*(f"{job}.json" for job in JOBS), "report.md"), pages)
             known = _check(parser, args)
-            for job in [args.job] if args.job else MEASURED:
-                out = console()
+            start, out = time.monotonic(), console()
+            for job, end in _ends(args, start):
                 out.rule(f"{job}: {JOBS[job]}")
-                (_tune if job == "tune" else _measure)(
-                    args, Results(job, folder, **_head(args, known)), known, out
-                )
+                found = Results(job, folder, **_head(args, known))
+                if job == "tune":
+                    _tune(args, found, out)
+                else:
+                    _measure(args, found, known, out, end)
+                out.print(f"{job}: {found.document['minutes']:.1f} minutes", style="dim")
         documents = results.read(folder) if folder.is_dir() else {}
+        if contact := documents.pop(first_contact.JOB, None):
+            print("\n".join(first_contact_table.lines(contact)))
+            if not documents:
+                return
         if not documents:
             parser.error(f"{folder} contains no results; python -m bench --out {folder} makes them")
         report.write(documents, sections.make(documents), folder, pages)
@@ -156,6 +174,7 @@ def make_parser() -> Parser:
     common.add_argument("--readme", **page)
     common.add_argument("--out", help="folder for the results (default: runs/bench/DATE-TIME)")
     common.add_argument("--seconds", type=float, help="time given to each candidate, at least 5 turns")
+    common.add_argument("--budget", type=float, metavar="MINUTES", help="no case begins after this time")
     common.add_argument("--limit", type=float, help="seconds after which one run is given up as too slow")
     common.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU")
     cases = argparse.ArgumentParser(add_help=False)
@@ -163,7 +182,7 @@ def make_parser() -> Parser:
     cases.add_argument("--d", type=int, nargs="+", help="features (default: 768)")
     for flag, choices, text in (
         ("--dtype", DTYPES, "of the products (default: those that the machine multiplies without emulation)"),
-        ("--mode", MODES, "default: one-way"),
+        ("--mode", (*MODES, *PUBLISHED), "default: one-way"),
         ("--regime", REGIMES, "stage of training (default: middle; accuracy: all)"),
     ):
         listed = f"{', '.join(choices)}: {text}"
@@ -179,23 +198,47 @@ def make_parser() -> Parser:
             made.add_argument("--model", help="encoder, as simcse.train takes it (default: minilm)")
             made.add_argument("--batch", type=int, nargs="+", help="sentences per batch, instead of the suite's")
             made.add_argument("--steps", type=int, help="timed steps, instead of the suite's")
+    made = jobs.add_parser(first_contact.JOB, help=first_contact.HELP, description=f"{first_contact.HELP}.")
+    first_contact.add_arguments(made)
     found = jobs.add_parser("report", help="tables and pictures of results", description="Tables and pictures.")
     found.add_argument("folder", nargs="?", default=str(RESULTS), help="default: bench/results of the checkout")
     found.add_argument("--readme", default=argparse.SUPPRESS, **page)
     # The common flags stand before or after the subcommand: python -m bench --quick, python -m bench loss --quick.
     for action in common._actions:
         parser._add_action(action)
-    optional = ("also", "out", "seconds", "limit", "device", "readme", "n", "d", "dtype", "mode", "regime")
+    optional = (
+        "also",
+        "out",
+        "budget",
+        "seconds",
+        "limit",
+        "device",
+        "readme",
+        "n",
+        "d",
+        "dtype",
+        "mode",
+        "regime",
+    )
     optional += ("temperature", "candidates", "train_file", "model", "batch", "steps")
     parser.set_defaults(suite="standard", **dict.fromkeys(optional))
     return parser
+
+
+def _ends(args: argparse.Namespace, start: float) -> Iterator[tuple[str, float]]:
+    """Yields the jobs, and when each has to end: a job's share of what is left of the budget."""
+    shares = {args.job: 1} if args.job else MEASURED
+    for place, job in enumerate(shares):
+        now, left = time.monotonic(), list(shares.values())[place:]
+        budget = start + 60 * args.budget - now if args.budget else math.inf
+        yield job, now + budget * left[0] / sum(left)
 
 
 def _check(parser: Parser, args: argparse.Namespace) -> dict[str, Candidate]:
     """Fills in the device and the seconds. Returns the candidates."""
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device; leave it out, or install a CUDA build of torch")
-    parser.check_positive(args, "seconds", "limit", "steps", "n", "d", "batch", "temperature")
+    parser.check_positive(args, "budget", "seconds", "limit", "steps", "n", "d", "batch", "temperature")
     parser.check_file(args, "train_file", "one sentence per line")
     try:
         known = load(args.also)
@@ -221,7 +264,9 @@ def _head(args: argparse.Namespace, known: dict[str, Candidate]) -> dict[str, An
     }
 
 
-def _measure(args: argparse.Namespace, found: Results, known: dict[str, Candidate], out: Console) -> None:
+def _measure(
+    args: argparse.Namespace, found: Results, known: dict[str, Candidate], out: Console, end: float
+) -> None:
     job = found.document["job"]
     if job != "accuracy" and not args.dtype and "bf16" not in suites.dtypes_for(args.device):
         out.print("this CPU has no bf16 instructions: fp32 only (--dtype bf16 emulates it)", style="dim")
@@ -243,7 +288,9 @@ def _measure(args: argparse.Namespace, found: Results, known: dict[str, Candidat
         also = str(Path(args.also).resolve()) if args.also else None
         only = tuple(args.candidates) if args.candidates else None
         names = TRAINERS if job == "train" else known
-        Runner(found, names, also=also, progress=update, done=done).run(entries, only)
+        Runner(found, names, also=also, progress=update, done=done, end=end).run(entries, only)
+    if left_out := found.document.get("left_out"):
+        out.print(f"left out for lack of time: {', '.join(left_out)}")
 
 
 def _entries(job: str, args: argparse.Namespace) -> Iterator[suites.Entry]:
@@ -272,9 +319,9 @@ def _entries(job: str, args: argparse.Namespace) -> Iterator[suites.Entry]:
         yield from own
 
 
-def _tune(args: argparse.Namespace, found: Results, known: dict[str, Candidate], out: Console) -> None:
+def _tune(args: argparse.Namespace, found: Results, out: Console) -> None:
     with progress_bar(out, None) as update:
         for advice in tune.run(found, args.suite, args.device, update):
             out.print(advice, highlight=False)
     for one in sections.make({"tune": found.document}):
-        out.print(one.table.rich(one.title))
+        out.print(one.rich())

@@ -17,7 +17,7 @@ GAP_BYTES = 64  # between the rows of a tile: rows a power of two long share few
 def floor(case: Case, batch: Batch) -> Callable[[], object]:
     """Returns a step of the bare matrix products, of the same shapes and dtype, into memory allocated before.
 
-    Three products one-way, four symmetric, one forward; in chunks of rows of the size that is fastest here.
+    Their number is that of ``Case.flops``; in chunks of rows of the size that is fastest here.
     """
     matrix = case.N * (case.N + case.negatives + case.noise) * case.product_dtype.itemsize
     small, *larger = TILE_BYTES[batch.q.device.type]
@@ -71,6 +71,10 @@ def _products(case: Case, batch: Batch, tile_bytes: int) -> Callable[[], object]
             if case.gradients:
                 torch.mm(e, k, out=dq[start : start + rows])
                 torch.mm(e.T, some, out=dk) if start == 0 else torch.addmm(dk, e.T, some, out=dk)
+            if case.mode == "gte":
+                for x, grad in ((q, dq), (k, dk)):  # symmetric matrices, whose gradient is one product
+                    e = torch.mm(x[start : start + rows], x.T, out=tile[: len(some), : len(x)])
+                    grad[start : start + rows].addmm_(e, x)
             if len(noise):
                 other = tile[: len(some), len(k) : T]
                 torch.mm(some, noise.T, out=other)

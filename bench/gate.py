@@ -6,10 +6,13 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from bench.cases import TEMPERATURE, Batch, Case, Loss, make_batch, result_of, run_step
 from bench.registry import Candidate, Unsupported, first_line
-from fused_infonce.testing import Result, relative_errors
+from bench.standard import standard
+from fused_infonce.testing import Result, exact, relative_errors
 
 # Largest relative errors of the loss and of each gradient at τ = 0.05; they grow with 1/τ, as logits do. A logit
 # of 20 that is rounded to bf16 is off by up to 0.06, its ratio by 6 %, as in the standard implementation under
@@ -34,11 +37,44 @@ class Wrong(Exception):  # noqa: N818 (a result, not an error)
         self.found = found
 
 
+def exact_answer(batch: Batch, case: Case, noise: str = "sampled") -> Result:
+    """Returns the exact loss and gradients of a batch in float64.
+
+    InfoNCE's and Matryoshka's are the formulas; GTE's are autograd's through the standard implementation, whose
+    loss float64 gives to eleven digits at the stage *trained* as well.
+    """
+    q, k, tau = batch.q.detach().double(), batch.k.detach().double(), case.temperature
+    if case.mode == "gte":
+        rows = Batch(q.requires_grad_(), k.requires_grad_(), None, 0)
+        loss = standard(case)(rows)
+        dq, dk = torch.autograd.grad(loss, (rows.q, rows.k))
+        return {"loss": loss.detach(), "dq": dq, "dk": dk}
+    if case.mode == "matryoshka":
+        parts = {dim: exact(q[:, :dim], k[:, :dim], tau) for dim in case.dims}
+        grads = {side: sum(F.pad(x[side], (0, case.D - dim)) for dim, x in parts.items()) for side in ("dq", "dk")}
+        return {"loss": torch.stack([x["loss"] for x in parts.values()]).sum(), **grads}
+    directions, log_constant = batch.noise if isinstance(batch.noise, Tensor) else None, None
+    if noise == "expected":
+        from scipy.special import hyp0f1
+
+        log_constant = math.log(case.noise) + math.log(hyp0f1(case.D / 2, tau**-2 / 4))
+        directions = None
+    return exact(
+        q,
+        k,
+        tau,
+        negatives=batch.negatives,
+        noise=directions,
+        log_constant=log_constant,
+        symmetric=case.mode == "symmetric",
+    )
+
+
 class Gate:
     """Holds the inputs and exact answers of a case, which its candidates share."""
 
     def __init__(self, case: Case, device: str) -> None:
-        columns = case.N + case.noise + case.negatives
+        columns = case.N * (4 if case.mode == "gte" else 1) + case.noise + case.negatives
         share = (BUDGET[device] / (case.N * columns * case.D)) ** 0.5
         self.case = case if share >= 1 else case.at(max(64, int(case.N * share) // 64 * 64))
         self.full, self.device = case, device
@@ -52,7 +88,7 @@ class Gate:
         if self.batch is None:
             self.batch = make_batch(self.case, self.device, given_noise=True)
         if candidate.expects not in self.answers:
-            self.answers[candidate.expects] = candidate.answer(self.batch, self.case)
+            self.answers[candidate.expects] = exact_answer(self.batch, self.case, candidate.expects)
         if self.case != self.full:
             loss = candidate.loss_for(self.case)
         temperature = self.case.temperature

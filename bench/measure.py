@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from bench.cases import Batch, Case, Loss, make_batch, result_of, run_step
 from bench.floor import COPY, FLOOR, copy, floor
-from bench.gate import Gate, outcome
+from bench.gate import Gate, exact_answer, outcome
 from bench.registry import Candidate, Unsupported
 from fused_infonce.testing import Result, added_memory, half_precision_products, relative_errors
 
@@ -54,7 +53,7 @@ def accuracy(case: Case, candidates: list[Candidate], device: str, seconds: floa
         if candidate.loss != "InfoNCE":
             raise Unsupported(f"another loss: {candidate.loss}")
         if candidate.expects not in answers:
-            answers[candidate.expects] = candidate.answer(batch, case)
+            answers[candidate.expects] = exact_answer(batch, case, candidate.expects)
         answer = answers[candidate.expects]
         with half_precision_products():
             found = relative_errors(result_of(loss, batch, case, device), answer, case.temperature)
@@ -184,7 +183,8 @@ def _interleaved(steps: dict[str, Step], seconds: float, times: dict[str, list[f
 
 
 def summary(milliseconds: list[float]) -> Times:
-    low, middle, high = np.quantile(milliseconds, [0.2, 0.5, 0.8]).tolist()
+    at = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    low, middle, high = torch.tensor(milliseconds, dtype=torch.float64).quantile(at).tolist()
     return {"median": middle, "p20": low, "p80": high, "repeats": len(milliseconds)}
 
 

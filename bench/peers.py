@@ -31,21 +31,25 @@ def _unit(batch: Batch, case: Case) -> tuple[Tensor, Tensor, Tensor]:
 
 @candidate("st-mnrl", modes=ALL_MODES, negatives=True, package="sentence-transformers")
 def _mnrl(case: Case) -> Loss:
-    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
 
-    loss = MultipleNegativesRankingLoss(None, scale=1 / case.temperature, **_directions(case))
-    return _outside_autocast(lambda batch: loss.compute_loss_from_embeddings(_columns(batch), None))
+    model = _Given(case.D)
+    loss = MultipleNegativesRankingLoss(model, scale=1 / case.temperature, **_directions(case))
+    if case.mode == "matryoshka":
+        loss = MatryoshkaLoss(model, loss, case.dims)
+    return _outside_autocast(lambda batch: loss([{"rows": x} for x in _columns(batch)], None))
 
 
 @candidate("st-cached-mnrl", modes=ALL_MODES, negatives=True, package="sentence-transformers")
 def _cached_mnrl(case: Case) -> Loss:
-    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer import losses
 
-    rows = min(case.N, CACHED_ROWS)
-    model = torch.nn.Sequential(torch.nn.Identity())
-    loss = CachedMultipleNegativesRankingLoss(
+    model, rows = _Given(case.D), min(case.N, CACHED_ROWS)
+    loss = losses.CachedMultipleNegativesRankingLoss(
         model, scale=1 / case.temperature, mini_batch_size=rows, **_directions(case)
     )
+    if case.mode == "matryoshka":
+        losses.MatryoshkaLoss(model, loss, case.dims)  # changes calculate_loss
 
     # Its training step also calls backward for each mini batch and adds the gradients up in the embeddings.
     def run(batch: Batch) -> Tensor:
@@ -54,10 +58,26 @@ def _cached_mnrl(case: Case) -> Loss:
     return _outside_autocast(run)
 
 
+class _Given(torch.nn.Sequential):
+    """A model for sentence-transformers' losses whose embeddings are its input."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(torch.nn.Identity())
+        self.features = features
+
+    def get_embedding_dimension(self) -> int:
+        return self.features
+
+    def forward(self, columns: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"sentence_embedding": columns["rows"]}
+
+
 def _directions(case: Case) -> dict[str, Any]:
-    if case.mode != "symmetric":
-        return {}
-    return {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+    if case.mode == "gte":
+        return {"directions": ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")}
+    if case.mode == "symmetric":
+        return {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+    return {}
 
 
 def _outside_autocast(loss: Loss) -> Loss:
@@ -187,16 +207,15 @@ def _memeff_qwen3(case: Case) -> Loss:
     return _in_dtype(MemoryEfficientQwen3Loss(temperature=case.temperature, margin=NO_MASK, **UNSCALED), case)
 
 
-@candidate("memeff-matryoshka", modes=("one-way",), package="memeff", cuda=True, loss="Matryoshka InfoNCE")
+@candidate("memeff-matryoshka", modes=("matryoshka",), package="memeff", cuda=True)
 def _memeff_matryoshka(case: Case) -> Loss:
-    """The same loss summed over the prefixes D/8, D/4, D/2 and D, in one pass."""
+    """The same loss summed over prefixes, in one pass."""
     from memeff import MemoryEfficientMatryoshkaQwen3Loss
 
-    if case.D % 512:
-        raise Unsupported("D must be a multiple of 512")  # its kernels take prefixes of multiples of 64
-    dims = [case.D // share for share in (8, 4, 2, 1)]
-    loss = MemoryEfficientMatryoshkaQwen3Loss(dims, temperature=case.temperature, margin=NO_MASK, **UNSCALED)
-    return _in_dtype(loss, case)
+    if any(dim % 64 for dim in case.dims):
+        raise Unsupported("the prefixes must be multiples of 64")  # features that its kernels take at once
+    options = {"temperature": case.temperature, "margin": NO_MASK, **UNSCALED}
+    return _in_dtype(MemoryEfficientMatryoshkaQwen3Loss(case.dims, **options), case)
 
 
 def _in_dtype(loss: Callable[[Tensor, Tensor], Tensor], case: Case) -> Loss:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
+from os.path import relpath
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ STYLE = {
     "memeff": ("#843c39", "8", 1.2),
     "open-clip": ("#7b4173", "1", 1.2),
 }
+HIDDEN = 0.03  # relative difference of two lines that look like one
 LABEL_GAP = 0.05  # between the names of two lines, in heights of a panel
 
 Point = tuple[float, ...]  # x, y and, where there is one, the spread of y
@@ -55,9 +58,6 @@ class Table:
         lines = [self.header, rule, *self.rows]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
-    def first(self, count: int) -> Table:
-        return Table(self.header, self.rows[:count], self.text_columns)
-
     def rich(self, title: str) -> RichTable:
         table = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         for i, name in enumerate(self.header):
@@ -65,6 +65,28 @@ class Table:
         for row in self.rows:
             table.add_row(*row)
         return table
+
+
+@dataclass(eq=False)
+class Section:
+    """What is shown of results: a table, with a picture and a note where there are some."""
+
+    title: str
+    table: Table
+    chart: Chart | None = None
+    note: str = ""
+    name: str = ""  # of its block in pages
+
+    def markdown(self, folder: Path, base: Path) -> str:
+        """Returns table, note and picture; pictures are in ``folder``, and linked from ``base``."""
+        text = self.table.markdown() + self.note
+        if self.chart:
+            text += f"\n![{self.chart.alt}]({self.chart.link(folder, base)})\n"
+            text += f"\n*{self.chart.caption}*\n" if self.chart.caption else ""
+        return text
+
+    def rich(self) -> RichTable:
+        return self.table.rich(self.title)
 
 
 @dataclass
@@ -89,26 +111,28 @@ class Chart:
     x: str
     baseline: str | None = None
     caption: str = ""
-    columns: int = 2  # panels in a row, which share their y axis
     ticks: list[str] = field(default_factory=list)
-    share_y: bool = True
+    share_y: bool = True  # among the panels of a row
     style: dict[str, tuple[str, str, float]] = field(default_factory=lambda: STYLE)
     size: tuple[float, float] | None = None  # inches
 
     def draw(self, folder: Path) -> Path:
-        columns = min(self.columns, len(self.panels))
+        columns = min(2, len(self.panels))
         rows = -(-len(self.panels) // columns)
         size = self.size or (max(7.6, 5.6 * columns), 1.2 + 4.0 * rows)
         figure = Figure(figsize=size, layout="constrained")
         share = "row" if self.share_y else False
         grid = figure.subplots(rows, columns, sharey=share, squeeze=False)
-        for index, (axes, panel) in enumerate(zip(grid.flat, self.panels, strict=False)):
-            self._panel(axes, panel, index >= len(self.panels) - columns)
+        shown = list(zip(grid.flat, self.panels, strict=False))
+        for index, (axes, panel) in enumerate(shown):
+            self._panel(axes, panel)
             if index % columns == 0 or not self.share_y:
                 axes.set_ylabel(panel.y)
-        for axes, panel in zip(grid.flat, self.panels, strict=False):  # once the shared limits are known
-            if not panel.log_y and self.share_y:
-                axes.set_ylim(0, max(1.15, axes.get_ylim()[1]))
+            if index >= len(shown) - columns:
+                axes.set_xlabel(self.x)
+        for axes, panel in shown:  # once the shared limits are known
+            if not panel.log_y and panel.mark is not None:
+                axes.set_ylim(0, max(1.15 * panel.mark, axes.get_ylim()[1]))
             if not self.ticks:
                 self._name_ends(axes, panel)
         if self.ticks:
@@ -118,7 +142,10 @@ class Chart:
             figure.savefig(unfinished, dpi=200 if self.size else 120, format="png", facecolor="white")
         return folder / self.file
 
-    def _panel(self, axes: Axes, panel: Panel, lowest: bool) -> None:
+    def link(self, folder: Path, base: Path) -> str:
+        return relpath((folder / self.file).resolve(), base.resolve())
+
+    def _panel(self, axes: Axes, panel: Panel) -> None:
         axes.set_title(panel.title, fontsize="medium")
         axes.set_axisbelow(True)
         axes.grid(color="0.92", axis="y" if self.ticks else "both")
@@ -132,31 +159,38 @@ class Chart:
             axes.set_yscale("log")
             if axes.get_ylim()[0] > 1e-3:  # milliseconds and MiB; errors keep their powers of ten
                 axes.yaxis.set_major_formatter(FuncFormatter(_plain))
-        if lowest:
-            axes.set_xlabel(self.x)
         if self.ticks:
             axes.set_xticks(range(len(self.ticks)), self.ticks)
             for edge in range(1, len(self.ticks)):
                 axes.axvline(edge - 0.5, color="0.85", linewidth=1)
             return
         axes.set_xscale("log")
-        axes.set_xticks(sorted({round(point[0], 6) for points in panel.lines.values() for point in points}))
+        ticks = sorted({round(point[0], 6) for points in panel.lines.values() for point in points})
+        close = any(b < 1.5 * a for a, b in pairwise(ticks))
+        axes.set_xticks(ticks)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(_plain))
-        axes.tick_params(axis="x", labelsize="small")
+        axes.tick_params(axis="x", labelsize="small", rotation=30 if close else 0)
 
     def _name_ends(self, axes: Axes, panel: Panel) -> None:
-        """Names each line beside the panel, at the height of its last point; names are moved apart."""
+        """Names each line right of its last point, beside the panel where this is the last of all."""
         to_axes = axes.transData + axes.transAxes.inverted()
-        ends = sorted((to_axes.transform(p[-1][:2])[1], name) for name, p in panel.lines.items() if p)
-        places = _apart([height for height, _ in ends], LABEL_GAP * (1.3 if self.size else 1))
-        for place, (_, name) in zip(places, ends, strict=True):
-            colour = self._look(name)["color"]
-            leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
-            axes.annotate(
-                name, panel.lines[name][-1][:2], (1.04, place), textcoords="axes fraction", va="center",
-                fontsize="small", color=colour, arrowprops=leader, annotation_clip=False,
-            )  # fmt: skip
+        ends: dict[float, list[tuple[float, list[str]]]] = {}  # place of the last point → height and names
+        for names in _together(panel.lines):
+            x, height = to_axes.transform(panel.lines[names[0]][-1][:2])
+            ends.setdefault(round(x, 4), []).append((height, names))
+        gap = LABEL_GAP * (1.3 if self.size else 1)
+        for x, labels in ends.items():
+            labels.sort()
+            right = 1.04 if x == max(ends) else x + 0.04
+            for place, (height, names) in zip(_apart([h for h, _ in labels], gap), labels, strict=True):
+                colour = self._look(names[0])["color"]
+                leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
+                leader["relpos"] = (0, 0.5)  # it begins at the left of the name
+                axes.annotate(
+                    ", ".join(names), (x, height), (right, place), "axes fraction", va="center",
+                    fontsize="small", color=colour, arrowprops=leader, annotation_clip=False,
+                )  # fmt: skip
 
     def _legend(self, figure: Figure, columns: int) -> None:
         names = dict.fromkeys(name for panel in self.panels for name, points in panel.lines.items() if points)
@@ -170,6 +204,22 @@ class Chart:
         colour, marker, width = self.style.get(name.split(",")[0], ("#555555", "+", 1.2))
         line = {"linestyle": "none"} if self.ticks else {"linewidth": width}
         return {"color": colour, "marker": marker, "markersize": 4 + width, "zorder": 2 + width, **line}
+
+
+def _together(lines: dict[str, list[Point]]) -> list[list[str]]:
+    """Returns the names of the lines; those that hide each other at every point are one list."""
+    groups: list[list[str]] = []
+    for name, points in lines.items():
+        for group in groups:
+            other = lines[group[0]]
+            if len(other) == len(points) and all(
+                a[0] == b[0] and abs(a[1] - b[1]) < HIDDEN * a[1] for a, b in zip(points, other, strict=True)
+            ):
+                group.append(name)
+                break
+        else:
+            groups += [[name]] if points else []
+    return groups
 
 
 def _apart(heights: list[float], gap: float) -> list[float]:

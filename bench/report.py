@@ -8,9 +8,9 @@ from os.path import relpath
 from pathlib import Path
 
 from bench import tables
-from bench.render import Chart
+from bench.charts import readme_charts
+from bench.render import Chart, Section
 from bench.results import Document
-from bench.sections import Section, readme_charts
 from bench.summary import sentences
 from simcse.errors import UserError
 from simcse.files import write_text
@@ -18,7 +18,7 @@ from simcse.files import write_text
 BEGIN, END = "<!-- bench: begin (python -m bench report) -->", "<!-- bench: end -->"
 BLOCK = re.compile(r"(<!-- bench: begin (?:([a-z-]+) )?\(.*?\) -->\n)(.*?)" + END, re.DOTALL)
 NAMES = {"machine", "summary", "pictures"}  # of blocks that are no section
-NAMES |= {"time", "temperatures", "floor", "growth", "memory", "error", "loss-error", "train", "settings"}
+NAMES |= {"time", "temperatures", "floor", "memory", "error", "loss-error", "train", "settings"}
 
 
 def write(
@@ -30,17 +30,18 @@ def write(
         chart.draw(folder)
     head, summary = "\n".join(_head(documents)), "".join(f"- {line}\n" for line in sentences(documents))
     parts = ["# Results\n", head, *([summary] if summary else [])]
-    parts += [f"## {s.title}\n\n{_body(s, folder, folder)}" for s in made]
+    parts += [f"## {s.title}\n\n{s.markdown(folder, folder)}" for s in made]
     if reasons := tables.reasons(documents):
         parts.append(f"## What was left out, and why\n\n{reasons.markdown()}")
     write_text(folder / "report.md", "\n".join(parts))
     for page in pages:
         base = page.resolve().parent
         link = relpath((folder / "report.md").resolve(), base)
-        blocks = {s.name: f"**{s.title}**\n\n{_body(s, folder, base)}" for s in made if s.name}
+        shown = {s: f"**{s.title}**\n\n{s.markdown(folder, base)}" for s in made}
+        blocks = {s.name: text for s, text in shown.items()}
         blocks |= {"machine": head, "summary": summary, "pictures": _side_by_side(pictures, folder, base)}
-        parts = [f"**{s.title}**\n\n{_body(s, folder, base, short=True)}" for s in made if s.unnamed]
-        blocks[""] = "\n".join([head, *parts, f"All measurements, and why some are missing: [{link}]({link}).\n"])
+        also = f"All measurements, and why some are missing: [{link}]({link}).\n"
+        blocks[""] = "\n".join([head, *shown.values(), also])
         write_text(page, BLOCK.sub(lambda match, blocks=blocks: _filled(match, blocks), read_page(page)))
 
 
@@ -49,25 +50,10 @@ def _filled(match: re.Match[str], blocks: dict[str, str]) -> str:
     return f"{begin}{blocks.get(name or '') or text}{END}"  # without results it stays as it is
 
 
-def _body(section: Section, folder: Path, base: Path, short: bool = False) -> str:
-    if short and section.short:
-        return section.short.markdown() + section.note
-    text = section.table.markdown() + section.note
-    if chart := section.chart:
-        text += f"\n![{chart.alt}]({_path(chart, folder, base)})\n" + f"\n*{chart.caption}*\n" * bool(
-            chart.caption
-        )
-    return text
-
-
 def _side_by_side(charts: list[Chart], folder: Path, base: Path) -> str:
-    images = [f'<img src="{_path(chart, folder, base)}" alt="{chart.alt}" width="420">' for chart in charts]
+    images = [f'<img src="{chart.link(folder, base)}" alt="{chart.alt}" width="420">' for chart in charts]
     rows = (images, ["---"] * len(charts), [chart.caption for chart in charts])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows) if charts else ""
-
-
-def _path(chart: Chart, folder: Path, base: Path) -> str:
-    return relpath((folder / chart.file).resolve(), base.resolve())
 
 
 def read_page(page: Path) -> str:
@@ -94,6 +80,8 @@ def _head(documents: dict[str, Document]) -> Iterator[str]:
             f"commit {document['commit']}, {document['started'][:10]}"
         )
         note = f"`{document.get('command', job)}`{'' if document['complete'] else ' (interrupted)'}"
+        if left_out := document.get("left_out"):
+            note += f" ({len(left_out)} cases left out for lack of time: {', '.join(left_out)})"
         origins.setdefault(origin, []).append(note)
     for origin, commands in origins.items():
         yield f"Measured on {origin}: {', '.join(dict.fromkeys(commands))}.\n"

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from bench.registry import Candidate
+from fused_infonce.backends import multiplies_half_faster
 from simcse.errors import UserError
 from simcse.files import write_text
 
@@ -41,11 +42,13 @@ class Results:
         self.save()
 
     def close(self) -> None:
+        began = datetime.fromisoformat(self.document["started"])
+        self.document["minutes"] = (datetime.now(UTC) - began).total_seconds() / 60
         self.document["complete"] = True
         self.save()
 
     def save(self) -> None:
-        head = {name: value for name, value in self.document.items() if name != "rows"}
+        head = {name: _short(value) for name, value in self.document.items() if name != "rows"}
         # One row per line, so that the difference between two runs is readable.
         rows = ",\n".join(json.dumps(_short(row), ensure_ascii=False) for row in self.rows)
         text = json.dumps(head, indent=1, ensure_ascii=False)[:-2] + f',\n "rows": [\n{rows}\n]\n}}\n'
@@ -100,6 +103,7 @@ def _cpu() -> dict[str, Any]:
         "memory": _field("/proc/meminfo", "MemTotal"),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "half_products": multiplies_half_faster("cpu"),  # whether ours multiplies bf16 rows in bf16
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,11 +26,13 @@ class Runner:
         also: str | None,
         progress: Callable[[str], None],
         done: Callable[[Any, list[Row]], None],
+        end: float = math.inf,
     ) -> None:
+        """``end``: of ``time.monotonic()``; cases that would begin after it are left out, and are named."""
         head = results.document
         self.job, self.device, self.settings = head["job"], head["device"], head["settings"]
         self.results, self.candidates = results, list(candidates)
-        self.progress, self.done = progress, done
+        self.progress, self.done, self.end = progress, done, end
         self.worker = Worker(also, self.device, silent=self.job == "train")
         self.gave_up: dict[tuple[Any, ...], tuple[int, str]] = {}
         # On a CPU the peak of memory is that of the process, so each candidate has its own.
@@ -45,6 +49,9 @@ class Runner:
                 ]
                 names += [name for name in only or () if name not in names]  # the ones asked for run in every case
                 for case in entry.cases:
+                    if time.monotonic() >= self.end:
+                        self.results.document.setdefault("left_out", []).append(case.label)
+                        continue
                     self.progress(case.label)
                     rows = self._case(case, names)
                     self.results.add(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 
@@ -10,7 +11,6 @@ from bench.floor import COPY, FLOOR
 from bench.render import Table, number
 from bench.results import Document, Row
 
-HEADLINE_D = 768
 OURS = ("ours-triton", "ours-torch")  # the first one that was measured stands for this package
 SHORT = {"out of memory": "memory", "too slow": "slow", "skipped": "–"}
 SPREAD = 1.25  # of the floor's times: beyond it something else was running
@@ -36,9 +36,13 @@ def names_in(groups: Iterable[Found]) -> list[str]:
     return sorted((n for n in found if n not in (FLOOR, COPY)), key=lambda n: not n.startswith("ours"))
 
 
-def median(found: Found, name: str | None) -> float | None:
-    """Returns milliseconds, None where there is no time."""
-    return found[name]["ms"]["median"] if name and found.get(name, {}).get("status") == "ok" else None
+def measured(found: Found, name: str | None, value: Callable[[Row], float]) -> float | None:
+    """Returns the value of a candidate's row, None where it was not measured."""
+    return value(found[name]) if name and found.get(name, {}).get("status") == "ok" else None
+
+
+def ms(row: Row) -> float:
+    return float(row["ms"]["median"])
 
 
 def ours_in(found: Found) -> str | None:
@@ -50,12 +54,13 @@ def best_peer(found: Found, value: Callable[[Row], float]) -> str | None:
     names = [
         name
         for name, row in found.items()
-        if row["status"] == "ok"
-        and row.get("loss", "InfoNCE") == "InfoNCE"
-        and not name.startswith(("ours", "naive"))
-        and name not in (FLOOR, COPY)
+        if row["status"] == "ok" and not _another(row) and not name.startswith(("ours", "naive", FLOOR, COPY))
     ]
     return min(names, key=lambda name: value(found[name]), default=None)
+
+
+def _another(row: Row) -> str:
+    return f"another loss: {row['loss']}" if row.get("loss", "InfoNCE") != "InfoNCE" else ""
 
 
 # ------------------------------------------------------------------ cells
@@ -65,40 +70,35 @@ def multiple(a: float | None, b: float | None) -> str:
     return f"{a / b:.2f}×" if a and b else ""
 
 
-def spread(ms: dict[str, float]) -> str:
-    return f"{number(ms['p20'])}–{number(ms['p80'])}"
-
-
-def _over(name: str) -> Callable[[Row, Found], str]:
-    return lambda row, found: multiple(row["ms"]["median"], median(found, name))
-
-
-def _note(row: Row, found: Found) -> str:
-    return "" if row.get("loss", "InfoNCE") == "InfoNCE" else f"another loss: {row['loss']}"
+def spread(times: dict[str, float]) -> str:
+    return f"{number(times['p20'])}–{number(times['p80'])}"
 
 
 # job → column → the cell of a row, which raises KeyError where the row has no such number; the last is for notes
 CELLS: dict[str, dict[str, Callable[[Row, Found], str]]] = {
     "loss": {
-        "ms": lambda row, found: number(row["ms"]["median"]),
+        "ms": lambda row, found: number(ms(row)),
         "20–80 %": lambda row, found: spread(row["ms"]),
-        "× floor": _over(FLOOR),
-        "× naive": _over("naive"),
+        "× floor": lambda row, found: multiple(ms(row), measured(found, FLOOR, ms)),
+        "× naive": lambda row, found: multiple(ms(row), measured(found, "naive", ms)),
         "GFLOP/s": lambda row, found: number(1e3 * row["tflops"]),
         "error": lambda row, found: f"{max(row['errors'].values()):.0e}",
-        "": _note,
+        "": lambda row, found: _another(row),
     },
     "memory": {
         "MiB": lambda row, found: number(row["mib"]["all"]),
         "beyond gradients": lambda row, found: number(row["mib"]["beyond"]),
-        "": _note,
+        "": lambda row, found: _another(row),
     },
     "accuracy": {
-        **{what: lambda row, found, what=what: f"{row['errors'][what]:.1e}" for what in ("loss", "dq", "dk")},
-        "": _note,
+        "loss": lambda row, found: f"{row['errors']['loss']:.1e}",
+        "dq": lambda row, found: f"{row['errors']['dq']:.1e}",
+        "dk": lambda row, found: f"{row['errors']['dk']:.1e}",
+        "": lambda row, found: "",
     },
     "train": {
         "sentences per second": lambda row, found: number(row["sentences_per_second"]),
+        "sentences at once": lambda row, found: str(row["at_once"]),
         "MiB beyond the model": lambda row, found: number(row["mib"]),
         "share of the loss in a step": lambda row, found: f"{100 * row['loss_share']:.2g} %",
         "": lambda row, found: "",
@@ -106,11 +106,9 @@ CELLS: dict[str, dict[str, Callable[[Row, Found], str]]] = {
 }
 
 
-def _status(row: Row) -> str:
-    return SHORT.get(row["status"], row["status"])
-
-
 def _cell(job: str, column: str, row: Row, found: Found) -> str:
+    if row["status"] != "ok":
+        return SHORT.get(row["status"], row["status"])
     try:
         return CELLS[job][column](row, found)
     except KeyError:  # not measured, or not for a bound
@@ -124,7 +122,7 @@ def case_table(job: str, rows: list[Row]) -> Table:
     for name, row in found.items():
         cells = [_cell(job, column, row, found) for column in CELLS[job]]
         if row["status"] != "ok":
-            cells[0], cells[-1] = row["status"], row.get("reason", "")
+            cells = [row["status"], *[""] * (len(cells) - 2), row.get("reason", "")]
         lines.append([name, *cells])
     return Table(["candidate", *CELLS[job]], lines)
 
@@ -132,88 +130,59 @@ def case_table(job: str, rows: list[Row]) -> Table:
 def matrix(
     job: str, column: str, rows: Iterable[Row], more: dict[str, Callable[[Found], str]] | None = None
 ) -> Table:
-    """Returns a line for each case with one column's cell of each candidate, ``more`` columns before them."""
+    """Returns a line for each case with one column's cell of each candidate, and ``more`` columns before them."""
     groups, more = by_case(rows), more or {}
     names = names_in(groups.values())
-
-    def show(found: Found, name: str) -> str:
-        row = found.get(name, {"status": "skipped"})
-        if row["status"] == "ok":
-            return _cell(job, column, row, found) or "ok"
-        return _status(row)
-
-    def label(case: Case) -> str:
-        return f"{case.dtype} {case.mode} {case.regime}" if job == "accuracy" else case.label
-
-    lines = [
-        [label(case), *(make(found) for make in more.values()), *(show(found, name) for name in names)]
-        for case, found in groups.items()
-    ]
+    lines = []
+    for case, found in groups.items():
+        label = f"{case.dtype} {case.mode} {case.regime}" if job == "accuracy" else case.label
+        cells = [_cell(job, column, found.get(name, {"status": "skipped"}), found) for name in names]
+        lines.append([label, *(make(found) for make in more.values()), *cells])
     return Table(["case", *more, *names], lines)
 
 
 # ------------------------------------------------------------------ tables of one job
 
 
-def ratios(rows: list[Row]) -> Table:
+def ratios(rows: Iterable[Row]) -> Table:
     """Returns ours in milliseconds, and as a multiple of the floor, the standard losses and the fastest peer."""
     lines = []
     for case, found in by_case(rows).items():
-        name = ours_in(found)
+        name, peer = ours_in(found), best_peer(found, ms)
         if name is None:
             continue
-        ms, peer = median(found, name), best_peer(found, lambda row: row["ms"]["median"])
-        against = [multiple(ms, median(found, other)) or "–" for other in (FLOOR, "naive", "naive-compile")]
-        best = f"{multiple(ms, median(found, peer))} ({peer})" if peer else "–"
-        lines.append([case.label, number(ms or 0), spread(found[name]["ms"]), *against, best])
-    return Table(["case", "ours, ms", "20–80 %", "× floor", "× naive", "× compiled", "× fastest peer"], lines)
-
-
-def growth(rows: list[Row], first: int = 2048) -> Table | None:
-    """Returns time over N·M relative to that at ``first`` anchors, where one workspace serves several N."""
-    series: dict[Case, list[tuple[Case, Found]]] = {}
-    for case, found in by_case(row for row in rows if not row["noise"] and not row["negatives"]).items():
-        if first <= case.N and ours_in(found):
-            series.setdefault(case.at(first), []).append((case, found))
-    lines = []
-    for start, cases in series.items():
-        if len(cases) < 2 or cases[0][0] != start:
-            continue
-        base = None
-        for case, found in cases:
-            row = found[ours_in(found) or ""]
-            each = 1e6 * row["ms"]["median"] / case.N**2
-            base = base or each
-            share = multiple(row.get("of_floor"), 1) or "–"
-            lines.append([case.label, number(row["ms"]["median"]), number(each), f"{each / base:.2f}", share])
-    header = ["case", "ours, ms", "ns per entry of the matrix", f"relative to N={first}", "× floor"]
-    return Table(header, lines) if lines else None
+        time = ms(found[name])
+        entry = 1e6 * time / (case.N * (case.N + case.noise + case.negatives))
+        against = [multiple(time, measured(found, x, ms)) or "–" for x in (FLOOR, "naive", "naive-compile", peer)]
+        against[-1] += f" ({peer})" if peer else ""
+        lines.append([case.label, number(time), spread(found[name]["ms"]), number(entry), *against])
+    compared = ["× floor", "× naive", "× compiled", "× fastest peer"]
+    return Table(["case", "ours, ms", "20–80 %", "ns per entry", *compared], lines)
 
 
 def training(rows: list[Row]) -> Table:
-    columns, lines = [column for column in CELLS["train"] if column], []
-    for row in rows:
-        ok = row["status"] == "ok"
-        cells = [_cell("train", column, row, {}) or "–" for column in columns]
-        if row["status"] != "skipped":
-            cells = cells if ok else [_status(row), *cells[1:]]
-            lines.append([row["candidate"], row["dtype"], str(row["N"]), *cells])
+    columns = [column for column in CELLS["train"] if column]
+    lines = [
+        [row["candidate"], row["dtype"], str(row["N"]), *(_cell("train", c, row, {}) or "–" for c in columns)]
+        for row in rows
+        if row["status"] != "skipped"
+    ]
     return Table(["trainer", "precision", "batch", *columns], lines, text_columns=2)
 
 
 def settings(rows: list[Row]) -> Table:
-    lines = [[r["search"], r["case"], r["setting"], number(r["ms"]["median"]), spread(r["ms"])] for r in rows]
+    lines = [[r["search"], r["case"], r["setting"], number(ms(r)), spread(r["ms"])] for r in rows]
     return Table(["search", "case", "setting", "ms", "20–80 %"], lines, text_columns=3)
 
 
 def reasons(documents: dict[str, Document]) -> Table | None:
     """Returns, per candidate, the reason of each missing number and the count of its cases."""
-    found: dict[tuple[str, ...], int] = {}
-    for job, document in documents.items():
-        for row in document["rows"]:
-            if row.get("status", "ok") != "ok":
-                key = (job, row.get("candidate") or row["loss"], row["status"], row.get("reason", ""))
-                found[key] = found.get(key, 0) + 1
+    found = Counter(
+        (job, row.get("candidate") or row["loss"], row["status"], row.get("reason", ""))
+        for job, document in documents.items()
+        for row in document["rows"]
+        if row.get("status", "ok") != "ok"
+    )
     lines = [[*key, str(count)] for key, count in found.items()]
     return Table(["job", "candidate", "result", "reason", "cases"], lines, text_columns=4) if lines else None
 
@@ -221,7 +190,7 @@ def reasons(documents: dict[str, Document]) -> Table | None:
 def disturbed(rows: list[Row]) -> str:
     """Returns a warning where the bare products' own times are far apart."""
     floors = [row["ms"] for row in rows if row["candidate"] == FLOOR and row["status"] == "ok"]
-    wide = [ms for ms in floors if ms["p80"] > SPREAD * ms["p20"]]
+    wide = [times for times in floors if times["p80"] > SPREAD * times["p20"]]
     if not wide:
         return ""
     return (

@@ -1,12 +1,14 @@
 """Steps of the trainers: sentences per second and peak memory, ours against sentence-transformers'.
 
 All take the same encoder, sentences, batch, length, precision and optimiser, for unsupervised SimCSE, where a
-sentence is its own positive. Each training runs in a process of its own.
+sentence is its own positive. Each training runs in a process of its own. Ours chooses its mini batches by itself;
+for sentence-transformers' cached loss, which cannot, the fastest size is searched before the training.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 import tempfile
 import time
@@ -28,6 +30,7 @@ WARM_UP = 1  # steps that are not timed
 LOSS_CALLS = 5  # of the loss by itself
 LENGTH = 32  # tokens per sentence
 LEARNING_RATE = 3e-5
+CACHED_SIZES = (32, 64, 128)  # mini batches that are tried for st-cached-mnrl, whose default is 32
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,6 @@ class TrainCase:
     N: int  # sentences per batch
     dtype: str = "fp32"
     steps: int = 3  # that are timed
-    mini_batch: int = 64  # of the trainers that split the encoder's pass
     model: str = "minilm"
     train_file: str | None = None
 
@@ -52,10 +54,7 @@ class TrainCase:
 @dataclass(frozen=True)
 class Trainer:
     name: str
-    make: Callable[
-        [TrainCase, bool, list[str], Path, str], Any
-    ]  # of case, mini batches, sentences, folder, device
-    mini_batches: bool = False
+    make: Callable[[TrainCase, list[str], Path, str], Any]  # of case, sentences, folder and device
     loss: str = ""  # the candidate that computes its loss; "": ours
 
 
@@ -64,7 +63,7 @@ def train(case: TrainCase, trainers: list[Trainer], device: str, seconds: float)
 
     def work(trainer: Trainer) -> Facts:
         with tempfile.TemporaryDirectory() as folder:
-            made = trainer.make(case, trainer.mini_batches, _sentences(case), Path(folder), device)
+            made = trainer.make(case, _sentences(case), Path(folder), device)
             clock = _clock(device)
             made.add_callback(clock)
             before = torch.cuda.memory_allocated() if device == "cuda" else begin_peak()
@@ -72,11 +71,19 @@ def train(case: TrainCase, trainers: list[Trainer], device: str, seconds: float)
             peak = torch.cuda.max_memory_allocated() if device == "cuda" else process_memory("VmHWM")
         ms = summary(clock.milliseconds[WARM_UP:])
         found = {"ms": ms, "sentences_per_second": 1e3 * case.N / ms["median"], "mib": (peak - before) / MIB}
+        found["at_once"] = _at_once(made, case)
         with contextlib.suppress(Exception):  # the steps are measured even if this fails
             found["loss_share"] = _milliseconds_of_loss(case, trainer, made.model, device) / ms["median"]
         return found
 
     yield from each(trainers, work)
+
+
+def _at_once(made: Any, case: TrainCase) -> int:
+    """Returns how many sentences a trainer embedded at once."""
+    if hasattr(made.model, "mini_batches"):
+        return made.model.mini_batches.size or 2 * case.N  # both views of the batch
+    return getattr(made.loss, "mini_batch_size", case.N)  # the views one after the other
 
 
 def _milliseconds_of_loss(case: TrainCase, trainer: Trainer, model: Any, device: str) -> float:
@@ -113,7 +120,7 @@ def _common(case: TrainCase, folder: Path) -> dict[str, Any]:
     }
 
 
-def _simcse(case: TrainCase, mini_batches: bool, sentences: list[str], folder: Path, device: str) -> Any:
+def _simcse(mini_batch: str, case: TrainCase, sentences: list[str], folder: Path, device: str) -> Any:
     from simcse.train import prepare
 
     file = folder / "sentences.txt"
@@ -125,18 +132,15 @@ def _simcse(case: TrainCase, mini_batches: bool, sentences: list[str], folder: P
         "num_noise": 0,
         "max_seq_length": LENGTH,
         "eval_strategy": "no",
+        "mini_batch_size": mini_batch,
     }
-    if mini_batches:
-        flags["mini_batch_size"] = case.mini_batch
     try:
         return prepare([part for name, value in flags.items() for part in (f"--{name}", str(value))])
     except UserError as error:
         raise Unsupported(str(error)) from None
 
 
-def _sentence_transformers(
-    case: TrainCase, mini_batches: bool, sentences: list[str], folder: Path, device: str
-) -> Any:
+def _sentence_transformers(cached: bool, case: TrainCase, sentences: list[str], folder: Path, device: str) -> Any:
     from datasets import Dataset
     from sentence_transformers import (
         SentenceTransformer,
@@ -156,13 +160,34 @@ def _sentence_transformers(
     pooling = Pooling(encoder.config.hidden_size, pooling_mode="cls")
     model = SentenceTransformer(modules=[transformer, pooling], device=None if device == "cuda" else "cpu")
     loss = losses.MultipleNegativesRankingLoss(model)
-    if mini_batches:
-        loss = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=case.mini_batch)
+    if cached:
+        size = _fastest_mini_batch(model, sentences[: case.N], case, device)
+        loss = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=size)
     args = SentenceTransformerTrainingArguments(
         **_common(case, folder), use_cpu=device == "cpu", dataloader_drop_last=True
     )
     pairs = Dataset.from_dict({"anchor": sentences, "positive": sentences})
     return SentenceTransformerTrainer(model=model, args=args, train_dataset=pairs, loss=loss)
+
+
+def _fastest_mini_batch(model: Any, sentences: list[str], case: TrainCase, device: str) -> int:
+    """Returns the size of CACHED_SIZES at which gradient caching takes the least time for each sentence."""
+    from sentence_transformers.util import batch_to_device
+
+    clock = clock_for(device)
+
+    def step(size: int) -> None:
+        tokens = batch_to_device(model.preprocess(sentences[:size]), model.device)
+        with torch.autocast(device, torch.bfloat16, enabled=case.dtype == "bf16"):
+            with torch.no_grad():
+                model(dict(tokens))
+            model(tokens)["sentence_embedding"].sum().backward()
+
+    sizes = [size for size in CACHED_SIZES if size < case.N] or [case.N]
+    step(sizes[-1])  # the first call of a process is slower
+    best = min(sizes, key=lambda size: min(clock(lambda: step(size)) for _ in range(2)) / size)
+    model.zero_grad()
+    return best
 
 
 def _clock(device: str) -> Any:
@@ -191,9 +216,9 @@ def _clock(device: str) -> Any:
 TRAINERS = {
     trainer.name: trainer
     for trainer in (
-        Trainer("simcse.train", _simcse),
-        Trainer("st-mnrl", _sentence_transformers, loss="st-mnrl"),
-        Trainer("simcse.train, mini batches", _simcse, mini_batches=True),
-        Trainer("st-cached-mnrl", _sentence_transformers, mini_batches=True, loss="st-cached-mnrl"),
+        Trainer("simcse.train", functools.partial(_simcse, "auto")),
+        Trainer("simcse.train --mini_batch_size 0", functools.partial(_simcse, "0")),
+        Trainer("st-mnrl", functools.partial(_sentence_transformers, False), "st-mnrl"),
+        Trainer("st-cached-mnrl", functools.partial(_sentence_transformers, True), "st-cached-mnrl"),
     )
 }

@@ -248,10 +248,26 @@ def block(found: list[dict[str, Any]], absent: list[Run], out: Path, base: Path)
         f"{setting['sentences']:,} rows per training, {'bf16' if setting['bf16'] else 'fp32'}. Spearman × 100; "
         "mean ± standard deviation over seeds."
     )
-    missing = f"Not run: {len(absent)} of {len(absent) + len(found)} runs of the grid"
-    missing += f" ({', '.join(run.file.removesuffix('.json') for run in absent)})." if absent else "."
+    missing = "\n".join(
+        [f"Not run: {len(absent)} of {len(absent) + len(found)} runs of the grid.\n", *_listed(absent)]
+    )
     picture = f"![Singular values before and after training]({os.path.relpath(out / PICTURE, base)})"
     return "\n\n".join([head, table(found).markdown(), missing, picture])
+
+
+def _listed(absent: list[Run]) -> list[str]:
+    """A line of Markdown for each data, pooler and batch, with the losses and their seeds."""
+    seeds: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for run in absent:
+        place = f"{run.pooler}, batch {run.batch}" if run.batch else run.pooler
+        seeds.setdefault((run.data, place), {}).setdefault(run.loss, []).append(str(run.seed))
+    return [
+        f"- before training, {place}"
+        if data == "none"
+        else f"- {data}, {place}: "
+        + "; ".join(f"{loss}, seeds {', '.join(some)}" for loss, some in losses.items())
+        for (data, place), losses in seeds.items()
+    ]
 
 
 def fill(page: Path, text: str) -> None:

@@ -25,9 +25,8 @@ import torch
 
 from bench import report, results
 from bench.cli import Parser, check_outputs, console, progress_bar, user_errors
-from bench.render import Chart, Panel, Point, Table, beside
+from bench.render import Chart, Panel, Point, Section, Table, beside
 from bench.results import Results, Row, describe
-from bench.sections import Section
 from bench.suites import dtypes_for
 from simcse.errors import exit_cleanly
 
@@ -262,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"{folder} contains no study; leave --report out to run one")
         made = section(documents["study"]["rows"])
         report.write(documents, [made], folder, pages)
-        console().print(made.table.rich(made.title))
+        console().print(made.rich())
         print(f"{folder}: study.json, study.png and report.md")
 
 

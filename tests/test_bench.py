@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -21,15 +22,15 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench import cli, report, results, sections, suites, tables, tune
+from bench import charts, cli, report, results, sections, suites, tables, tune
 from bench.candidates import load
-from bench.cases import MODES, TEMPERATURE, Case, make_batch, run_step
+from bench.cases import MODES, PUBLISHED, TEMPERATURE, Case, make_batch, run_step
 from bench.cli import main
 from bench.floor import FLOOR
-from bench.gate import Gate
+from bench.gate import Gate, Wrong, exact_answer
 from bench.measure import clock_for
 from bench.registry import Unsupported
-from bench.render import _apart
+from bench.render import _apart, _together
 from bench.summary import sentences
 from bench.worker import Worker
 from fused_infonce import gs_infonce
@@ -133,11 +134,30 @@ def test_the_report_of_a_run(run):
 def test_without_a_subcommand(tmp_path, monkeypatch, capsys):
     """Every job of the suite in turn; here one, of one case."""
     entry = suites.Entry(suites.grid([16], [16], ["fp32"]), candidates=("ours-torch", "naive"))
-    monkeypatch.setattr(cli, "MEASURED", ("accuracy",))
+    monkeypatch.setattr(cli, "MEASURED", {"accuracy": 1})
     monkeypatch.setattr(suites, "accuracy", lambda suite, device: [entry])
     main(["--quick", "--out", str(tmp_path), "--device", "cpu"])
     assert "ours-torch" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"accuracy.json", "error.png", "report.md"}
+
+
+def test_a_budget_leaves_cases_out_and_says_which(tmp_path, capsys):
+    small = ["--d", "16", "--dtype", "fp32", "--seconds", "0.01", "--device", "cpu", "--candidates", "naive"]
+    main(["loss", "--n", "16", "24", *small, "--budget", "0.0001", "--out", str(tmp_path)])
+    document, rows = rows_of(tmp_path)
+    assert document["left_out"] == ["fp32 one-way N=16 D=16", "fp32 one-way N=24 D=16"]
+    assert not rows
+    assert "left out for lack of time: fp32 one-way N=16 D=16" in capsys.readouterr().out
+    assert "2 cases left out for lack of time" in (tmp_path / "report.md").read_text()
+
+
+def test_the_jobs_divide_what_is_left_of_the_budget():
+    args = argparse.Namespace(job=None, budget=30)
+    ends = [(job, end) for job, end in cli._ends(args, time.monotonic())]
+    assert [job for job, _ in ends] == list(cli.MEASURED)
+    left = [(end - time.monotonic()) / 60 for _, end in ends]
+    assert left == pytest.approx([10, 30 * 6 / 20, 30 * 2 / 14, 30], abs=0.1)  # each began at once here
+    assert [end for _, end in cli._ends(argparse.Namespace(job="loss", budget=None), 0.0)] == [math.inf]
 
 
 def test_a_hanging_candidate_is_given_up():
@@ -173,7 +193,7 @@ def test_what_was_measured_is_kept_when_interrupted(tmp_path):
 # ------------------------------------------------------------------ what is compared with what
 
 
-PLAIN = [(mode, {}) for mode in MODES]
+PLAIN = [(mode, {}) for mode in (*MODES, *PUBLISHED)]
 MORE = [
     (mode, more) for mode in ("one-way", "forward") for more in ({"negatives": 32}, {"noise": 96, "negatives": 32})
 ]
@@ -183,10 +203,12 @@ MORE = [
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_every_candidate_that_can_be_had_here_passes_the_gate(mode, more, dtype):
     case = Case(32, 384, mode, dtype, **more)
-    gate, passed = Gate(case, "cuda" if torch.cuda.is_available() else "cpu"), []
+    gate, passed = Gate(case, "cuda" if torch.cuda.is_available() else "cpu"), ["naive"]
     for name, candidate in load().items():
         if name == "naive-compile":
             continue  # naive, compiled: half a minute
+        if (name, mode, dtype) == ("naive", "gte", "bf16"):
+            continue  # its gradient is wrong by half, see below
         try:
             loss = candidate.loss_for(case)
         except Unsupported:
@@ -196,6 +218,13 @@ def test_every_candidate_that_can_be_had_here_passes_the_gate(mode, more, dtype)
     assert {"ours-torch", "naive"} <= set(passed)
     if "noise" not in more:
         assert {"st-mnrl", "st-cached-mnrl"} <= set(passed)
+
+
+def test_the_dense_gte_loss_is_refused_in_bf16():
+    """Its cosines of documents with themselves are 1 and no more: the gate says so, and it gets no time."""
+    case = Case(32, 384, "gte", "bf16")
+    with pytest.raises(Wrong):
+        Gate(case, "cpu").check(load()["naive"], load()["naive"].loss_for(case))
 
 
 def test_the_exact_answer_is_that_of_the_formula():
@@ -219,7 +248,7 @@ def test_the_exact_answer_is_that_of_the_reference(options):
     case = Case(40, 12, "symmetric" if "symmetric" in options else "one-way", noise=options.get("num_noise", 0))
     batch = make_batch(case, "cpu", given_noise=True)
     batch.q, batch.k = q, k
-    want = load()["ours-expected" if case.noise else "ours-torch"].answer(batch, case)
+    want = exact_answer(batch, case, "expected" if case.noise else "sampled")
     assert max(relative_errors({"loss": value.detach(), "dq": dq, "dk": dk}, want, TEMPERATURE).values()) < 1e-12
 
 
@@ -229,7 +258,7 @@ def test_the_exact_answer_is_that_of_the_reference(options):
 @pytest.mark.parametrize("trainer", ["simcse.train", "st-cached-mnrl"])
 def test_training_steps(trainer):
     worker = Worker(silent=True)
-    case = {"N": 4, "mini_batch": 2, "steps": 1}
+    case = {"N": 4, "steps": 1}
     try:
         events = list(worker.run({"job": "train", "case": case, "candidates": [trainer], "seconds": 0}, 240))
     finally:
@@ -239,6 +268,7 @@ def test_training_steps(trainer):
     assert row["sentences_per_second"] == pytest.approx(4e3 / row["ms"]["median"])
     assert row["mib"] > 0
     assert 0 < row["loss_share"] < 1
+    assert 0 < row["at_once"] <= 8  # of two views of four sentences
 
 
 def test_tuning_finds_the_fastest_and_leaves_out_what_fails():
@@ -288,16 +318,10 @@ def fake(N, ms, candidate="ours-torch", **more):
     return Case(N, 256).as_dict() | {"candidate": candidate, "status": "ok", "ms": times} | more
 
 
-def test_growth_is_time_over_the_size_of_the_matrix():
-    table = tables.growth([fake(2048, 10.0), fake(4096, 44.0, of_floor=1.25), fake(8192, 160.0)])
-    assert [row[-2] for row in table.rows] == ["1.00", "1.10", "1.00"]
-    assert [row[-1] for row in table.rows] == ["–", "1.25×", "–"]
-
-
 def test_ratios_are_of_one_case():
     rows = [fake(64, 3.0), fake(64, 2.0, "naive"), fake(64, 1.0, FLOOR), fake(64, 6.0, "st-mnrl", loss="InfoNCE")]
     (line,) = tables.ratios(rows).rows
-    assert line[3:] == ["3.00×", "1.50×", "–", "0.50× (st-mnrl)"]
+    assert line[3:] == ["732", "3.00×", "1.50×", "–", "0.50× (st-mnrl)"]  # 3 ms / 64² = 732 ns
 
 
 @pytest.mark.parametrize(("p80", "warned"), [(1.1, False), (1.5, True)])
@@ -305,7 +329,7 @@ def test_a_disturbed_run_says_so(p80, warned, tmp_path):
     floor = fake(64, 1.0, FLOOR)
     floor["ms"]["p80"] = p80
     head = {"machine": {"cpu": "", "capability": "", "threads": 1}, "versions": {"torch": "", "python": ""}}
-    head |= {"commit": "", "started": "", "suite": "", "complete": True}
+    head |= {"commit": "", "started": "", "suite": "", "complete": True, "device": "cpu"}
     documents = {"loss": head | {"rows": [fake(64, 2.0), floor]}}
     report.write(documents, sections.make(documents), tmp_path)
     text = (tmp_path / "report.md").read_text()
@@ -323,7 +347,7 @@ def test_a_page_takes_the_blocks_that_it_names(run, tmp_path, capsys):
     page.write_text("a\n" + "\nb\n".join(map(block, names)) + "c\n")
     main(["report", str(run[0]), "--readme", str(page)])
     parts = [text for _, _, text in report.BLOCK.findall(page.read_text())]
-    assert "Accuracy: at the stage trained, N = 16" in parts[0]
+    assert "at the stage *trained* has a relative error of" in parts[0]
     assert parts[0].replace("- ", "") in capsys.readouterr().out
     assert "readme-error.png" not in parts[1]  # of bf16, which was not measured
     assert "| fp32 one-way N=32 D=16 |" in parts[2]
@@ -343,16 +367,25 @@ def accuracy_rows(errors):
 
 def test_sentences_name_the_size_the_ratio_and_the_opponent():
     (said,) = sentences(accuracy_rows({"ours-torch": 1e-3, "naive": 0.2, "st-mnrl": 1e-4, "pml-ntxent": 0.1}))
-    assert said == (
-        "Accuracy: at the stage trained, N = 512, D = 768 in bf16, the gradient of ours-torch has a relative "
-        "error of 1.0e-03, 200× smaller than naive (2.0e-01) and 10× larger than the best other candidate, st-mnrl"
-        " (1.0e-04)."
+    assert said.startswith(
+        "Accuracy: the gradient of ours-torch for 512 pairs of 768 features in bf16 at the stage"
     )
+    assert "error of 1.0e-03, 200 times smaller than the standard loss and 10 times larger than the best" in said
+    assert said.endswith("the best other candidate, st-mnrl.")
     rows = [fake(n, ms, name) for n, ms, name in [(64, 3.0, "ours-torch"), (64, 2.0, "naive"),
             (4096, 10.0, "ours-torch"), (4096, 25.0, "naive"), (4096, 12.0, "naive-compile")]]  # fmt: skip
     (said,) = sentences({"loss": {"rows": rows}})
-    assert "at N = 4,096, D = 256 in fp32 ours-torch takes 10 ms, 2.50× faster than naive (25 ms)" in said
-    assert "1.20× faster than naive-compile (12 ms); at N = 64 it is 1.50× slower than naive (2 ms)." in said
+    assert said.startswith(
+        "Time: ours-torch takes 10 ms for 4,096 pairs of 256 features in fp32, 2.50 times faster"
+    )
+    assert "than the standard loss and 1.20 times faster than its compiled form; for 64 pairs it is 1.50" in said
+    assert said.endswith("1.50 times slower than the standard loss.")
+
+
+def test_lines_that_hide_each_other_share_a_name():
+    line = [(64.0, 1.0), (256.0, 2.0)]
+    lines = {"a": line, "b": [(x, 1.02 * y) for x, y in line], "c": [(x, 1.1 * y) for x, y in line], "d": line[:1]}
+    assert _together(lines | {"e": []}) == [["a", "b"], ["c"], ["d"]]
 
 
 def test_names_of_lines_are_apart_and_near_their_lines():
@@ -364,14 +397,9 @@ def test_names_of_lines_are_apart_and_near_their_lines():
 
 def test_the_pictures_of_the_readme_have_one_size(tmp_path):
     documents = results.read(ROOT / "bench" / "results")
-    sizes = {Image.open(chart.draw(tmp_path)).size for chart in sections.readme_charts(documents)}
+    sizes = {Image.open(chart.draw(tmp_path)).size for chart in charts.readme_charts(documents)}
     assert len(list(tmp_path.iterdir())) == 2
     assert len(sizes) == 1
-
-
-def test_blocks_without_a_name_have_eight_rows_at_most():
-    for section in sections.make(results.read(ROOT / "bench" / "results")):
-        assert not section.unnamed or len((section.short or section.table).rows) <= 8
 
 
 def test_the_readme_takes_the_section_between_its_marks(run, tmp_path, capsys):
@@ -422,6 +450,8 @@ def test_flops_of_the_floor():
     assert Case(10, 4).flops == 3 * unit
     assert Case(10, 4, "symmetric").flops == 4 * unit
     assert Case(10, 4, "forward").flops == unit
+    assert Case(10, 4, "gte").flops == 7 * unit
+    assert Case(10, 4, "matryoshka").flops == 3 * unit
     assert Case(10, 4, noise=10, negatives=20).flops == 3 * 3 * unit + 2 * unit
     assert math.isclose(Case(100, 4, noise=300).at(50).noise, 150)
 
@@ -434,7 +464,7 @@ def test_the_paper_suite_holds_every_size_and_mode(device):
     assert {case.dtype for case in cases} == set(suites.dtypes_for(device))
     for D in (128, 768, 4096):
         some = [case for case in cases if case.D == D]
-        assert {case.mode for case in some} == {"one-way", "symmetric", "forward"}
+        assert {case.mode for case in some} == {*MODES, *PUBLISHED}
         assert {(case.noise // case.N, case.negatives // case.N) for case in some} == {(0, 0), (3, 0), (0, 1)}
 
 

@@ -420,7 +420,7 @@ def test_full_disk_in_any_save_is_one_line(folder, tmp_path, capsys, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(f"simcse.{function}", full)
-    change = {"sts_data": folder / "sts.tsv"} if "plot" in name else {"learn_temperature": True}
+    change = {"sts_data": folder / "sts.tsv"} if "plot" in function else {"learn_temperature": True}
     error = refused(unwatched(folder, tmp_path / "run", **change), capsys)
     assert "No space left on device" in error
     assert str(tmp_path / "run") in error

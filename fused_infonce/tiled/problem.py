@@ -73,7 +73,7 @@ class TiledProblem:
         )
         self.T = self.operands.keys.shape[0]
         self.positive_shift_log2: Tensor | None = None  # (κ p_i − (κ + β) s_ii) log2(e), (N, 1); None: 0
-        if options.paired and (options.angular_margin or options.hardness):
+        if options.paired and (options.angular_margin or options.column_hardness):
             self.positive_shift_log2 = self.kappa * LOG2_E * self.positive.value - self.scale_log2 * self.cosines
         self.row_shift_log2 = self._shifted(self.operands.positive_log2)  # (N, 1)
         self.ids = None if options.column_ids is None else self._ids_by_rank(options.column_ids)
@@ -99,12 +99,11 @@ class TiledProblem:
     def _shifted(self, positive_log2: Tensor) -> Tensor:
         return positive_log2 if self.positive_shift_log2 is None else positive_log2 + self.positive_shift_log2
 
-    def log_constant(self) -> tuple[Tensor, float | Tensor] | None:
-        """Expected noise: log T_i (N, 1) in nats, and ρ."""
-        if self.options.noise_kind != "expected":
-            return None
-        log_T, rho = variants.log_expected_noise(self.options, self.kappa_given, self.positive.value, self.D)
-        return log_T, rho
+    def log_constants(self) -> variants.LogConstants:
+        """What joins the denominators beside the columns' ratios, in nats."""
+        if self.options.noise_kind != "expected" and self.options.log_own is None:
+            return variants.LogConstants()
+        return variants.log_constants(self.options, self.kappa_given, self.positive.value, self.D)
 
     def hidden_nan(self) -> Tensor | None:
         """NaN where some column contains one, else 0; None where the losses show it themselves.
