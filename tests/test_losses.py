@@ -335,6 +335,7 @@ def test_compiled_without_a_break():
         (lambda: losses.gte(Q, P, hardness_strength=-1), "hardness_strength must be >= 0"),
         (lambda: losses.qwen3_embedding(Q, P, NEGATIVES[:3]), "own rows must have shape"),
         (lambda: losses.hcl(Q, P, beta=0.0), "beta must be > 0"),
+        (lambda: losses.debiased(Q[:1], P[:1]), "anchors must be at least 2 rows"),
         (lambda: losses.debiased(Q, P, tau_plus=1.0), "tau_plus must be a probability"),
         (lambda: losses.supcon(Q, LABELS, group="world"), "supcon supports a single process only"),
         (lambda: losses.matryoshka(info_nce, (4, 32))(Q, P), "dims must be at most the embeddings' 16 features"),

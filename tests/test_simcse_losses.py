@@ -65,6 +65,15 @@ REFUSED = {
     "duplicates": ({"loss": "llave", "mask_duplicates": True}, "cannot be combined with --mask_duplicates"),
     "prefix": ({"matryoshka_dims": [4, 4096]}, "--matryoshka_dims must be at most the model's"),
     "no prefix": ({"matryoshka_dims": [0]}, "--matryoshka_dims must be numbers of at least 1"),
+    "weights alone": ({"matryoshka_weights": [1]}, "--matryoshka_weights belongs to --matryoshka_dims"),
+    "weight NaN": (
+        {"matryoshka_dims": [4], "matryoshka_weights": ["nan"]},
+        "--matryoshka_weights must be positive numbers, not [nan]",
+    ),
+    "one pair": (
+        {"loss": "hcl", "per_device_train_batch_size": 1},
+        "--loss hcl needs at least 2 pairs per batch, not --per_device_train_batch_size 1",
+    ),
     "weights": ({"matryoshka_dims": [4], "matryoshka_weights": [1, 2]}, "--matryoshka_weights must be one number"),
 }
 
@@ -89,7 +98,7 @@ def test_a_run_with_prefixes_and_its_score_by_one_of_them(folder, tmp_path, caps
     change = {"loss": "qwen3_embedding", "matryoshka_dims": [4, 16], "max_steps": 2}
     train.main(command(folder, tmp_path / "run", sts_data=None, **change))
     first = capsys.readouterr().out.splitlines()[0]
-    assert "the loss qwen3_embedding, summed over prefixes of 4 16 features" in first
+    assert "the loss qwen3_embedding, summed over prefixes of 4, 16 features" in first
     assert "noise" not in first
     scores = []
     for extra in ([], ["--truncate_dim", "4"]):
