@@ -1,7 +1,7 @@
 """Matryoshka in one sweep, a prototype on torch: ``python -m experiments.matryoshka``.
 
-InfoNCE of several prefixes of the same rows. One call per prefix multiplies 3 Σ_m d_m features; one sweep multiplies
-3 D: raw products accumulate over blocks of features, every prefix's end scales them by the prefix's norms and
+InfoNCE of several prefixes of the same rows. One call per prefix multiplies 3 Σ_m d_m features; one sweep
+multiplies 3 D: raw products accumulate over blocks of features, every prefix's end scales them by its norms and
 exponentiates, and the gradient of a feature block is one product with the sum of the tiles of the prefixes that
 contain it. The passes over the tiles, some ten per prefix, remain. The command compares the two in float64, and
 then their times with those of ``losses.matryoshka`` and of the bare products of both.
@@ -160,7 +160,9 @@ def main() -> None:
                 "bare sweep": partial(bare, q, k, DIMS[-1:], dtype),
             }
             found = seconds(steps, args.repeats)
-            print(f"| {N:,} | {name} | " + " | ".join(f"{1e3 * t:.0f} ms" for t in found.values()) + " |", flush=True)
+            print(
+                f"| {N:,} | {name} | " + " | ".join(f"{1e3 * t:.0f} ms" for t in found.values()) + " |", flush=True
+            )
 
 
 if __name__ == "__main__":

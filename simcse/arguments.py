@@ -1,5 +1,6 @@
 """The flags of ``python -m simcse.train``: ours, and every one of ``transformers.TrainingArguments``."""
 
+import math
 import sys
 import warnings
 from dataclasses import dataclass, make_dataclass
@@ -201,6 +202,10 @@ class LossArguments(loss_flags()):
         dims = self.matryoshka_dims or []
         if any(dim < 1 for dim in dims):
             raise ValueError(f"--matryoshka_dims must be numbers of at least 1, not {min(dims)}")
+        if self.matryoshka_weights is not None and not dims:
+            raise ValueError("--matryoshka_weights belongs to --matryoshka_dims; give both, or leave it out")
+        if not all(0 < weight < math.inf for weight in self.matryoshka_weights or []):
+            raise ValueError(f"--matryoshka_weights must be positive numbers, not {self.matryoshka_weights}")
         if self.matryoshka_weights is not None and len(self.matryoshka_weights) != len(dims):
             raise ValueError(
                 f"--matryoshka_weights must be one number for each of the {len(dims)} --matryoshka_dims, not "

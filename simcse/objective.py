@@ -79,10 +79,10 @@ class Objective(nn.Module):
             ids[2 * rows :] if ids is not None and views > 2 else None,
         )
 
-    def check_loss(self, device: torch.device, views: int) -> None:
+    def check_loss(self, device: torch.device, views: int, rows: int) -> None:
         """Raises the loss's error for options that it refuses together, or on this device, before any training."""
         if self.options.loss in LOSSES:
-            check_flags(self.options, views, alone=self.loss.group == "local")
+            check_flags(self.options, views, rows, alone=self.loss.group == "local")
         x = torch.eye(2, self.encoder.config.hidden_size, device=device).repeat(views, 1)
         ids = torch.arange(2, device=device).repeat(views) if self.options.mask_duplicates else None
         group, self.loss.group = self.loss.group, "local"

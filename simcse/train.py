@@ -275,7 +275,7 @@ def _trainer(encoder: Any, tokenizer: Any, args: SimCSETrainingArguments, *input
         raise UserError(f"--report_to {name}: its package is not installed; install it, or take --report_to none")
     try:
         trainer = SimCSETrainer(encoder, tokenizer, args, *inputs)
-        trainer.model.check_loss(args.device, trainer.views)
+        trainer.model.check_loss(args.device, trainer.views, args.per_device_train_batch_size)
     except OSError as error:
         raise UserError(f"cannot write to --output_dir: {error.strerror or error}") from None
     except (ValueError, ImportError) as error:
@@ -290,7 +290,7 @@ def _trainer(encoder: Any, tokenizer: Any, args: SimCSETrainingArguments, *input
 
 
 def _loss_name(options: LossArguments) -> str:
-    prefixes = f", summed over prefixes of {' '.join(map(str, options.matryoshka_dims or []))} features"
+    prefixes = f", summed over prefixes of {', '.join(map(str, options.matryoshka_dims or []))} features"
     return _loss_of_a_prefix(options) + (prefixes if options.matryoshka_dims else "")
 
 

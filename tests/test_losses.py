@@ -196,7 +196,7 @@ def test_gradients_at_the_trained_stage_are_as_exact_as_info_nce_s(name, monkeyp
 
 
 ROWS = 2048  # N·M entries are 16 MiB in fp32, and a call is tiled
-PLACE = {"workspace_bytes": 1 << 20}
+PLACE = {"workspace_bytes": 1 << 21}
 # name → the loss of queries, documents (N, D) and own hard negatives (N, 2, D)
 BOUNDED = {
     "gte": lambda q, d, n: losses.gte(q, d, n, **PLACE),
@@ -240,7 +240,9 @@ class LargestTensor(TorchDispatchMode):
 
 
 def largest(loss) -> int:
-    leaves = [rows(*shape, seed=i, dtype=torch.float32) for i, shape in enumerate([(ROWS, 16)] * 2 + [(ROWS, 2, 16)])]
+    leaves = [
+        rows(*shape, seed=i, dtype=torch.float32) for i, shape in enumerate([(ROWS, 16)] * 2 + [(ROWS, 2, 16)])
+    ]
     leaves = [x.requires_grad_() for x in leaves]
     with LargestTensor() as seen:
         loss(*leaves).backward()
@@ -333,6 +335,7 @@ def test_compiled_without_a_break():
         (lambda: losses.gte(Q, P, hardness_strength=-1), "hardness_strength must be >= 0"),
         (lambda: losses.qwen3_embedding(Q, P, NEGATIVES[:3]), "own rows must have shape"),
         (lambda: losses.hcl(Q, P, beta=0.0), "beta must be > 0"),
+        (lambda: losses.debiased(Q[:1], P[:1]), "anchors must be at least 2 rows"),
         (lambda: losses.debiased(Q, P, tau_plus=1.0), "tau_plus must be a probability"),
         (lambda: losses.supcon(Q, LABELS, group="world"), "supcon supports a single process only"),
         (lambda: losses.matryoshka(info_nce, (4, 32))(Q, P), "dims must be at most the embeddings' 16 features"),

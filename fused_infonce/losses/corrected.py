@@ -34,6 +34,7 @@ def debiased(
     the other rows of both; here they are the other positives.
     """
     one_process_only("debiased", options)
+    _check_pairs(anchors)
     mean = cosine_logsumexp(anchors, positives, temperature=temperature, exclude_diagonal=True, **options)
     mean = mean - math.log(len(anchors) - 1)
     return _corrected(mean, pair_cosines(anchors, positives), len(anchors) - 1, tau_plus, temperature)
@@ -57,6 +58,7 @@ def hcl(
     anchors, positives: (N, D), N >= 2; beta: β > 0, the concentration. Cost: eight products.
     """
     one_process_only("hcl", options)
+    _check_pairs(anchors)
     if not beta > 0:
         raise ValueError(f"beta must be > 0, not {beta}; debiased is the loss with beta = 0")
     weighted, weights = (
@@ -65,6 +67,11 @@ def hcl(
     )
     positive = pair_cosines(anchors, positives)
     return _corrected(weighted - weights, positive, len(anchors) - 1, tau_plus, temperature)
+
+
+def _check_pairs(anchors: Tensor) -> None:
+    if len(anchors) < 2:
+        raise ValueError(f"anchors must be at least 2 rows, whose negatives are each other, not {len(anchors)}")
 
 
 def _corrected(log_mean: Tensor, positive: Tensor, n: int, tau_plus: float, temperature: float | Tensor) -> Tensor:

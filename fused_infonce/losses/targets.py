@@ -79,7 +79,7 @@ def soft_labels(
         \ell_i = -\sum_j t_{ij} \log \frac{e^{s_{ij}/\tau}}{\sum_k e^{s_{ik}/\tau}}, \quad
         t_{ij} = \mathrm{softmax}_j(s^T_{ij}/\tau_T)
 
-    (Hinton et al. 2015, arXiv:1503.02531; for embeddings TAS-B, Hofstätter et al. 2021). The KL divergence is
+    (distillation, Hinton et al. 2015, arXiv:1503.02531). The KL divergence is
     less by the teacher's entropy, a constant: gradients are the same. queries (N, D); documents (T, D), the first
     N of them the queries' own; the teacher's (N, E) and (T, E), without gradient.
 
