@@ -52,6 +52,12 @@ examples:
   python -m bench first-contact --out DIR      what to run first on a GPU machine
   python -m bench report                       tables and pictures of bench/results, README and docs anew
 """
+PAGE: dict[str, Any] = {
+    "type": Path,
+    "action": "append",
+    "metavar": "FILE",
+    "help": "Markdown file whose marked blocks are replaced by the results; may be given several times",
+}
 LIMITS = {"quick": 60.0, "standard": 120.0, "paper": 600.0}  # seconds without a sign of life
 TRAINING_LIMIT = 1800.0  # seconds of one training, which gives no sign of life
 
@@ -163,20 +169,9 @@ def make_parser() -> Parser:
         "accuracy and train, then the report.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[_common()],
     )
-    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    size = common.add_mutually_exclusive_group()
-    size.add_argument("--suite", choices=suites.SUITES, help="default: standard")
-    size.add_argument("--quick", dest="suite", action="store_const", const="quick", help="small sizes")
-    common.add_argument("--also", metavar="FILE", help="a Python file with more candidates")
-    page: dict[str, Any] = {"type": Path, "action": "append", "metavar": "FILE"}
-    page["help"] = "Markdown file whose marked blocks are replaced by the results; may be given several times"
-    common.add_argument("--readme", **page)
-    common.add_argument("--out", help="folder for the results (default: runs/bench/DATE-TIME)")
-    common.add_argument("--seconds", type=float, help="time given to each candidate, at least 5 turns")
-    common.add_argument("--budget", type=float, metavar="MINUTES", help="no case begins after this time")
-    common.add_argument("--limit", type=float, help="seconds after which one run is given up as too slow")
-    common.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU")
+    common = _common(argument_default=argparse.SUPPRESS)  # what stands before a subcommand holds for it
     cases = argparse.ArgumentParser(add_help=False)
     cases.add_argument("--n", type=int, nargs="+", help="anchors, instead of the suite's cases")
     cases.add_argument("--d", type=int, nargs="+", help="features (default: 768)")
@@ -202,27 +197,27 @@ def make_parser() -> Parser:
     first_contact.add_arguments(made)
     found = jobs.add_parser("report", help="tables and pictures of results", description="Tables and pictures.")
     found.add_argument("folder", nargs="?", default=str(RESULTS), help="default: bench/results of the checkout")
-    found.add_argument("--readme", default=argparse.SUPPRESS, **page)
-    # The common flags stand before or after the subcommand: python -m bench --quick, python -m bench loss --quick.
-    for action in common._actions:
-        parser._add_action(action)
-    optional = (
-        "also",
-        "out",
-        "budget",
-        "seconds",
-        "limit",
-        "device",
-        "readme",
-        "n",
-        "d",
-        "dtype",
-        "mode",
-        "regime",
-    )
-    optional += ("temperature", "candidates", "train_file", "model", "batch", "steps")
-    parser.set_defaults(suite="standard", **dict.fromkeys(optional))
+    found.add_argument("--readme", default=argparse.SUPPRESS, **PAGE)
+    of_jobs = {action.dest for one in jobs.choices.values() for action in one._actions}
+    of_jobs -= {"folder", *(action.dest for action in common._actions)}
+    parser.set_defaults(suite="standard", **dict.fromkeys(of_jobs))
     return parser
+
+
+def _common(**kind: Any) -> argparse.ArgumentParser:
+    """Returns the flags of every job."""
+    common = argparse.ArgumentParser(add_help=False, **kind)
+    size = common.add_mutually_exclusive_group()
+    size.add_argument("--suite", choices=suites.SUITES, help="default: standard")
+    size.add_argument("--quick", dest="suite", action="store_const", const="quick", help="small sizes")
+    common.add_argument("--also", metavar="FILE", help="a Python file with more candidates")
+    common.add_argument("--readme", **PAGE)
+    common.add_argument("--out", help="folder for the results (default: runs/bench/DATE-TIME)")
+    common.add_argument("--seconds", type=float, help="time given to each candidate, at least 5 turns")
+    common.add_argument("--budget", type=float, metavar="MINUTES", help="no case begins after this time")
+    common.add_argument("--limit", type=float, help="seconds after which one run is given up as too slow")
+    common.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU")
+    return common
 
 
 def _ends(args: argparse.Namespace, start: float) -> Iterator[tuple[str, float]]:

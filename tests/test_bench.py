@@ -438,6 +438,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, says, tmp_path, capsys
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("words", [["--quick", "loss"], ["loss", "--quick"], ["--quick"]], ids=" ".join)
+def test_a_flag_of_every_job_stands_before_or_after_the_subcommand(words):
+    args = cli.make_parser().parse_args(words)
+    assert args.suite == "quick"
+    assert (args.n, args.steps, args.seconds) == (None, None, None)
+
+
 def test_marks_that_are_not_there_are_named(run, tmp_path, capsys):
     (tmp_path / "README.md").write_text("no marks")
     with pytest.raises(SystemExit):
