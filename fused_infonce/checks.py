@@ -102,7 +102,9 @@ def check_own_negatives(anchors: Tensor, negatives: Any, owners: Any) -> tuple[T
         raise ValueError(f"negatives must have the anchors' {D} features, not {negatives.shape[-1]}")
     if owners is None:
         if negatives.shape[0] != N or negatives.shape[1] == 0:
-            raise ValueError(f"own negatives must be ({N}, K, {D}), K >= 1 of each anchor, not {_shape(negatives)}")
+            raise ValueError(
+                f"own negatives must be ({N}, K, {D}), K >= 1 of each anchor, not {_shape(negatives)}"
+            )
         return negatives, None
     check_matrix("negatives", negatives)
     _check_ids("negative_owners", owners, negatives.shape[0], anchors.device)

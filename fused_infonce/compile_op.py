@@ -25,6 +25,7 @@ from .autograd import (
 )
 from .config import FIELDS, TYPES
 from .options import Similar
+from .own_negatives import OwnNegatives
 from .resolve import (
     WITHOUT_POSITIVES,
     Call,
@@ -35,7 +36,6 @@ from .resolve import (
     resolve,
     resolve_without_positives,
 )
-from .own_negatives import OwnNegatives
 from .smoothing import smoothing_term
 from .tiled.operands import NeedsGrad
 
@@ -53,8 +53,8 @@ def _schema_type(annotation: Any) -> str:
 
 # The operator's arguments, in this order: tensors, numbers, and the options that are not numbers.
 _TENSORS = (
-    "anchors", "positives", "negatives", "queue", "tau", "own_log_sums", "noise_rows", "ids", "negative_ids", "seed",
-    "limits", "guide_rows", "guide_columns",
+    "anchors", "positives", "negatives", "queue", "tau", "own_log_sums", "noise_rows", "ids", "negative_ids",
+    "seed", "limits", "guide_rows", "guide_columns",
 )  # fmt: skip
 _DIFFERENTIABLE = 6  # the first of them
 _SCHEMA_TYPES = {name: _schema_type(annotation) for name, annotation in TYPES.items()}
@@ -86,7 +86,10 @@ def compiled_loss(
     ids, log_sums = _one_tensor(ids), None
     negatives, own = own_of(anchors, negatives, negative_owners)
     if own is not None:
-        log_sums, negative_ids = _own_log_sums(own, anchors, positives, temperature, ids, negative_ids, options), None
+        log_sums, negative_ids = (
+            _own_log_sums(own, anchors, positives, temperature, ids, negative_ids, options),
+            None,
+        )
         options["num_own"] = own.most
     inputs = (anchors, positives, negatives, queue, tau, log_sums)
     loss = _traced((*inputs, noise_rows, ids, negative_ids, seed, None, None, None), options)
@@ -318,7 +321,8 @@ def _backward_op(upstream: Tensor, kept: list[Tensor], *args: Any) -> Results:
     with as_a_kernel(upstream.device):
         if _keeps_gradients(args):
             grads = [
-                (g * upstream).to(x) if need else None for g, x, need in zip(kept, args[:_DIFFERENTIABLE], args[-1], strict=True)
+                (g * upstream).to(x) if need else None
+                for g, x, need in zip(kept, args[:_DIFFERENTIABLE], args[-1], strict=True)
             ]
             return _padded(grads, upstream)
         call, needs = _call(*args)

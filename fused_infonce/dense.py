@@ -126,14 +126,11 @@ def losses(call: Call, kappa: float | Tensor, precision: Precision) -> tuple[Ten
         row_loss, column_loss = row_loss + hidden, None if column_loss is None else column_loss + hidden
     slopes = (None, None) if positive is None else (positive.slope, positive.kappa_correction)
     grad_columns = rows.centered.to(precision.gradient)
-    return (
-        row_loss,
-        column_loss,
-        Residuals(
-            rows.q, rows.inv_norm_q, rows.x, rows.inv_norm_x, grad_columns, rows.center, *ahead, *back, *slopes,
-            constants.own_fraction,
-        ),  # fmt: skip
-    )
+    kept = Residuals(
+        rows.q, rows.inv_norm_q, rows.x, rows.inv_norm_x, grad_columns, rows.center, *ahead, *back, *slopes,
+        constants.own_fraction,
+    )  # fmt: skip
+    return row_loss, column_loss, kept
 
 
 def _unit_rows(call: Call, precision: Precision) -> _Rows:

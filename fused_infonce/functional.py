@@ -96,8 +96,8 @@ def gs_infonce(
         negative_owners: (H,) integers from 0 to N − 1: ``negatives`` are own ones, row h of anchor
             ``negative_owners[h]``; with a group, of this rank's anchors. Values on a device are not read by the
             host: one beyond the anchors fails as an index of torch does there.
-        symmetric: mean of both directions (CLIP). Hard negatives, own ones too, and queue act in the anchor → positive direction
-            only, noise in both.
+        symmetric: mean of both directions (CLIP). Hard negatives, own ones too, and queue act in the anchor →
+            positive direction only, noise in both.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (N,).
         group: ``"local"``: this process's rows; ``"world"``: those of every process of torch.distributed, which is
             looked up at each call; or a process group. With a group anchors, positives, negatives and queue are
@@ -124,10 +124,12 @@ def gs_infonce(
             ACL 2022, equation 4, with m = 10° = 0.175). Beyond θ = π − m it rises again, as in the formula.
         hardness: β >= 0: every negative, noise included, weighs e^(β s_ij), which has no derivative (Lan et al.,
             2025, equation 5, with β = 9). ``symmetric``: in both directions.
-        hardness_mode: which negatives ``hardness`` weighs: ``"all_negatives"``; ``"in_batch_negatives"``, the columns
-            that anchors share, and noise; or ``"hard_negatives"``, own ones only (EmbeddingGemma, Vera et al. 2025).
+        hardness_mode: which negatives ``hardness`` weighs: ``"all_negatives"``; ``"in_batch_negatives"``, the
+            columns that anchors share, and noise; or ``"hard_negatives"``, own ones only (EmbeddingGemma, Vera et
+            al. 2025).
         label_smoothing: ε: a share of the label that is spread evenly over all columns but the noise, as in
-            ``F.cross_entropy``; log-weights are no part of its logits. Not with ``ids``, a filter or own negatives.
+            ``F.cross_entropy``; log-weights are no part of its logits. Not with ``ids``, a filter or own
+            negatives.
         filter_margin: columns with s_ij > s_ii + filter_margin are no negatives of anchor i (GISTEmbed, Solatorio
             2024; its margin is −filter_margin); in the other direction of ``symmetric`` with s_ij > s_jj + …
         filter_threshold: columns with s_ij > filter_threshold are no negatives either. A filter compares scores as

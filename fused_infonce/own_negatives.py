@@ -1,7 +1,7 @@
 """Hard negatives that only their own anchor sees: N·K cosines from unrounded rows, and a log-sum-exp of each row.
 
-They are no columns of the matrix of logits. Their sum O_i = Σ_k e^{(κ + β) s_ik + w} joins row i's denominator as one
-number more, R_i + O_i e^{−κ p_i} (``Options.log_own``), which every path over the logits adds as it adds the
+They are no columns of the matrix of logits. Their sum O_i = Σ_k e^{(κ + β) s_ik + w} joins row i's denominator as
+one number more, R_i + O_i e^{−κ p_i} (``Options.log_own``), which every path over the logits adds as it adds the
 expectation of noise. What is here is plain torch, so that autograd carries the gradient from O_i on.
 """
 
@@ -79,8 +79,8 @@ class OwnNegatives:
         rows = guide[2]
         if not isinstance(rows, Tensor) or rows.shape[:-1] != self.rows.shape[:-1]:
             raise ValueError(
-                f"guide[2] must have shape {(*self.rows.shape[:-1], 'features')}, a row for each of the negatives, "
-                f"not {tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__}"
+                f"guide[2] must have shape {(*self.rows.shape[:-1], 'features')}, a row for each negative, not "
+                f"{tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__}"
             )
         self.guide = rows.detach()
         return [*guide[:2], *guide[3:]]

@@ -140,7 +140,9 @@ def _own_logits(call: Call, q: Tensor, k: Tensor, kappa: Tensor) -> Tensor | Non
             positive = (rows * columns[:N]).sum(1, keepdim=True)
         left_out = left_out | (scores > _limit(options.similar, positive))
     z = kappa * s + options.hard_negative_weight + options.own_hardness * s.detach()
-    hidden = torch.where(owners[None] == each[:, None], 0 * s, 0.0).sum(1, keepdim=True)  # NaN, also of masked ones
+    hidden = torch.where(owners[None] == each[:, None], 0 * s, 0.0).sum(
+        1, keepdim=True
+    )  # NaN, also of masked ones
     return z.masked_fill(left_out, -math.inf) + hidden
 
 

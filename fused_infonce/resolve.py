@@ -37,7 +37,9 @@ class Call:
     product_dtype: torch.dtype  # of the matrix products
     backend: Literal["triton", "torch", "reference"]
     own: OwnNegatives | None = None  # what ``own_log_sums`` was computed from, in a call that is not traced
-    own_log_sums: Tensor | None = None  # (N,) log O_i with its graph; None without own negatives, or in the reference
+    own_log_sums: Tensor | None = (
+        None  # (N,) log O_i with its graph; None without own negatives, or in the reference
+    )
 
     @property
     def takes_one_pass(self) -> bool:

@@ -210,9 +210,7 @@ CASES = {
         {"focal_gamma": 2.0, "angular_margin": 0.3}, negatives=2, own="uneven"
     ),
     "own negatives, decoupled": LossCase({"decoupled": True}, ids=True, negatives=2, own="equal"),
-    "own negatives, filter": LossCase(
-        {"filter_margin": 0.05, "filter_threshold": 0.3}, negatives=3, own="equal"
-    ),
+    "own negatives, filter": LossCase({"filter_margin": 0.05, "filter_threshold": 0.3}, negatives=3, own="equal"),
     "own negatives, guide": LossCase({"filter_threshold": 0.7}, guide=True, negatives=3, own="uneven"),
     "own negatives of equal numbers, guide": LossCase(guide=True, queue=True, negatives=2, own="equal"),
     "smoothing, negatives": LossCase({"label_smoothing": 0.1}, **_more),

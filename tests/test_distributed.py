@@ -86,7 +86,9 @@ def one_process(case, counts, views, queue, dtype, upstream):
         options["negative_ids"] = together(options["negative_ids"])
     if "negative_owners" in options:
         first = itertools.accumulate(counts, initial=0)
-        options["negative_owners"] = torch.cat([i + x for i, x in zip(first, options["negative_owners"], strict=False)])
+        options["negative_owners"] = torch.cat(
+            [i + x for i, x in zip(first, options["negative_owners"], strict=False)]
+        )
     anchors, positives = (torch.cat([p[i] for p in parts]).to(dtype) for i in (0, 1))
     inputs = [anchors, positives] + ([together([p[2] for p in parts]).to(dtype)] if views else [])
     if own == "equal":

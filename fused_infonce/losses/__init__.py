@@ -4,11 +4,12 @@ docs/losses.md lists them with formula, source and cost, and explains the algebr
 whose terms add, each with masks and weights of its own, and the positive counted once.
 """
 
+from ..own_negatives import log_add, pair_cosines
 from .corrected import debiased, hcl
 from .matryoshka import matryoshka
 from .reports import embedding_gemma, focal, gemini_embedding, gistembed, gte, llave, qwen3_embedding
 from .targets import clip, cross_entropy, soft_labels, supcon
-from .terms import contrast, log_add, own_negatives, pair_cosines
+from .terms import contrast, own_negatives
 
 __all__ = [
     "clip",

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..functional import cosine_logsumexp
-from .terms import one_process_only, pair_cosines, reducible, scalar
+from ..own_negatives import pair_cosines, scalar
+from .terms import one_process_only, reducible
 
 
 @reducible

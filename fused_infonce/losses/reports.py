@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..functional import cosine_logsumexp, info_nce
-from .terms import contrast, log_add, own_negatives, pair_cosines, reducible, row_numbers
+from ..own_negatives import log_add, pair_cosines
+from .terms import contrast, own_negatives, reducible, row_numbers
 
 Sums = Callable[..., Tensor]  # cosine_logsumexp with some of its options
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")

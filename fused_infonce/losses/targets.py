@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..functional import cosine_logsumexp, info_nce
 from ..geometry import unit_rows
-from .terms import contrast, one_process_only, pair_cosines, reducible, scalar
+from ..own_negatives import pair_cosines, scalar
+from .terms import contrast, one_process_only, reducible
 
 CHUNK = 1 << 20  # entries of a teacher's distribution that are held at once
 

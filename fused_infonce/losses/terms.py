@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..distributed import resolve_group
-from ..own_negatives import OwnNegatives, log_add, pair_cosines, scalar
+from ..own_negatives import OwnNegatives, log_add, scalar
 
 
 def own_negatives(

@@ -90,7 +90,8 @@ def one_pass(
     losses, hidden = stats.losses, problem.hidden_nan()
     return losses if hidden is None else losses + hidden, OnePassResiduals(
         [rows.inv_norm for rows in (batch.anchors, *batch.columns)], batch.center_q, batch.center_k, stats,
-        constants.rho, constants.own_fraction, problem.positive if problem.options.angular_margin else None, acc_rows, acc,
+        constants.rho, constants.own_fraction, problem.positive if problem.options.angular_margin else None,
+        acc_rows, acc,
     )  # fmt: skip
 
 
