@@ -227,15 +227,17 @@ def operator_arguments(layout, way, backend="torch", learn=False, varying=False,
     numbers = torch.tensor([options["temperature"], 1.5], dtype=torch.float64) if varying else None
     inputs = [LAYOUTS[layout](x.detach()).requires_grad_(needs_grad) for x in leaves()]
     ids = torch.arange(N) // 2
-    tensors = (*inputs, None, tau, None, ids, *[None] * (len(_TENSORS) - 7), numbers)
+    own = rows(N, seed=8, dtype=torch.float32).requires_grad_(needs_grad)  # log-sums of own hard negatives
+    tensors = (*inputs, None, tau, own, None, ids, *[None] * (len(_TENSORS) - 8), numbers)
     changing = "temperature,hardness" if varying else ""
     return (
         *tensors,
         changing,
         *(options[name] for name in (*_NUMBERS, *_PLAIN)),
         False,
+        3,
         None,
-        [True, True, True, False, learn],
+        [True, True, True, False, learn, True],
     )
 
 

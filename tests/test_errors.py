@@ -12,7 +12,8 @@ import torch
 from fused_infonce import GSInfoNCELoss, alignment, gs_infonce, info_nce, uniformity
 
 x, y = torch.randn(4, 3), torch.randn(4, 3)
-h = torch.randn(6, 3)
+h, own = torch.randn(6, 3), torch.randn(4, 2, 3)
+ids = torch.arange(4)
 
 WRONG = [
     (TypeError, "anchors must be a torch.Tensor, not list", ([[1.0]], y), {}),
@@ -72,7 +73,24 @@ WRONG = [
     (TypeError, r"guide\[0\] must be a floating-point tensor", (x, y), {"guide": [x.int(), y]}),
     (TypeError, "group='world' must come after torch.distributed.init_process_group", (x, y), {"group": "world"}),
     (ValueError, "strategy must be one of 'auto', 'gather', 'ring', not 'star'", (x, y), {"strategy": "star"}),
-    (ValueError, r"negatives must be a matrix.*\(4, 2, 3\); .*flatten\(0, 1\)", (x, y, torch.ones(4, 2, 3)), {}),
+    (ValueError, r"own negatives must be \(4, K, 3\).*\(2, 4, 3\)", (x, y, torch.ones(2, 4, 3)), {}),
+    (ValueError, "negatives must have the anchors' 3 features, not 2", (x, y, torch.ones(4, 5, 2)), {}),
+    (ValueError, r"negative_ids must have shape \(4, 2\)", (x, y, own), {"ids": ids, "negative_ids": torch.arange(8)}),
+    (ValueError, "negative_ids needs both ids", (x, y, own), {"negative_ids": torch.arange(8).view(4, 2)}),
+    (ValueError, r"negative_owners needs negatives \(H, 3\)", (x, y), {"negative_owners": torch.arange(4)}),
+    (ValueError, r"negative_owners must have shape \(6,\)", (x, y, h), {"negative_owners": torch.arange(4)}),
+    (ValueError, "negative_owners must be .* 0 to 3 .*not 5", (x, y, h), {"negative_owners": torch.arange(6)}),
+    (ValueError, "negative_owners must be .* 0 to 3 .*not -1", (x, y, h), {"negative_owners": torch.arange(6) - 1}),
+    (ValueError, "negatives must be a matrix", (x, y, own), {"negative_owners": torch.arange(4)}),
+    (ValueError, r"guide\[2\] must have shape \(4, 2,", (x, y, own), {"guide": [x, y, h]}),
+    (ValueError, "label_smoothing cannot be combined with own", (x, y, own), {"label_smoothing": 0.1}),
+    (ValueError, "hardness_mode must be one of", (x, y), {"hardness_mode": "all"}),
+    (
+        ValueError,
+        "hardness_mode='hard_negatives' weighs own hard negatives, and none came",
+        (x, y, h),
+        {"hardness": 1.0, "hardness_mode": "hard_negatives"},
+    ),
     (ValueError, r"queue must be a matrix.*\(4, 2, 3\)", (x, y), {"queue": torch.ones(4, 2, 3)}),
     (TypeError, "anchors must be a dense tensor.*sparse_coo; call its to_dense", (x.to_sparse(), y), {}),
     (TypeError, "negatives must be a dense tensor.*sparse_coo", (x, y, h.to_sparse()), {}),
