@@ -136,7 +136,7 @@ class LossConfig:
     workspace_bytes: int | None = option(
         None,
         or_none(integer(1, "a positive number of bytes or None")),
-        "Memory for tiles of the similarity matrix, in bytes. Default: 64 MiB on CPUs, 256 MiB on other devices.",
+        "Memory for tiles of the similarity matrix, in bytes. Default: 64 MiB on CPUs, 256 MiB or more on GPUs.",
         agreed=False,
         changes_loss=False,
     )

@@ -69,7 +69,8 @@ def one_pass(
     if grad_columns.stop:
         single = single_chunk and every.exchange is None
         acc = backend.column_accumulator(grad_columns.stop - grad_columns.start, problem.D, single)
-    rows_state = backend.one_pass_rows(denominator, batch, grad_columns, acc)
+    needs_tiles = acc_rows is not None or acc is not None
+    rows_state = backend.one_pass_rows(denominator, batch, grad_columns, acc, needs_tiles)
     if add:
         _add_noise(problem, rows_state, acc_rows)
         backend.release()  # a block of wide noise vectors is as large as a tile

@@ -174,7 +174,7 @@ class Accumulator:
     """Gradient products of the columns, summed over chunks of rows."""
 
     grad: Tensor  # (n, D) Σ_i α_i E_ij q̃_i
-    sums: Tensor | None  # (n,) Σ_i α_i E_ij; None where the anchors are not centred
+    sums: Tensor | None  # (n,) Σ_i α_i E_ij; None where the anchors are not centred, or reflected
 
     def part(self, columns: slice) -> Accumulator:
         return Accumulator(self.grad[columns], None if self.sums is None else self.sums[columns])
@@ -212,7 +212,8 @@ class GradScale:
 class RowGradArgs:
     """One side's gradient of unit rows: alpha_i acc_i − positive_coeff_i p̂_i + center_weight_i center.
 
-    p̂_i is the unit row of the other side's pair.
+    p̂_i is the unit row of the other side's pair. A center without weights says that a backend which reflects the
+    anchors along it (``OnePassRows.weighted_anchors``) is to reflect acc_i back.
     """
 
     acc: Tensor  # (n, D)

@@ -22,6 +22,7 @@ from ..distributed import Counts
 from ..entry_terms import EntryTerms, Limits
 from ..options import Options
 from .backend import TileBackend
+from .chunks import rows_per_chunk
 from .operands import Columns
 
 LOG2_E = 1 / math.log(2)
@@ -218,13 +219,11 @@ class TiledProblem:
     # ------------------------------------------------------------------ chunks
 
     def row_chunks(self, columns: int) -> list[slice]:
-        """Equal chunks of rows, as many rows each as the workspace holds with their weighted anchors."""
+        """Chunks of rows that the workspace holds with their weighted anchors; see ``chunks.rows_per_chunk``."""
         backend = self.backend
         most = min(backend.max_chunk_rows, max(1, backend.workspace_elements // (columns + self.D)))
-        if most >= self.N:
-            return [slice(0, self.N)]
-        even = math.ceil(self.N / math.ceil(self.N / most))
-        return row_slices(self.N, min(most, math.ceil(even / backend.chunk_multiple) * backend.chunk_multiple))
+        step = rows_per_chunk(self.N, self.D, most, backend.chunk_multiple, backend.multiprocessors)
+        return row_slices(self.N, step)
 
     def column_blocks(self, counts: Counts, split: bool) -> Iterator[slice]:
         """Blocks of a rank's columns; with ``split`` none extends beyond the end of the positives."""
