@@ -20,6 +20,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from bench import report, results, sections, suites, tables, tune
 from bench.candidates import load
 from bench.cases import DTYPES, MODES, PUBLISHED
+from bench.contact import command as first_contact
+from bench.contact import table as first_contact_table
 from bench.registry import Candidate
 from bench.results import ROOT, Results, Row, describe
 from bench.runner import Runner
@@ -46,6 +48,7 @@ examples:
   python -m bench --out bench/results --budget 30   what README and docs show, in half an hour
   python -m bench loss --n 4096 --d 768 --dtype bf16 --candidates ours-torch naive st-mnrl
   python -m bench loss --also my_losses.py     your own loss beside the others (see docs/benchmarks.md)
+  python -m bench first-contact --out DIR      what to run first on a GPU machine
   python -m bench report                       tables and pictures of bench/results, README and docs anew
 """
 PAGE: dict[str, Any] = {
@@ -124,6 +127,10 @@ def main(argv: list[str] | None = None) -> None:
     with errors.exit_cleanly(parser.prog):
         args = parser.parse_args(argv)
     args.command_line = sys.argv[1:] if argv is None else argv
+    if args.job == first_contact.JOB:
+        with errors.exit_cleanly(parser.prog):
+            first_contact.run(parser, args)
+        return
     made = args.folder if args.job == "report" else args.out
     folder = Path(made or Path("runs/bench") / datetime.now().strftime("%Y%m%d-%H%M%S"))
     pages = args.readme or (PAGES if folder.resolve() == RESULTS else ())
@@ -141,6 +148,10 @@ def main(argv: list[str] | None = None) -> None:
                     _measure(args, found, known, out, end)
                 out.print(f"{job}: {found.document['minutes']:.1f} minutes", style="dim")
         documents = results.read(folder) if folder.is_dir() else {}
+        if contact := documents.pop(first_contact.JOB, None):
+            print("\n".join(first_contact_table.lines(contact)))
+            if not documents:
+                return
         if not documents:
             parser.error(f"{folder} contains no results; python -m bench --out {folder} makes them")
         report.write(documents, sections.make(documents), folder, pages)
@@ -181,6 +192,8 @@ def make_parser() -> Parser:
             made.add_argument("--model", help="encoder, as simcse.train takes it (default: minilm)")
             made.add_argument("--batch", type=int, nargs="+", help="sentences per batch, instead of the suite's")
             made.add_argument("--steps", type=int, help="timed steps, instead of the suite's")
+    made = jobs.add_parser(first_contact.JOB, help=first_contact.HELP, description=f"{first_contact.HELP}.")
+    first_contact.add_arguments(made)
     found = jobs.add_parser("report", help="tables and pictures of results", description="Tables and pictures.")
     found.add_argument("folder", nargs="?", default=str(RESULTS), help="default: bench/results of the checkout")
     found.add_argument("--readme", default=argparse.SUPPRESS, **PAGE)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from bench.cases import Batch, Case, Loss, make_batch, result_of, run_step
@@ -184,7 +183,8 @@ def _interleaved(steps: dict[str, Step], seconds: float, times: dict[str, list[f
 
 
 def summary(milliseconds: list[float]) -> Times:
-    low, middle, high = np.quantile(milliseconds, [0.2, 0.5, 0.8]).tolist()
+    at = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    low, middle, high = torch.tensor(milliseconds, dtype=torch.float64).quantile(at).tolist()
     return {"median": middle, "p20": low, "p80": high, "repeats": len(milliseconds)}
 
 

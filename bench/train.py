@@ -98,10 +98,10 @@ def _milliseconds_of_loss(case: TrainCase, trainer: Trainer, model: Any, device:
 
 def _sentences(case: TrainCase) -> list[str]:
     """Returns as many sentences as the steps take, repeated where the file has fewer."""
-    from simcse.dataset import shipped
-    from simcse.table import read_table
+    from simcse.collator import packaged_file
+    from simcse.readers import read_table
 
-    some = [row[0] for row in read_table(case.train_file or shipped("sentences.txt")).rows]
+    some = [row[0] for row in read_table(case.train_file or packaged_file("sentences.txt")).rows]
     count = case.N * (WARM_UP + case.steps)
     return (some * -(-count // len(some)))[:count]
 

@@ -66,7 +66,7 @@ def workspace(case: Case, device: str) -> Search:
 
         return lambda: run_step(loss, batch, case, device)
 
-    place = "workspace_bytes= of a call, or DEFAULT_WORKSPACE of the backend in fused_infonce"
+    place = "workspace_bytes= of a call, or workspace_of in kernels/infonce/settings.py"
     return Search("workspace_bytes", place, sizes[: enough + 1], step)
 
 
@@ -98,7 +98,7 @@ def search(
 def kernel_searches(case: Case, device: str, candidates: list[Any]) -> list[Search]:
     """Returns searches of the three kernels that multiply, each timed by itself on a chunk of rows."""
     from fused_infonce.kernels import products, ratios, similarity
-    from fused_infonce.kernels.common import NOTHING_SPECIAL
+    from fused_infonce.kernels.common import Counts, Terms
     from fused_infonce.kernels.settings import default_settings, target_of
 
     N, D, dtype = case.N, case.D, case.product_dtype
@@ -109,9 +109,9 @@ def kernel_searches(case: Case, device: str, candidates: list[Any]) -> list[Sear
         return torch.randn(shape, device=device).to(of)
 
     q, k, keys, shift = make(C, D, of=dtype), make(N, D, of=dtype), make(N, D, of=stored), make(C, 1)
-    E, anchors = make(C, N, of=stored), make(C, D + similarity.PAD, of=stored)
-    acc_rows, acc, out = make(C, D), make(N, D + similarity.PAD), torch.empty(C, N, dtype=stored, device=device)
-    special = NOTHING_SPECIAL | {"num_positives": N, "HAS_POSITIVES": True}
+    E, anchors = make(C, N, of=stored), make(C, D, of=stored)
+    acc_rows, acc, out = make(C, D), make(N, D), torch.empty(C, N, dtype=stored, device=device)
+    special = Terms(), Counts(num_positives=N)
     both = (shift, make(N))
     target = target_of(torch.device(device))
     default = default_settings(target, dtype, "ieee" if dtype == torch.float32 else "tf32", C, N)
@@ -119,9 +119,7 @@ def kernel_searches(case: Case, device: str, candidates: list[Any]) -> list[Sear
     def grad_products(setting: Any) -> Step:
         library = setting == "library"
         tile = default.products if library else setting
-        return lambda: products.grad_products(
-            E, keys, acc_rows, False, E, anchors, acc[:, :D], True, tile, library
-        )
+        return lambda: products.grad_products(E, keys, acc_rows, False, E, anchors, acc, True, tile, library)
 
     place = f"{{}} of {target!r} in kernels/infonce/settings.py"
     return [
@@ -129,13 +127,13 @@ def kernel_searches(case: Case, device: str, candidates: list[Any]) -> list[Sear
             "similarity",
             place.format("similarity"),
             candidates,
-            lambda tile: lambda: similarity.exp_similarity(q, k, out, shift, 0, special, tile),
+            lambda tile: lambda: similarity.exp_similarity(q, k, out, shift, 0, *special, tile),
         ),
         Search(
             "ratios",
             place.format("ratios"),
             candidates,
-            lambda tile: lambda: ratios.ratio_sums(q, k, 0, 0, shift, both, special, tile),
+            lambda tile: lambda: ratios.ratio_sums(q, k, 0, 0, shift, both, *special, tile),
         ),
         Search("products", place.format("products, library_products"), ["library", *candidates], grad_products),
     ]

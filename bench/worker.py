@@ -1,6 +1,7 @@
 """The process that measures, and the handle on it: a crash, a hang or a kill there does not end the run.
 
-A job is one line of JSON on standard input. Its events are lines of JSON on standard output: ``start`` names a
+A job is one line of JSON on standard input: the name of a generator in ``bench.measure``, or ``module:name``, and
+its arguments. Its events are lines of JSON on standard output: ``start`` names a
 candidate that is about to run, ``result`` is a row of the results, ``alive`` a sign of life; ``end`` comes last.
 """
 
@@ -8,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import json
+import math
 import os
 import queue
 import resource
@@ -16,6 +19,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -34,10 +38,11 @@ class Worker:
         self.reader: threading.Thread | None = None
         self.lines: queue.Queue[str | None] = queue.Queue()
 
-    def run(self, job: dict[str, Any], limit: float) -> Iterator[Event]:
+    def run(self, job: dict[str, Any], limit: float, end: float = math.inf) -> Iterator[Event]:
         """Yields the events of a job.
 
-        The last may be ``died``, with the reason: a crash, or ``limit`` seconds without a sign of life.
+        The last may be ``died``, with the reason: a crash, or ``limit`` seconds without a sign of life, or
+        ``time.monotonic()`` has reached ``end``.
         """
         if self.process is None:
             self._start()
@@ -48,10 +53,11 @@ class Worker:
             self.process.stdin.flush()
         while True:
             try:
-                line = self.lines.get(timeout=limit)
+                wait = min(limit, end - time.monotonic())
+                line = self.lines.get(timeout=max(0.0, wait))
             except queue.Empty:
                 self.stop()
-                yield {"event": "died", "status": "too slow", "reason": f"stopped after {limit:g} s"}
+                yield {"event": "died", "status": "too slow", "reason": f"stopped after {max(0.0, wait):.3g} s"}
                 return
             if line is None:
                 yield {"event": "died", **_why(self.stop())}
@@ -74,7 +80,7 @@ class Worker:
         try:
             process.wait(timeout=1)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # with what it started
         status = process.wait()
         self.reader.join(timeout=1)  # at the end of the file, unless a grandchild holds the pipe open
         if not self.reader.is_alive():
@@ -139,12 +145,15 @@ def _serve(out: TextIO, device: str, also: str) -> None:
     losses: dict[str, Any] = load(also)
     for line in sys.stdin:
         job = json.loads(line)
-        if job["job"] == "train":
-            run, case, known = train.train, train.TrainCase(**job["case"]), train.TRAINERS
-        else:
-            run, case, known = getattr(measure, job["job"]), Case(**job["case"]), losses
         try:
-            for event, facts in run(case, [known[name] for name in job["candidates"]], device, job["seconds"]):
+            if job["job"] == "train":
+                run, case, known = train.train, train.TrainCase(**job["case"]), train.TRAINERS
+            else:
+                module, _, name = job["job"].rpartition(":")
+                run = getattr(importlib.import_module(module) if module else measure, name)
+                case, known = Case(**job["case"]), losses
+            candidates = [known[name] for name in job["candidates"]]
+            for event, facts in run(case, candidates, device, job["seconds"], **job.get("more", {})):
                 report(event, **facts)
                 if facts.get("status", "ok") != "ok":
                     _clean_up(device)

@@ -17,9 +17,9 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
 from fused_infonce.integrations.sentence_transformers import FusedCachedMultipleNegativesRankingLoss
-from simcse.dataset import shipped
+from simcse.collator import packaged_file
 
-sentences = Path(shipped("sentences.txt")).read_text(encoding="utf-8").splitlines()[:256]
+sentences = Path(packaged_file("sentences.txt")).read_text(encoding="utf-8").splitlines()[:256]
 pairs = Dataset.from_dict({"anchor": sentences, "positive": sentences})  # SimCSE: twice, under dropout
 
 transformer = Transformer(str(minilm.MODEL_DIR), max_seq_length=32)

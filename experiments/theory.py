@@ -80,14 +80,15 @@ class Spectrum:
 
 def spectrum(spec: str, sts_data: str | None) -> Spectrum:
     """Returns the spectrum of the vectors that an encoder, NAME or NAME:POOLER, gives the watched sentences."""
-    from simcse.dataset import shipped
-    from simcse.model import PoolerType, load_encoder
+    from simcse.collator import packaged_file
+    from simcse.encoder import PoolerType
+    from simcse.model import load_encoder
     from simcse.sts import cone, encode, read_sts_source, watched_pairs
 
     name, _, pooler = spec.rpartition(":")
     if pooler not in get_args(PoolerType):
         name, pooler = spec, ""
-    tasks = read_sts_source(sts_data or shipped("sts.tsv"))
+    tasks = read_sts_source(sts_data or packaged_file("sts.tsv"))
     pairs = watched_pairs(tasks) or tasks[0]
     encoder, tokenizer = load_encoder(name, cast(PoolerType, pooler) if pooler else None)
     vectors = encode(encoder, tokenizer, pairs.sentences)

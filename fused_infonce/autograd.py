@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, dense, variants
+from . import dense, variants
 from .options import Options
 from .resolve import Call
 from .tiled import one_pass, stats, two_pass
@@ -33,7 +33,7 @@ def fused_loss(call: Call) -> Tensor:
 
     Of a call without positives these are the log-sum-exps of the rows.
     """
-    differentiable = (*call.inputs, call.temperature)
+    differentiable = (*call.inputs, call.temperature, call.own_log_sums)
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in differentiable):
         return _FusedInfoNCE.apply(*differentiable, call)  # type: ignore[no-any-return, no-untyped-call]
     with as_a_kernel(call.inputs[0].device):
@@ -46,9 +46,9 @@ def fused_loss(call: Call) -> Tensor:
 
 class _FusedInfoNCE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, anchors, positives, negatives, queue, temperature, call: Call) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx, anchors, positives, negatives, queue, temperature, own_log_sums, call: Call) -> Tensor:  # type: ignore[no-untyped-def]
         inputs = (anchors, positives, negatives, queue)
-        ctx.needs = NeedsGrad(*ctx.needs_input_grad[:5])
+        ctx.needs = NeedsGrad(*ctx.needs_input_grad[:6])
         ctx.options = _with_tensors(call.options)
         ctx.temperature, tau = (None, temperature) if isinstance(temperature, Tensor) else (temperature, None)
         # All that the backward reads goes through save_for_backward: it is freed with the graph, and autograd
@@ -71,7 +71,7 @@ class _FusedInfoNCE(torch.autograd.Function):
                 tensors = (row_loss, column_loss, call.noise_rows, *_tensors_of(call.options))
                 ctx.gradients = _two_pass_gradients
                 ctx.backend.release()
-            ctx.save_for_backward(*inputs, tau, *tensors)
+            ctx.save_for_backward(*inputs, tau, own_log_sums, *tensors)
             return reduced(row_loss, column_loss, call.options)
 
     @staticmethod
@@ -85,10 +85,10 @@ class _FusedInfoNCE(torch.autograd.Function):
         saved = ctx.saved_tensors
         temperature = ctx.temperature if saved[4] is None else saved[4]
         with as_a_kernel(upstream.device):
-            grads: list[Tensor | None] = ctx.gradients(ctx, saved[:4], temperature, saved[5:], upstream)
+            grads: list[Tensor | None] = ctx.gradients(ctx, saved[:4], temperature, saved[6:], upstream)
         if torch.is_grad_enabled():
             present = [g for g in grads if g is not None]
-            sources = [x for x in (upstream, *saved[:5]) if x is not None]
+            sources = [x for x in (upstream, *saved[:6]) if x is not None]
             marked = iter(_FirstDerivativeOnly.apply(len(sources), *sources, *present))  # type: ignore[no-untyped-call]
             grads = [None if g is None else next(marked) for g in grads]
         return *grads, None
@@ -103,7 +103,7 @@ def _dense_gradients(
     kept = dense.Residuals(*saved)
     kappa, dtypes = _kappa(temperature, kept.center.dtype), [None if x is None else x.dtype for x in inputs]
     out = dense.gradients(kept, ctx.options, ctx.needs, kappa, upstream, dtypes)
-    return [*out.inputs, _of_temperature(out.kappa, kappa, temperature)]
+    return [*out.inputs, _of_temperature(out.kappa, kappa, temperature), out.log_own]
 
 
 def _one_pass_gradients(
@@ -116,7 +116,7 @@ def _one_pass_gradients(
     scale = GradScale(upstream, ctx.options.gradient_factor)
     out = one_pass.gradients(ctx.backend, ctx.options, kept, present, ctx.needs, kappa, scale)
     ctx.backend.release()
-    return [*out.inputs, _of_temperature(out.kappa, kappa, temperature)]
+    return [*out.inputs, _of_temperature(out.kappa, kappa, temperature), out.log_own]
 
 
 def _two_pass_gradients(
@@ -127,7 +127,7 @@ def _two_pass_gradients(
     problem = TiledProblem(ctx.backend, _with_tensors(ctx.options, *given), kappa, inputs, noise_rows)
     out = _weighted_gradients(problem, ctx.needs, row_loss, column_loss, upstream)
     ctx.backend.release()
-    return [*out.inputs, _of_temperature(out.kappa, kappa, temperature)]
+    return [*out.inputs, _of_temperature(out.kappa, kappa, temperature), out.log_own]
 
 
 def _weighted_gradients(
@@ -153,7 +153,9 @@ def losses_of(call: Call) -> tuple[Tensor, Tensor | None]:
 
 
 def loss_and_gradients_of(call: Call, needs: NeedsGrad) -> tuple[Tensor, list[Tensor | None]]:
-    """A sum or mean, and its gradients in the sums' dtype and the inputs' shapes, the temperature's last."""
+    """A sum or mean, and its gradients in the sums' dtype and the inputs' shapes, those of the
+    temperature and of log O_i last.
+    """
     options, kappa, sums = call.options, _kappa_of(call), _precision(call).sums
     column_loss = None
     if dense.fits(call):
@@ -170,13 +172,15 @@ def loss_and_gradients_of(call: Call, needs: NeedsGrad) -> tuple[Tensor, list[Te
         row_loss, column_loss = two_pass.losses(problem)
         out = _weighted_gradients(problem, needs, row_loss, column_loss, None)
     of_temperature = _of_temperature(out.kappa, kappa, call.temperature, sums)
-    return reduced(row_loss, column_loss, options), [*out.inputs, of_temperature]
+    return reduced(row_loss, column_loss, options), [*out.inputs, of_temperature, out.log_own]
 
 
 def gradients_of(
     call: Call, needs: NeedsGrad, row_loss: Tensor, column_loss: Tensor | None, upstream: Tensor
 ) -> list[Tensor | None]:
-    """Gradients in the inputs' dtypes, from the losses that ``losses_of`` returned; the temperature's last."""
+    """Gradients in the inputs' dtypes, from the losses that ``losses_of`` returned; those of the
+    temperature and of log O_i last.
+    """
     kappa = _kappa_of(call)
     if dense.fits(call):
         kept = dense.losses(call, kappa, _precision(call))[2]
@@ -184,7 +188,7 @@ def gradients_of(
         out = dense.gradients(kept, call.options, needs, kappa, upstream, dtypes)
     else:
         out = _weighted_gradients(problem_of(call), needs, row_loss, column_loss, upstream)
-    return [*out.inputs, _of_temperature(out.kappa, kappa, call.temperature)]
+    return [*out.inputs, _of_temperature(out.kappa, kappa, call.temperature), out.log_own]
 
 
 def stats_of(call: Call) -> dict[str, Tensor]:
@@ -216,8 +220,7 @@ def _backend(call: Call) -> TileBackend:
 def _precision(call: Call) -> Precision:
     anchors, options, dtype = call.inputs[0], call.options, call.product_dtype
     size = options.total("rows") * options.total("columns") * anchors.shape[1]
-    slower = call.backend == "torch" and not backends.multiplies_half_faster(anchors.device.type)
-    if (slower or size <= SMALL_PRODUCT) and dtype != torch.float64:
+    if size <= SMALL_PRODUCT and dtype != torch.float64:
         dtype = torch.float32
     return Precision.of(dtype, anchors.device)
 
@@ -227,11 +230,11 @@ def _kappa_of(call: Call) -> float | Tensor:
 
 
 def _tensors_of(options: Options) -> tuple[Tensor | None, ...]:
-    """The caller's tensors among the options: ids, negative_ids, both sides of a guide, and limits of rows."""
+    """The tensors among the options: ids, negative_ids, both sides of a guide, limits of rows, and log O_i."""
     similar = options.similar
     guide = None if similar is None else similar.guide
     limit = None if similar is None else similar.limit
-    return options.ids, options.negative_ids, *(guide or (None, None)), limit
+    return options.ids, options.negative_ids, *(guide or (None, None)), limit, options.log_own
 
 
 def _with_tensors(
@@ -241,16 +244,17 @@ def _with_tensors(
     guide_rows: Tensor | None = None,
     guide_columns: Tensor | None = None,
     limit: Tensor | None = None,
+    log_own: Tensor | None = None,
 ) -> Options:
     """The options with these in the place of their own; themselves where neither has any."""
-    given = (ids, negative_ids, guide_rows, guide_columns, limit)
+    given = (ids, negative_ids, guide_rows, guide_columns, limit, log_own)
     if all(x is None for x in (*given, *_tensors_of(options))):
         return options
     similar = options.similar
     if similar is not None:
         guide = None if guide_rows is None or guide_columns is None else (guide_rows, guide_columns)
         similar = replace(similar, guide=guide, limit=limit)
-    return replace(options, ids=ids, negative_ids=negative_ids, similar=similar)
+    return replace(options, ids=ids, negative_ids=negative_ids, similar=similar, log_own=log_own)
 
 
 def _of_temperature(

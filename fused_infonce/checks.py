@@ -84,12 +84,37 @@ def check_matrix(name: str, x: Any) -> None:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, not {x.dtype}; convert it first")
     _check_dense(name, x)
     if x.ndim != 2 or 0 in x.shape:
-        remedy = ""
-        if x.ndim == 3 and name == "negatives":
-            remedy = "; for K of each anchor, (N, K, features), give negatives.transpose(0, 1).flatten(0, 1)"
-        raise ValueError(
-            f"{name} must be a matrix (rows, features) with at least one of each, not {_shape(x)}{remedy}"
-        )
+        raise ValueError(f"{name} must be a matrix (rows, features) with at least one of each, not {_shape(x)}")
+
+
+def check_own_negatives(anchors: Tensor, negatives: Any, owners: Any) -> tuple[Tensor, Tensor | None]:
+    """Own hard negatives and their owners. Owners on the CPU are read; elsewhere an index beyond the anchors
+    fails where it is used, as any index of torch's does on that device.
+    """
+    N, D = anchors.shape
+    if not isinstance(negatives, Tensor):
+        raise ValueError(f"negative_owners needs negatives (H, {D}), not {type(negatives).__name__}")
+    if negatives.dtype not in _DTYPES:
+        raise TypeError(f"negatives must be float64, float32, bfloat16 or float16, not {negatives.dtype}")
+    _check_dense("negatives", negatives)
+    check_device("negatives", negatives, anchors.device)
+    if negatives.shape[-1] != D:
+        raise ValueError(f"negatives must have the anchors' {D} features, not {negatives.shape[-1]}")
+    if owners is None:
+        if negatives.shape[0] != N or negatives.shape[1] == 0:
+            raise ValueError(f"own negatives must be ({N}, K, {D}), K >= 1 of each anchor, not {_shape(negatives)}")
+        return negatives, None
+    check_matrix("negatives", negatives)
+    _check_ids("negative_owners", owners, negatives.shape[0], anchors.device)
+    owners = owners.long()
+    if owners.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in owners.aminmax())
+        if low < 0 or high >= N:
+            raise ValueError(
+                f"negative_owners must be the rows of anchors that negatives belong to, 0 to {N - 1} (with a "
+                f"group: of this rank), not {low if low < 0 else high}"
+            )
+    return negatives, torch.where(owners < 0, N, owners)  # −1 would be taken for the last row
 
 
 def check_noise_vectors(noise: Tensor, anchors: Tensor) -> Tensor:

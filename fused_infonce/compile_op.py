@@ -24,12 +24,23 @@ from .autograd import (
     reduced,
 )
 from .config import FIELDS, TYPES
-from .resolve import WITHOUT_POSITIVES, Call, Traced, autocast_dtype, resolve, resolve_without_positives
+from .options import Similar
+from .resolve import (
+    WITHOUT_POSITIVES,
+    Call,
+    Traced,
+    autocast_dtype,
+    own_log_sums,
+    own_of,
+    resolve,
+    resolve_without_positives,
+)
+from .own_negatives import OwnNegatives
 from .smoothing import smoothing_term
 from .tiled.operands import NeedsGrad
 
 Ids = Tensor | tuple[Tensor, Tensor] | None
-Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _schema_type(annotation: Any) -> str:
@@ -42,9 +53,10 @@ def _schema_type(annotation: Any) -> str:
 
 # The operator's arguments, in this order: tensors, numbers, and the options that are not numbers.
 _TENSORS = (
-    "anchors", "positives", "negatives", "queue", "tau", "noise_rows", "ids", "negative_ids", "seed", "limits",
-    "guide_rows", "guide_columns",
+    "anchors", "positives", "negatives", "queue", "tau", "own_log_sums", "noise_rows", "ids", "negative_ids", "seed",
+    "limits", "guide_rows", "guide_columns",
 )  # fmt: skip
+_DIFFERENTIABLE = 6  # the first of them
 _SCHEMA_TYPES = {name: _schema_type(annotation) for name, annotation in TYPES.items()}
 _NUMBERS = ("temperature", *(name for name, kind in _SCHEMA_TYPES.items() if kind == "float?"))
 _PLAIN = {name: kind for name, kind in _SCHEMA_TYPES.items() if kind != "float?"}
@@ -60,6 +72,7 @@ def compiled_loss(
     noise: str | Tensor,
     ids: Ids,
     negative_ids: Tensor | None,
+    negative_owners: Tensor | None,
     **options: Any,  # the other arguments of gs_infonce
 ) -> Tensor:
     """The loss as a compiler traces it: nothing here is decided that depends on a value."""
@@ -70,8 +83,13 @@ def compiled_loss(
     tau = temperature if isinstance(temperature, Tensor) else None
     options["temperature"] = None if tau is not None else temperature
     options["noise"] = noise if noise_rows is None else "sampled"
-    inputs = (anchors, positives, negatives, queue, tau)
-    loss = _traced((*inputs, noise_rows, _one_tensor(ids), negative_ids, seed, None, None, None), options)
+    ids, log_sums = _one_tensor(ids), None
+    negatives, own = own_of(anchors, negatives, negative_owners)
+    if own is not None:
+        log_sums, negative_ids = _own_log_sums(own, anchors, positives, temperature, ids, negative_ids, options), None
+        options["num_own"] = own.most
+    inputs = (anchors, positives, negatives, queue, tau, log_sums)
+    loss = _traced((*inputs, noise_rows, ids, negative_ids, seed, None, None, None), options)
     if not options["label_smoothing"]:
         return loss
     return loss + smoothing_term(
@@ -83,6 +101,24 @@ def compiled_loss(
         reduction=options["reduction"],
         dtype=loss.dtype,
     )
+
+
+def _own_log_sums(
+    own: OwnNegatives,
+    anchors: Tensor,
+    positives: Tensor,
+    temperature: float | Tensor,
+    ids: Tensor | None,
+    negative_ids: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor:
+    if negative_ids is not None and ids is None:
+        raise ValueError("negative_ids needs both ids and negatives: it is compared with the anchors' ids")
+    own.ids = own.shaped(own.flat_ids(negative_ids))
+    margin, threshold = options["filter_margin"], options["filter_threshold"]
+    similar = None if margin is None and threshold is None else Similar(margin, threshold, None)
+    plain = {name: options[name] for name in ("hardness", "hardness_mode", "hard_negative_weight")}
+    return own_log_sums(own, anchors, positives, temperature, ids, similar, **plain)
 
 
 def compiled_logsumexp(
@@ -106,7 +142,7 @@ def compiled_logsumexp(
     }
     defaults = {name: field.default for name, field in FIELDS.items()}
     ids = _one_tensor(row_ids), _one_tensor(column_ids)
-    tensors = (rows, None, columns, None, tau, None, *ids, None, limits, *(guide or (None, None)))
+    tensors = (rows, None, columns, None, tau, None, None, *ids, None, limits, *(guide or (None, None)))
     return _traced(tensors, {**defaults, **options, **given})
 
 
@@ -123,8 +159,9 @@ def _traced(tensors: tuple[Tensor | None, ...], options: dict[str, Any]) -> Tens
         tuple([options[name] for name in _NUMBERS]),
         tuple([options[name] for name in _PLAIN]),
         options.get("exclude_diagonal", False),
+        options.get("num_own", 0),
         autocast_dtype(anchors.device.type),
-        [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors[:5]],
+        [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors[:_DIFFERENTIABLE]],
     )
     return loss
 
@@ -136,11 +173,11 @@ _SCHEMA = ", ".join(
         "str names_of_varying",
         *(f"float? {name}" for name in _NUMBERS),
         *(f"{kind} {name}" for name, kind in _PLAIN.items()),
-        "bool exclude_diagonal, ScalarType? product_dtype, bool[] needs",
+        "bool exclude_diagonal, SymInt num_own, ScalarType? product_dtype, bool[] needs",
     ]
 )
-_RESULTS = 6  # the loss and five more
-_LAST = 3  # arguments after the options
+_RESULTS = 1 + _DIFFERENTIABLE  # the loss and as many more
+_LAST = 4  # arguments after the options
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
@@ -149,6 +186,7 @@ def _operator(
     numbers: tuple[float | None, ...],
     plain: tuple[Any, ...],
     exclude_diagonal: bool,
+    num_own: int,
     product_dtype: torch.dtype | None,
     needs: list[bool],
 ) -> Tensor:
@@ -166,7 +204,7 @@ def _operator(
         varying = torch.stack([one * x for x in changing.values()])
     fixed = [None if isinstance(x, torch.SymFloat) else x for x in numbers]
     results = torch.ops.fused_infonce.gs_infonce(
-        *tensors, varying, ",".join(changing), *fixed, *plain, exclude_diagonal, product_dtype, needs
+        *tensors, varying, ",".join(changing), *fixed, *plain, exclude_diagonal, num_own, product_dtype, needs
     )
     loss: Tensor = results[0]
     return loss
@@ -191,9 +229,10 @@ def _call(*args: Any) -> tuple[Call, NeedsGrad]:
         queue=given["queue"],
         ids=given["ids"],
         negative_ids=given["negative_ids"],
+        negative_owners=None,
         generator=None,
         guide=None,
-        traced=Traced(given["seed"], values[-2]),
+        traced=Traced(given["seed"], values[-2], given["own_log_sums"], values[-3]),
         **options,
     )
     return call, NeedsGrad(*values[-1])
@@ -203,6 +242,7 @@ def _call_without_positives(
     given: dict[str, Any],
     options: dict[str, Any],
     exclude_diagonal: bool,
+    num_own: int,
     autocast: torch.dtype | None,
     needs: list[bool],
 ) -> tuple[Call, NeedsGrad]:
@@ -260,9 +300,9 @@ def _forward(*args: Any) -> Results:
 
 
 def _forward_fake(*args: Any) -> Results:
-    inputs, needs = args[:5], args[-1]
+    inputs, needs = args[:_DIFFERENTIABLE], args[-1]
     dtype = torch.float32
-    for x in inputs[:4]:
+    for x in (*inputs[:4], inputs[5]):
         dtype = dtype if x is None else torch.promote_types(dtype, x.dtype)
     anchors = inputs[0]
     N, like = anchors.shape[0], anchors.new_empty((), dtype=dtype)
@@ -278,7 +318,7 @@ def _backward_op(upstream: Tensor, kept: list[Tensor], *args: Any) -> Results:
     with as_a_kernel(upstream.device):
         if _keeps_gradients(args):
             grads = [
-                (g * upstream).to(x) if need else None for g, x, need in zip(kept, args[:5], args[-1], strict=True)
+                (g * upstream).to(x) if need else None for g, x, need in zip(kept, args[:_DIFFERENTIABLE], args[-1], strict=True)
             ]
             return _padded(grads, upstream)
         call, needs = _call(*args)
@@ -287,7 +327,7 @@ def _backward_op(upstream: Tensor, kept: list[Tensor], *args: Any) -> Results:
 
 
 def _backward_fake(upstream: Tensor, kept: list[Tensor], *args: Any) -> Results:
-    wanted = zip(args[:5], args[-1], strict=True)
+    wanted = zip(args[:_DIFFERENTIABLE], args[-1], strict=True)
     return _padded([x.new_empty(x.shape) if need else None for x, need in wanted], upstream)
 
 
@@ -303,8 +343,8 @@ def _backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ..
     tensors, kept = saved[: len(_TENSORS) + 1], list(saved[len(_TENSORS) + 1 :])
     needs: list[bool] = ctx.plain[-1]
     found = torch.ops.fused_infonce.gs_infonce_backward(upstream.contiguous(), kept, *tensors, *ctx.plain)
-    grads = [g if need else None for g, need in zip(found[:5], needs, strict=True)]
-    return *grads, *[None] * (len(tensors) - 5 + len(ctx.plain))
+    grads = [g if need else None for g, need in zip(found[:_DIFFERENTIABLE], needs, strict=True)]
+    return *grads, *[None] * (len(tensors) - _DIFFERENTIABLE + len(ctx.plain))
 
 
 def _no_second_derivative(ctx: Any, *_: Tensor) -> Any:

@@ -18,6 +18,7 @@ Reduction = Literal["mean", "sum", "none"]
 Backend = Literal["auto", "triton", "torch", "reference"]
 Strategy = Literal["auto", "gather", "ring"]
 Noise = Literal["sampled", "expected"]
+HardnessMode = Literal["all_negatives", "in_batch_negatives", "hard_negatives"]
 
 Check = Callable[[str, Any], Any]  # (name, value) → the value as it is stored; raises TypeError or ValueError
 
@@ -135,7 +136,7 @@ class LossConfig:
     workspace_bytes: int | None = option(
         None,
         or_none(integer(1, "a positive number of bytes or None")),
-        "Memory for tiles of the similarity matrix, in bytes. Default: 64 MiB on CPUs, 256 MiB on other devices.",
+        "Memory for tiles of the similarity matrix, in bytes. Default: 64 MiB on CPUs, 256 MiB or more on GPUs.",
         agreed=False,
         changes_loss=False,
     )
@@ -149,6 +150,11 @@ class LossConfig:
     )
     hardness: float = option(
         0.0, non_negative, "Strength β of the weights e^(β cosine) of the negatives, which carry no gradient."
+    )
+    hardness_mode: HardnessMode = option(
+        "all_negatives",
+        choice("all_negatives", "in_batch_negatives", "hard_negatives"),
+        "Which negatives hardness weighs: all, the columns that anchors share, or own hard negatives.",
     )
     label_smoothing: float = option(
         0.0,
@@ -175,6 +181,16 @@ class LossConfig:
             raise ValueError(SMOOTHING_IS_ALONE)
         if self.focal_gamma and (self.decoupled or self.label_smoothing):
             raise ValueError("focal_gamma cannot be combined with decoupled or label_smoothing; leave one out")
+
+    @property
+    def column_hardness(self) -> float:
+        """β of the columns that anchors share."""
+        return 0.0 if self.hardness_mode == "hard_negatives" else self.hardness
+
+    @property
+    def own_hardness(self) -> float:
+        """β of own hard negatives."""
+        return 0.0 if self.hardness_mode == "in_batch_negatives" else self.hardness
 
     @property
     def filters(self) -> bool:

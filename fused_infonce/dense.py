@@ -4,7 +4,7 @@ With unit rows q̂_i and columns x̂_j (positives, hard negatives, queue, noise)
 cosine, κ = 1/τ, β the hardness and b_ij the log-weight of an entry, −∞ where it is masked:
 
     z_ij   = (κ + β) s_ij + b_ij − κ p_i        the logarithm of negative j's ratio to the positive
-    R_i    = Σ_j e^z_ij + T_i                   T_i: expected noise, a constant
+    R_i    = Σ_j e^z_ij + T_i                   T_i: expected noise and own hard negatives, a constant
     loss_i = log(1 + R_i)                       decoupled: log R_i
     dloss_i/ds_ij = κ e^z_ij / (1 + R_i)        G_ij;  dloss_i/dp_i = −κ R_i / (1 + R_i)
 
@@ -40,7 +40,7 @@ class Softmax(NamedTuple):
     ratios: Tensor  # e^(z − m), m an offset per row; 0 at the positive
     alpha: Tensor  # f'(loss)/(e^−m + total), f' usually 1; decoupled: 1/total
     total: Tensor  # e^−m R_i
-    constant: Tensor | None  # the part of expected noise in it
+    constant: Tensor | None  # the part of T_i in it
 
 
 class Residuals(NamedTuple):
@@ -62,6 +62,7 @@ class Residuals(NamedTuple):
     column_constant: Tensor | None
     slope: Tensor | None  # dp_i/ds_ii and the correction of dκ, where p_i is not s_ii
     kappa_correction: Tensor | None
+    own_fraction: Tensor | None  # of own hard negatives in row_constant, (N, 1)
 
 
 def fits(call: Call) -> bool:
@@ -101,24 +102,23 @@ def losses(call: Call, kappa: float | Tensor, precision: Precision) -> tuple[Ten
     else:  # of a positive whose cosine is 0
         positive_logit = (q @ rows.center).unsqueeze(1).mul_(-scale)
     # z_ij = (κ + β) q̂_i·(x̂_j − c) so far; less the shift of its row it is the exponent.
-    cosine, positive, shift, constant = None, None, positive_logit, None
+    cosine, positive, shift, constants = None, None, positive_logit, variants.LogConstants()
     if variants.needs_positive(options):
         cosine = (q * x[:N]).sum(1, keepdim=True) if options.paired else torch.zeros_like(positive_logit)
         positive = _positive(rows, cosine, options)
         shift = positive_logit + (kappa * positive.value - scale * cosine)
-        if options.noise_kind == "expected":
-            constant, _ = variants.log_expected_noise(options, kappa, positive.value, q.shape[1])
+        constants = variants.log_constants(options, kappa, positive.value, q.shape[1])
     z_back: Tensor | None = None
     if _masks_positives_only(options):
         if options.masked_diagonal:
             z.fill_diagonal_(-math.inf)
     else:
         z, z_back = _with_entry_terms(z, rows, options, scale, positive_logit, cosine)
-    row_loss, ahead = _softmax(z.sub_(shift), constant, call, 1)
+    row_loss, ahead = _softmax(z.sub_(shift), constants.rows, call, 1)
     column_loss: Tensor | None = None
     back: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = (None, None, None, None)
     if z_back is not None and positive is not None:
-        back_constant = None if constant is None else constant.T
+        back_constant = None if constants.columns is None else constants.columns.T
         column_loss, back = _softmax(z_back.sub_((kappa * positive.value).T), back_constant, call, 0)
         column_loss = column_loss.T
     if variants.can_hide_columns(options):
@@ -130,8 +130,9 @@ def losses(call: Call, kappa: float | Tensor, precision: Precision) -> tuple[Ten
         row_loss,
         column_loss,
         Residuals(
-            rows.q, rows.inv_norm_q, rows.x, rows.inv_norm_x, grad_columns, rows.center, *ahead, *back, *slopes
-        ),
+            rows.q, rows.inv_norm_q, rows.x, rows.inv_norm_x, grad_columns, rows.center, *ahead, *back, *slopes,
+            constants.own_fraction,
+        ),  # fmt: skip
     )
 
 
@@ -261,7 +262,7 @@ def gradients(
     """Gradients of the loss times ``upstream``."""
     N, q, x = options.counts.rows, kept.unit_anchors, kept.unit_columns
     low_precision = kept.grad_columns.dtype != x.dtype
-    G, lost, of_constant, of_noise = _weighted_ratios(kept, options, kappa, upstream)
+    G, lost, of_constant, of_own, of_noise = _weighted_ratios(kept, options, kappa, upstream)
     if not variants.exponents_fit(options, kappa if isinstance(kappa, float) else None, MAX_EXPONENT):
         variants.flush_tiny_(G)
     of_positive = lost if kept.slope is None else lost * kept.slope  # −dloss/ds_ii
@@ -275,7 +276,7 @@ def gradients(
             if options.paired:
                 v.addcmul_(of_positive, x[:N], value=-1)
         on_diagonal = options.paired and not low_precision and kept.slope is None
-        if not on_diagonal or options.symmetric or of_constant is not None:
+        if not on_diagonal or options.symmetric or kept.row_constant is not None:
             v.addcmul_(G.sum(1, keepdim=True), kept.center)  # elsewhere these sums are 0
         out.anchors, dots = _through_norm(v, q, kept.inv_norm_anchors, dtypes[0])
         d_kappa = dots.sum() if needs.temperature else None
@@ -304,14 +305,17 @@ def gradients(
             scale = variants.logit_scale(kappa, options)
             d_kappa = d_kappa + of_constant.sum() * noise.log_mean_exp_cosine(scale, q.shape[1])[1]
         out.kappa = d_kappa / kappa
+    if needs.log_own and of_own is not None:
+        out.log_own = (of_own / kappa)[:, 0]
     return out
 
 
 def _weighted_ratios(
     kept: Residuals, options: Options, kappa: float | Tensor, upstream: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """dloss/ds_ij of the negatives (N, T + M); its share of the positive and of expected noise, (N, 1) each; and
-    the positives' gradient (N, D) from the noise of the columns' direction. κ is a factor of all four.
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """dloss/ds_ij of the negatives (N, T + M); its share of the positive, of expected noise and of own hard
+    negatives, (N, 1) each; and the positives' gradient (N, D) from the noise of the columns' direction. κ is a
+    factor of all five.
     """
     N, T = options.counts.rows, options.counts.columns
     w: float | Tensor = kappa * options.gradient_factor * (0.5 if options.symmetric else 1.0)
@@ -322,8 +326,12 @@ def _weighted_ratios(
     alpha = kept.row_alpha * w
     G, lost = kept.row_ratios * alpha, kept.row_total * alpha
     of_constant = None if kept.row_constant is None else kept.row_constant * alpha
+    of_own = None
+    if of_constant is not None and kept.own_fraction is not None:
+        of_own = of_constant * kept.own_fraction
+        of_constant = of_constant - of_own if options.noise_kind == "expected" else None
     if kept.column_ratios is None or kept.column_alpha is None or kept.column_total is None:
-        return G, lost, of_constant, None
+        return G, lost, of_constant, of_own, None
     alpha = kept.column_alpha * (w.T if isinstance(w, Tensor) and w.ndim else w)  # (1, N)
     G_back = kept.column_ratios * alpha  # (N + M, N)
     G[:, :N] += G_back[:N]
@@ -331,7 +339,7 @@ def _weighted_ratios(
     if of_constant is not None and kept.column_constant is not None:
         of_constant = of_constant + (kept.column_constant * alpha).T
     of_noise = G_back[N:].T @ kept.unit_columns[T:] if options.has_noise_columns else None
-    return G, lost, of_constant, of_noise
+    return G, lost, of_constant, of_own, of_noise
 
 
 def _column_products(G: Tensor, q: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .autograd import fused_loss
 from .compile_op import compiled_logsumexp, compiled_loss
-from .config import NOISE_OPTIONS, Backend, Reduction, Strategy
+from .config import NOISE_OPTIONS, Backend, HardnessMode, Reduction, Strategy
 from .distributed import Group, resolve_group
 from .reference import reference_logsumexp, reference_loss
 from .resolve import resolve, resolve_among, resolve_without_positives
@@ -37,6 +37,7 @@ def gs_infonce(
     hard_negative_weight: float = 0.0,
     ids: Tensor | tuple[Tensor, Tensor] | None = None,
     negative_ids: Tensor | None = None,
+    negative_owners: Tensor | None = None,
     symmetric: bool = False,
     reduction: Reduction = "mean",
     group: Group = "local",
@@ -46,6 +47,7 @@ def gs_infonce(
     decoupled: bool = False,
     angular_margin: float = 0.0,
     hardness: float = 0.0,
+    hardness_mode: HardnessMode = "all_negatives",
     label_smoothing: float = 0.0,
     filter_margin: float | None = None,
     filter_threshold: float | None = None,
@@ -67,7 +69,9 @@ def gs_infonce(
     Args:
         anchors: (N, D), any strides; float64, float32, bfloat16 or float16 (mixed dtypes are promoted).
         positives: (N, D); row i belongs to anchor i, and is a negative of every other anchor.
-        negatives: (H, D) hard negatives, columns for every anchor.
+        negatives: (H, D) hard negatives, columns for every anchor. Or own ones, each a negative of one anchor
+            only: (N, K, D), K of every anchor, or (H, D) with ``negative_owners``, which may be of uneven numbers.
+            Their cosines are computed from unrounded rows in fp32; they cost O(N·K·D) time and memory.
         queue: (Q, D) further columns, never an anchor's own (past embeddings).
         temperature: τ > 0, a float or a tensor of one element (on the CPU or the inputs' device), which then gets
             a gradient if it requires one. NaN or a value <= 0 in a tensor gives NaN out. Right from 1e-3 to 10.
@@ -83,13 +87,16 @@ def gs_infonce(
             gets no gradient.
         generator: source of sampled noise; default: torch's CPU generator, or with ``"triton"`` the device's, so
             ``torch.manual_seed`` reproduces a call. Backends need not draw the same bits.
-        hard_negative_weight: natural logarithm of the weight of an anchor's *own* hard negatives, the columns j of
-            ``negatives`` with j mod N == i (H must be a multiple of N then).
+        hard_negative_weight: natural logarithm of the weight of an anchor's *own* hard negatives: those that are
+            given as own ones, else the columns j of ``negatives`` with j mod N == i (H must be a multiple of N).
         ids: (N,) integers; a column with the anchor's id is not a negative of it (duplicates in the batch). A
             pair of these, of the anchors and of the positives, masks column j where either equals row i's.
-        negative_ids: (H,) integers, the same for hard negatives, compared with ``ids``, of a pair with those of
-            the positives; None masks none of them.
-        symmetric: mean of both directions (CLIP). Hard negatives and queue act in the anchor → positive direction
+        negative_ids: (H,) integers, of own negatives (N, K, D) (N, K), the same for hard negatives, compared with
+            ``ids``, of a pair with those of the positives; None masks none of them.
+        negative_owners: (H,) integers from 0 to N − 1: ``negatives`` are own ones, row h of anchor
+            ``negative_owners[h]``; with a group, of this rank's anchors. Values on a device are not read by the
+            host: one beyond the anchors fails as an index of torch does there.
+        symmetric: mean of both directions (CLIP). Hard negatives, own ones too, and queue act in the anchor → positive direction
             only, noise in both.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (N,).
         group: ``"local"``: this process's rows; ``"world"``: those of every process of torch.distributed, which is
@@ -108,16 +115,19 @@ def gs_infonce(
             device), ``"reference"`` (float64 with the N×M matrix; differentiable twice), or ``"auto"``: Triton
             for tensors on a GPU that it can serve, else torch; logged once with the reason (logger
             ``fused_infonce``, INFO). ``"triton"`` never falls back.
-        workspace_bytes: memory for tiles of the matrix; default 64 MiB on CPUs, 256 MiB on other devices, more
-            where the kernels could not hold 1024 rows in it. At least one row of columns is always held.
+        workspace_bytes: memory for tiles of the matrix; default 64 MiB on CPUs, 256 MiB on other devices; the
+            Triton kernels take a fortieth of the device's memory, at least 256 MiB and 1024 rows. At least one row
+            of columns is always held.
         decoupled: leave the positive out of the denominator (Yeh et al., ECCV 2022, equation 6). The loss may be
             negative; a row whose every negative is masked counts 0.
         angular_margin: m in radians, 0 <= m < π: the positive's cosine is cos(θ_ii + m) (ArcCon, Zhang et al.,
             ACL 2022, equation 4, with m = 10° = 0.175). Beyond θ = π − m it rises again, as in the formula.
         hardness: β >= 0: every negative, noise included, weighs e^(β s_ij), which has no derivative (Lan et al.,
             2025, equation 5, with β = 9). ``symmetric``: in both directions.
+        hardness_mode: which negatives ``hardness`` weighs: ``"all_negatives"``; ``"in_batch_negatives"``, the columns
+            that anchors share, and noise; or ``"hard_negatives"``, own ones only (EmbeddingGemma, Vera et al. 2025).
         label_smoothing: ε: a share of the label that is spread evenly over all columns but the noise, as in
-            ``F.cross_entropy``; log-weights are no part of its logits. Not with ``ids`` or a filter.
+            ``F.cross_entropy``; log-weights are no part of its logits. Not with ``ids``, a filter or own negatives.
         filter_margin: columns with s_ij > s_ii + filter_margin are no negatives of anchor i (GISTEmbed, Solatorio
             2024; its margin is −filter_margin); in the other direction of ``symmetric`` with s_ij > s_jj + …
         filter_threshold: columns with s_ij > filter_threshold are no negatives either. A filter compares scores as

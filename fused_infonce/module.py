@@ -30,8 +30,8 @@ class GSInfoNCELoss(nn.Module):
         temperature_range: smallest and largest τ of a learned temperature. The smallest is also the promise
             (``min_temperature``) that lets the kernels take one pass with a device tensor.
 
-    The other arguments are those of :func:`gs_infonce`; ``queue``, ``ids``, ``negative_ids``, ``generator``,
-    ``guide`` and ``noise`` given as a tensor belong to a batch and go to ``forward``.
+    The other arguments are those of :func:`gs_infonce`; ``queue``, ``ids``, ``negative_ids``, ``negative_owners``,
+    ``generator``, ``guide`` and ``noise`` given as a tensor belong to a batch and go to ``forward``.
     """
 
     def __init__(
@@ -109,6 +109,7 @@ class GSInfoNCELoss(nn.Module):
         queue: Tensor | None = None,
         ids: Tensor | None = None,
         negative_ids: Tensor | None = None,
+        negative_owners: Tensor | None = None,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
         guide: Sequence[Tensor] | None = None,
@@ -128,6 +129,7 @@ class GSInfoNCELoss(nn.Module):
             generator=generator,
             ids=ids,
             negative_ids=negative_ids,
+            negative_owners=negative_owners,
             group=self.group,
             guide=guide,
             **options,

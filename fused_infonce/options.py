@@ -53,6 +53,8 @@ class Options(LossConfig):
     similar: Similar | None = None  # which negatives are too similar to be negatives
     seed: Tensor | None = None  # (1,) of sampled noise; on the device where the kernels draw it
     exchange: Exchange | None = None  # with the other ranks of a group
+    log_own: Tensor | None = None  # (N, 1) log O_i of the rows' own hard negatives, see ``own_negatives``
+    num_own: int = 0  # an upper bound of their number in a row
 
     def __post_init__(self) -> None:
         """The config was checked when it was made."""
@@ -130,20 +132,21 @@ class Options(LossConfig):
     @functools.cached_property
     def log_columns(self) -> float:
         """log of the number of terms in a row's denominator besides the positive's."""
-        return math.log(max(1, self.total("columns") - 1 + self.num_noise))
+        return math.log(max(1, self.total("columns") - 1 + self.num_noise + self.num_own))
 
     @functools.cached_property
-    def _biases(self) -> tuple[float, float]:
+    def exponent_range(self) -> tuple[float, float]:
+        """Least and largest log-weight of an entry that is not masked."""
         noise = 0.0 if self.noise_kind == "none" else self.log_noise_weight
-        own = self.own_log_weight
+        own = self.hard_negative_weight if self.num_own else self.own_log_weight
         return min(0.0, noise, own), max(0.0, noise, own)
 
     def fits_known_offset(self, kappa: float) -> bool:
         """Whether fixed row offsets keep every term that matters inside the range of fp32 (design, "Range")."""
-        low, high = self._biases
+        low, high = self.exponent_range
         return 2 * (kappa + self.hardness) + self.log_columns + high - low <= _EXPONENT_SPAN
 
     @functools.cached_property
     def offset_margin(self) -> float:
         """o_i = max(0, κ + β − κ p_i + offset_margin) is the row offset of one pass, p_i of the positive."""
-        return self._biases[1] + self.log_columns - _EXPONENT_TOP
+        return self.exponent_range[1] + self.log_columns - _EXPONENT_TOP

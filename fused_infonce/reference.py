@@ -39,7 +39,8 @@ def reference_loss(call: Call) -> Tensor:
         guide_rows, guide_columns = (unit_rows(x, torch.float64) for x in options.similar.guide)
         scores = guide_rows @ guide_columns.T
     every = torch.cat([pairs, _extra_bias(options, q.device)], 1)
-    losses = _direction(q, columns, k, g, every, kappa, options, scores)
+    own = _own_logits(call, q, k, kappa)
+    losses = _direction(q, columns, k, g, every, kappa, options, scores, own)
     if options.symmetric:
         back = _direction(k, q, q, g, pairs, kappa, options, None if scores is None else scores[:, : len(q)].T)
         losses = (losses + back) / 2
@@ -84,6 +85,7 @@ def _direction(
     kappa: Tensor,
     options: Options,
     scores: Tensor | None,  # (N, T) a guide's cosines
+    own: Tensor | None = None,  # (N, H) logits of own hard negatives, −inf where they are another row's or masked
 ) -> Tensor:
     """log1p, or decoupled log, of the sum of the ratios e^z over every column but the positive."""
     s, positive = q @ columns.T, (q * positives).sum(1, keepdim=True)  # (N, T), (N, 1)
@@ -93,14 +95,16 @@ def _direction(
         zero = ~(q.any(1, keepdim=True) & positives.any(1, keepdim=True))
         half_squared_chord = (q - positives).square().sum(1, keepdim=True) / 2
         positive, _ = cosine_with_margin(positive, half_squared_chord, zero, options.angular_margin)
-    z = torch.where(bias.isinf(), bias, kappa * (s - positive) + bias + options.hardness * s.detach())
+    z = torch.where(bias.isinf(), bias, kappa * (s - positive) + bias + options.column_hardness * s.detach())
     if noise is not None:
         s = q @ noise.T
-        more = kappa * (s - positive) + options.log_noise_weight + options.hardness * s.detach()
+        more = kappa * (s - positive) + options.log_noise_weight + options.column_hardness * s.detach()
         z = torch.cat([z, more], 1)
+    if own is not None:
+        z = torch.cat([z, torch.where(own == -math.inf, own, own - kappa * positive)], 1)
     if options.noise_kind == "expected":
         # the derivative is that at κ + β, of κ alone
-        log_c, _ = log_mean_exp_cosine(kappa + options.hardness, q.shape[1])
+        log_c, _ = log_mean_exp_cosine(kappa + options.column_hardness, q.shape[1])
         z = torch.cat([z, options.log_noise_weight + math.log(options.num_noise) + log_c - kappa * positive], 1)
     z = z + 0 * (kappa * positive + columns.sum())  # NaN reaches a row whose every negative is masked, too
     if options.decoupled:  # a row without negatives counts 0
@@ -114,11 +118,41 @@ def _direction(
     return (-torch.expm1(-loss.clamp(min=1e-300))) ** options.focal_gamma * loss  # the power has no slope at 0
 
 
+def _own_logits(call: Call, q: Tensor, k: Tensor, kappa: Tensor) -> Tensor | None:
+    """Logits (N, H) of own hard negatives: as columns for every row, of which a row sees its own."""
+    own, options, N = call.own, call.options, len(q)
+    if own is None:
+        return None
+    flat = own.rows.flatten(0, -2)
+    owners, each = own.owners, torch.arange(N, device=q.device)
+    if owners is None:
+        owners = each.repeat_interleave(own.rows.shape[1])
+    s = q @ unit_rows(flat, torch.float64).T
+    left_out = owners[None] != each[:, None]
+    if own.ids is not None and options.ids is not None:
+        ids = options.ids if options.ids.ndim == 1 else options.ids[:, 1]
+        left_out = left_out | _same_ids(ids, own.ids.flatten())
+    if options.similar is not None:
+        scores, positive = s, (q * k).sum(1, keepdim=True)
+        if options.similar.guide is not None and own.guide is not None:
+            rows, columns = (unit_rows(x, torch.float64) for x in options.similar.guide)
+            scores = rows @ unit_rows(own.guide.flatten(0, -2), torch.float64).T
+            positive = (rows * columns[:N]).sum(1, keepdim=True)
+        left_out = left_out | (scores > _limit(options.similar, positive))
+    z = kappa * s + options.hard_negative_weight + options.own_hardness * s.detach()
+    hidden = torch.where(owners[None] == each[:, None], 0 * s, 0.0).sum(1, keepdim=True)  # NaN, also of masked ones
+    return z.masked_fill(left_out, -math.inf) + hidden
+
+
 def _too_similar(similar: Similar, s: Tensor, positive: Tensor, scores: Tensor | None) -> Tensor:  # (N, T)
     if scores is not None:
         s, positive = scores, scores.diagonal()[:, None]
+    return s > _limit(similar, positive)
+
+
+def _limit(similar: Similar, positive: Tensor) -> Tensor:  # (N, 1)
     limit = torch.full_like(positive, math.inf) if similar.margin is None else positive + similar.margin
-    return s > (limit if similar.threshold is None else limit.clamp(max=similar.threshold))
+    return limit if similar.threshold is None else limit.clamp(max=similar.threshold)
 
 
 def _same_ids(rows: Tensor, columns: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -11,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import checks
+from . import backends, checks
 from . import noise as noise_source
-from .backends import choose_backend
 from .config import MUST_AGREE_ACROSS_RANKS, SMOOTHING_IS_ALONE, LossConfig, make_config, switch
 from .distributed import Counts, Exchange, Facts, agree, choose_strategy
 from .options import NoiseKind, Options, Similar
+from .own_negatives import OwnNegatives, positives_limit
 
 _COLUMNS = ("positives", "negatives", "queue")
 # Options of a call without positives, see ``Options``.
@@ -35,6 +36,8 @@ class Call:
     dtype: torch.dtype  # of the inputs, promoted
     product_dtype: torch.dtype  # of the matrix products
     backend: Literal["triton", "torch", "reference"]
+    own: OwnNegatives | None = None  # what ``own_log_sums`` was computed from, in a call that is not traced
+    own_log_sums: Tensor | None = None  # (N,) log O_i with its graph; None without own negatives, or in the reference
 
     @property
     def takes_one_pass(self) -> bool:
@@ -57,6 +60,8 @@ class Traced:
 
     seed: Tensor | None  # (1,) of sampled noise
     autocast_dtype: torch.dtype | None
+    own_log_sums: Tensor | None = None  # (N,) of own hard negatives
+    num_own: int = 0  # at most in a row
 
 
 def resolve(
@@ -70,12 +75,14 @@ def resolve(
     generator: torch.Generator | None,
     ids: Tensor | tuple[Tensor, Tensor] | None,
     negative_ids: Tensor | None,
+    negative_owners: Tensor | None,
     guide: Sequence[Tensor] | None,
     traced: Traced | None = None,
     seed_on_cpu: bool = False,
     **options: Any,  # the other fields of LossConfig
 ) -> Call:
     """Returns the arguments of ``gs_infonce`` as a Call of one process; errors name what is wrong."""
+    negatives, own = own_of(anchors, negatives, negative_owners)
     tensors = checks.check_inputs(anchors, positives, negatives, queue)
     noise_rows = checks.check_noise_vectors(noise, anchors) if isinstance(noise, Tensor) else None
     temperature = checks.check_temperature(temperature, anchors.device)
@@ -83,14 +90,21 @@ def resolve(
     config = make_config({**options, "noise": noise if noise_rows is None else "sampled"})
     lengths = [0 if x is None else x.shape[0] for x in (anchors, negatives, queue)]
     counts, given_negatives = Counts(*lengths), None if negatives is None else lengths[1]
+    if own is not None:
+        negative_ids, given_negatives = own.flat_ids(negative_ids), own.rows.shape[:-1].numel()
+        guide = own.taken_from(guide)
     ids, negative_ids = checks.check_both_ids(ids, negative_ids, given_negatives, counts.positives, anchors.device)
     similar = _filter(config, guide, tensors)
-    _check_with_tensors(config, counts, ids, similar)
+    if own is not None:
+        own.ids, negative_ids = own.shaped(negative_ids), None
+    _check_with_tensors(config, counts, ids, similar, own, traced)
     if traced is None and config.backend != "reference":
-        checks.check_transforms([*tensors, temperature, noise, ids, negative_ids, *(guide or ())])
+        given = [*tensors, temperature, noise, ids, negative_ids, *(guide or ())]
+        checks.check_transforms(given if own is None else [*given, own.rows])
 
-    dtype = _promoted(tensors)
-    backend = choose_backend(config.backend, anchors.device, dtype, anchors.shape[1])
+    wide = own.rows if own is not None else None if traced is None else traced.own_log_sums
+    dtype = torch.float64 if wide is not None and wide.dtype == torch.float64 else _promoted(tensors)
+    backend = backends.choose_backend(config.backend, anchors.device, dtype, anchors.shape[1])
     num_noise = config.num_noise if noise_rows is None else noise_rows.shape[0]
     kind: NoiseKind = config.noise if noise_rows is None else "given"
     if num_noise == 0 or config.noise_weight == 0:
@@ -99,12 +113,66 @@ def resolve(
     if kind == "sampled":
         seed = traced.seed if traced else _drawn_seed(backend, generator, anchors.device, seed_on_cpu)
     resolved = Options.of(config, num_noise, counts, kind, ids, negative_ids, similar, seed)
-    product_dtype = _product_dtype(dtype, anchors.device.type, traced)
+    product_dtype = _product_dtype(dtype, anchors.device.type, backend, traced)
     bound = None if backend == "reference" else _kappa_bound(temperature, config.min_temperature)
     inputs = (anchors, positives, negatives, queue)
     if resolved.noise_kind != "given":
         noise_rows = None
-    return Call(inputs, noise_rows, temperature, bound, resolved, dtype, product_dtype, backend)
+    call = Call(inputs, noise_rows, temperature, bound, resolved, dtype, product_dtype, backend, own)
+    if traced is not None and traced.own_log_sums is not None:
+        _with_own(call, traced.own_log_sums, traced.num_own)
+    elif own is not None:
+        log_sums = None
+        if backend != "reference":
+            log_sums = own_log_sums(own, anchors, positives, temperature, ids, similar, **vars(config))
+        _with_own(call, log_sums, own.most)
+    return call
+
+
+def own_of(
+    anchors: Tensor, negatives: Tensor | None, owners: Tensor | None
+) -> tuple[Tensor | None, OwnNegatives | None]:
+    """Returns the negatives that all anchors share, or those that are each anchor's own."""
+    if owners is None and (not isinstance(negatives, Tensor) or negatives.ndim != 3):
+        return negatives, None
+    checks.check_matrix("anchors", anchors)
+    return None, OwnNegatives(*checks.check_own_negatives(anchors, negatives, owners))
+
+
+def own_log_sums(
+    own: OwnNegatives,
+    anchors: Tensor,
+    positives: Tensor,
+    temperature: float | Tensor,
+    ids: Tensor | None,
+    similar: Similar | None,
+    *,
+    hardness: float,
+    hardness_mode: str,
+    hard_negative_weight: float,
+    **_: Any,  # the other fields of LossConfig
+) -> Tensor:
+    """log O_i of own hard negatives, (N,), differentiable; NaN where the temperature is no positive number."""
+    limit, guide = positives_limit(anchors, positives, similar)
+    if isinstance(temperature, Tensor):
+        temperature = torch.where(temperature > 0, temperature, math.nan)
+    if ids is not None and ids.ndim == 2:
+        ids = ids[:, 1]  # a hard negative has a document's id
+    return own.log_sum(
+        anchors,
+        temperature,
+        hardness=0.0 if hardness_mode == "in_batch_negatives" else hardness,
+        log_weight=hard_negative_weight,
+        ids=ids,
+        limit=limit,
+        guide=guide,
+    )
+
+
+def _with_own(call: Call, log_sums: Tensor | None, most: int) -> None:
+    """Adds what is known of own hard negatives to the call."""
+    log_own = None if log_sums is None else log_sums.detach()[:, None]
+    call.own_log_sums, call.options = log_sums, replace(call.options, log_own=log_own, num_own=most)
 
 
 def resolve_without_positives(
@@ -140,11 +208,11 @@ def resolve_without_positives(
         checks.check_transforms([*tensors, temperature, row_ids, column_ids, limit, *(guide or ())])
 
     dtype = _promoted(tensors)
-    backend = choose_backend(config.backend, device, dtype, D)
+    backend = backends.choose_backend(config.backend, device, dtype, D)
     counts = Counts(0, T, 0, unpaired=N)
     resolved = Options.of(config, 0, counts, "none", row_ids, column_ids, similar, None, exclude_diagonal)
     bound = None if backend == "reference" else _kappa_bound(temperature, config.min_temperature)
-    product_dtype = _product_dtype(dtype, device.type, traced)
+    product_dtype = _product_dtype(dtype, device.type, backend, traced)
     return Call((rows, None, columns, None), None, temperature, bound, resolved, dtype, product_dtype, backend)
 
 
@@ -155,10 +223,14 @@ def _promoted(tensors: list[Tensor]) -> torch.dtype:
     return dtype
 
 
-def _product_dtype(dtype: torch.dtype, device_type: str, traced: Traced | None) -> torch.dtype:
-    """That of autocast where it is on, but for float64."""
+def _product_dtype(dtype: torch.dtype, device_type: str, backend: str, traced: Traced | None) -> torch.dtype:
+    """That of autocast where it is on, but for float64; fp32 where a narrower one is slower."""
     autocast = autocast_dtype(device_type) if traced is None else traced.autocast_dtype
-    return dtype if dtype == torch.float64 or autocast is None else autocast
+    chosen = dtype if dtype == torch.float64 or autocast is None else autocast
+    narrow = chosen in (torch.bfloat16, torch.float16)
+    if backend == "torch" and narrow and not backends.multiplies_faster(chosen, device_type):
+        return torch.float32
+    return chosen
 
 
 def _drawn_seed(
@@ -177,8 +249,26 @@ def _filter(config: LossConfig, guide: Any, tensors: list[Tensor]) -> Similar | 
     return replace(similar or Similar(0.0, None, None), guide=checks.check_guide(guide, tensors))
 
 
-def _check_with_tensors(config: LossConfig, counts: Counts, ids: Tensor | None, similar: Similar | None) -> None:
+def _check_with_tensors(
+    config: LossConfig,
+    counts: Counts,
+    ids: Tensor | None,
+    similar: Similar | None,
+    own: OwnNegatives | None,
+    traced: Traced | None,
+) -> None:
     """Raises ValueError for an option that the call's tensors do not allow."""
+    none_are_own = own is None and (traced is None or traced.own_log_sums is None)
+    if config.hardness and config.hardness_mode == "hard_negatives" and none_are_own:
+        raise ValueError(
+            "hardness_mode='hard_negatives' weighs own hard negatives, and none came: give negatives as (N, K, "
+            "features), or with negative_owners"
+        )
+    if config.label_smoothing and not none_are_own:
+        raise ValueError(
+            "label_smoothing cannot be combined with own hard negatives: rows would spread it over different "
+            "columns; leave one out, or give negatives as columns of every anchor (H, features)"
+        )
     if config.hard_negative_weight and counts.negatives % counts.positives:
         raise ValueError(
             f"negatives: {counts.negatives} rows came, but with hard_negative_weight they must be a multiple of "
@@ -207,10 +297,11 @@ def resolve_among(group: ProcessGroup, resolver: Callable[..., Call], **argument
             agree(group, Facts({}, Counts(0, 0, 0), error=f"{type(error).__name__}: {error}"))
         raise
     options, needs = call.options, _needs(call)
+    needs_own = call.own_log_sums is not None and call.own_log_sums.requires_grad
     facts = {
         "the number of features": call.inputs[0].shape[1],
         "the dtype": call.dtype,
-        "the dtype of products (autocast)": call.product_dtype,
+        "the dtype of products (autocast, or the CPU)": call.product_dtype,
         "the device type": call.inputs[0].device.type,
         "the backend": call.backend,
         "temperature": _known(arguments["temperature"]),
@@ -220,7 +311,7 @@ def resolve_among(group: ProcessGroup, resolver: Callable[..., Call], **argument
         "the number of ids per row": 0 if options.ids is None else options.ids.ndim,
         "whether negative_ids are given": (None if call.inputs[2] is None else options.negative_ids is not None),
         **{f"whether {name} need a gradient": need for name, need in needs.items()},
-        "whether anything needs a gradient": any(needs.values()),
+        "whether anything needs a gradient": any(needs.values()) or needs_own,
     }
     seed = None if options.seed is None else int(options.seed)
     call.options = _with_exchange(call, group, agree(group, Facts(facts, options.counts, seed)))

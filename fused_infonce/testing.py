@@ -60,12 +60,12 @@ def half_precision_products() -> Iterator[None]:
 
     Errors that are measured so are those of the devices that round the products.
     """
-    decide = backends.multiplies_half_faster
-    backends.multiplies_half_faster = lambda device_type: True  # type: ignore[assignment]
+    decide = backends.multiplies_faster
+    backends.multiplies_faster = lambda dtype, device_type: True  # type: ignore[assignment]
     try:
         yield
     finally:
-        backends.multiplies_half_faster = decide
+        backends.multiplies_faster = decide
 
 
 def naive(anchors: Tensor, positives: Tensor, temperature: float | Tensor = 0.05) -> Tensor:

@@ -5,8 +5,7 @@ path over the logits (``dense``, ``tiled``) calls these functions and contains n
 
     logit_scale          κ + β, the factor of a negative's cosine              (hardness)
     positive_cosine      p_i, by default s_ii                                  (angular_margin)
-    log_expected_noise   a constant of each denominator                        (noise="expected")
-    exponent_range       least and largest b_ij                                (weights)
+    log_constants        one number more in each denominator                   (noise="expected", own negatives)
     row_loss             from a denominator to a loss, log(1 + R) by default   (decoupled)
     transformed_loss     f(loss) and f'(loss), by default the loss itself                (focal_gamma)
 
@@ -48,14 +47,14 @@ def logit_scale(kappa: Tensor, options: Options) -> Tensor: ...
 def logit_scale(kappa: float | Tensor, options: Options) -> float | Tensor: ...
 def logit_scale(kappa: float | Tensor, options: Options) -> float | Tensor:
     """The factor of a negative's cosine in an exponent. No derivative is taken of β's part."""
-    return kappa + options.hardness
+    return kappa + options.column_hardness
 
 
 def needs_positive(options: Options) -> bool:
     """Whether the exponents need p_i and s_ii as numbers of their own, not only their difference to s_ij."""
     return bool(
-        options.angular_margin or options.hardness or options.symmetric or options.similar is not None
-    ) or (options.noise_kind == "expected")
+        options.angular_margin or options.column_hardness or options.symmetric or options.similar is not None
+    ) or (options.noise_kind == "expected" or options.log_own is not None)
 
 
 def unchanged_positive(cosine: Tensor) -> Positive:
@@ -69,6 +68,29 @@ def positive_cosine(cosine: Tensor, half_squared_chord: Tensor, zero: Tensor, op
     return Positive(value, slope, slope * cosine - value)
 
 
+@dataclass(slots=True, eq=False)
+class LogConstants:
+    """Logarithms of what joins a denominator beside the columns' ratios, (N, 1) each; None: nothing."""
+
+    rows: Tensor | None = None  # log (T_i + O_i e^(−κ p_i))
+    columns: Tensor | None = None  # log T_i, of the other direction
+    rho: float | Tensor = 0.0  # d log c_D/dκ in T_i
+    own_fraction: Tensor | None = None  # of own hard negatives in the rows'; None: none are given
+
+
+def log_constants(options: Options, kappa: float | Tensor, positive: Tensor, D: int) -> LogConstants:
+    """positive: p_i (N, 1), which may have no value to read where there are no constants."""
+    out = LogConstants()
+    if options.noise_kind == "expected":
+        out.columns, out.rho = log_expected_noise(options, kappa, positive, D)
+        out.rows = out.columns
+    if options.log_own is not None:
+        own = options.log_own.to(positive.dtype) - kappa * positive
+        out.rows = own if out.columns is None else torch.logaddexp(out.columns, own)
+        out.own_fraction = torch.ones_like(own) if out.columns is None else (own - out.rows).exp()
+    return out
+
+
 def log_expected_noise(
     options: Options, kappa: float | Tensor, positive: Tensor, D: int
 ) -> tuple[Tensor, float | Tensor]:
@@ -80,18 +102,11 @@ def log_expected_noise(
     return log_c + log_weight - kappa * positive, rho
 
 
-def exponent_range(options: Options) -> tuple[float, float]:
-    """Least and largest log-weight of an entry that is not masked."""
-    noise = 0.0 if options.noise_kind == "none" else options.log_noise_weight
-    own = options.own_log_weight
-    return min(0.0, noise, own), max(0.0, noise, own)
-
-
 def exponents_fit(options: Options, kappa_bound: float | None, limit: float) -> bool:
     """Whether every sum of e^z_ij stays below e^limit; kappa_bound: an upper bound of κ, None if unknown."""
     if kappa_bound is None:
         return False
-    return 2 * kappa_bound + options.hardness + exponent_range(options)[1] + options.log_columns <= limit
+    return 2 * kappa_bound + options.hardness + options.exponent_range[1] + options.log_columns <= limit
 
 
 def can_hide_columns(options: Options) -> bool:

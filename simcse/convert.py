@@ -1,4 +1,4 @@
-"""``python -m simcse.convert``: a checkpoint of the reference's code → the folder of ``simcse.layout``."""
+"""``python -m simcse.convert``: a checkpoint of the reference's code → the folder of ``simcse.saved_model``."""
 
 import re
 import tempfile
@@ -12,10 +12,13 @@ with exit_cleanly("simcse.convert"):
     from transformers import AutoConfig, AutoModel, AutoTokenizer
     from transformers.utils import logging
 
-    from simcse.arguments import flag, parse, pooler_flag
-    from simcse.layout import save_encoder
-    from simcse.model import LOCAL, PoolerType, check_pooler, load_encoder
-    from simcse.runs import check_output_dir, saving
+    from simcse.encoder import PoolerType, check_pooler
+    from simcse.flags import flag, parse, pooler_flag
+    from simcse.model import load_encoder
+    from simcse.runs import check_output_dir
+    from simcse.saved_model import save_encoder
+    from simcse.sources import LOCAL
+    from simcse.storage import saving
     from simcse.weights import first_line, left_over, read_tensors
 
 DESCRIPTION = (

@@ -9,11 +9,11 @@ with exit_cleanly("simcse.encode"):
     import numpy as np
     from transformers.utils import logging
 
-    from simcse.arguments import MODEL, STORED_POOLER, flag, parse, pooler_flag
+    from simcse.encoder import PoolerType
     from simcse.files import output_file, replaced
-    from simcse.model import PoolerType
-    from simcse.table import read_sentences
-    from simcse.tool import SimCSE
+    from simcse.flags import MODEL, STORED_POOLER, flag, parse, pooler_flag
+    from simcse.inference import SimCSE
+    from simcse.readers import read_sentences
 
 DESCRIPTION = (
     "Write the vectors of the sentences in a file, in its order: .npy (N, D), or .parquet with the sentences."

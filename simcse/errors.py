@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
         print(self.format_help(), end="", file=file)  # argparse's own hides a closed pipe
 
 
-def is_first() -> bool:
+def is_local_rank_zero() -> bool:
     """Whether this is the process of its machine that speaks, of those that torchrun started."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
@@ -95,7 +95,7 @@ def exit_cleanly(program: str) -> Iterator[None]:
 
 
 def _end(program: str, message: str) -> NoReturn:
-    if is_first():
+    if is_local_rank_zero():
         print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2) from None
 

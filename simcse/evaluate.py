@@ -1,7 +1,6 @@
 """``python -m simcse.evaluate``: the STS tasks of a file, and SentEval's transfer tasks of a folder."""
 
 import json
-import math
 import os
 from dataclasses import dataclass, replace
 from logging import getLogger
@@ -14,12 +13,14 @@ with exit_cleanly("simcse.evaluate"):  # these take seconds, and Ctrl-C has to b
     import torch
     from transformers.utils import logging
 
-    from simcse.arguments import MODEL, STORED_POOLER, flag, parse, pooler_flag
-    from simcse.dataset import shipped
+    from simcse.collator import packaged_file
+    from simcse.encoder import PoolerType
     from simcse.files import output_file, output_folder, write_text
-    from simcse.model import PoolerType, load_encoder
+    from simcse.flags import MODEL, STORED_POOLER, flag, parse, pooler_flag
+    from simcse.model import load_encoder
     from simcse.plot import plot_densities, plot_path, plot_spectrum
     from simcse.report import anisotropy_line, evaluations, markdown, table
+    from simcse.scores import STS_TASKS, TRANSFER_TASKS, add_row_of_averages, sts_rows, transfer_rows, write_json
     from simcse.sts import Pairs, cone, correlations, cosines, encode, geometry, read_sts_source, watched_pairs
 
 DESCRIPTION = (
@@ -29,13 +30,6 @@ DESCRIPTION = (
     "one. With --task_set transfer or full: the accuracy of a logistic regression on the vectors, on SentEval's "
     "transfer tasks. Sentences are cut at the length that the model's folder states."
 )
-# The columns of the reference's tables. Its names of two STS tasks differ from those in the data.
-STS_TASKS = {
-    **{f"STS{year}": f"STS{year}" for year in range(12, 17)},
-    "STSB": "STSBenchmark",
-    "SICKR": "SICKRelatedness",
-}
-TRANSFER_TASKS = ("MR", "CR", "SUBJ", "MPQA", "SST2", "TREC", "MRPC")
 SPLITS = {"all": None, "test": ("test",), "fasttest": ("test",), "dev": ("dev", "trial")}
 
 PLOTS = ("cosine_densities.png", "singular_values.png", "alignment_uniformity.png")
@@ -186,8 +180,8 @@ def main(argv: list[str] | None = None) -> None:
             watched = watched_pairs(tasks)
             shape = geometry(watched, vectors) if watched else {}
             scores |= shape
-            tables.append(_sts_rows(tasks, measured))
-            _add_row_of_averages(tables, notes, {t: n for n, t in STS_TASKS.items()}, scores)
+            tables.append(sts_rows(tasks, measured))
+            add_row_of_averages(tables, notes, {t: n for n, t in STS_TASKS.items()}, scores)
             if shape:
                 measures = ", ".join(f"{name} {value:.4f}" for name, value in shape.items())
                 notes.append(f"{watched.name}: {measures} (lower is better)")
@@ -200,14 +194,14 @@ def main(argv: list[str] | None = None) -> None:
             details |= results
             shown = "devacc" if args.mode == "dev" else "acc"
             scores |= {name: result[shown] for name, result in results.items()}
-            tables.append(_transfer_rows(transfer_tasks, results))
-            _add_row_of_averages(tables, notes, {task: task for task in TRANSFER_TASKS}, scores)
+            tables.append(transfer_rows(transfer_tasks, results))
+            add_row_of_averages(tables, notes, {task: task for task in TRANSFER_TASKS}, scores)
 
         note = "\n\n".join(notes)
         if args.output_json:
-            _write_json(args.output_json, scores)
+            write_json(args.output_json, scores)
         if args.details_json:
-            _write_json(args.details_json, details)
+            write_json(args.details_json, details)
         if args.output_md:
             text = "\n\n".join([heading, *map(markdown, tables), note])
             write_text(Path(args.output_md).expanduser(), text + "\n")
@@ -221,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _sts_tasks(args: EvaluationArguments) -> list[Pairs]:
     source = args.sts_data or "the package"
-    tasks = read_sts_source(args.sts_data or shipped("sts.tsv"))
+    tasks = read_sts_source(args.sts_data or packaged_file("sts.tsv"))
     if args.sts_tasks is not None:
         absent = sorted(args.sts_tasks - {pairs.task for pairs in tasks})
         if absent:
@@ -244,57 +238,6 @@ def _transfer_files(args: EvaluationArguments) -> dict[str, list[Path]]:
     from simcse.transfer import files_of
 
     return files_of(args.transfer_data, args.transfer_tasks)
-
-
-def _sts_rows(tasks: list[Pairs], measured: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The three aggregates are shown where a task has several subsets; otherwise they are the same number."""
-    rows: list[tuple[str, ...]] = [
-        ("task", "pairs", "Spearman × 100", "mean", "wmean", "Pearson × 100", "mean", "wmean")
-    ]
-    for pairs in tasks:
-        cells = [
-            f"{value:.2f}" if kind == "all" or len(measured[pairs.name]["subsets"]) > 1 else ""
-            for measure in ("spearman", "pearson")
-            for kind, value in measured[pairs.name]["all"][measure].items()
-        ]
-        rows.append((pairs.name, f"{len(pairs.scores):,}", *cells))
-    tests = [measured[pairs.name]["all"] for pairs in tasks if pairs.split == "test"]
-    if len(tests) > 1:
-        means = [
-            f"{sum(test[measure][kind] for test in tests) / len(tests):.2f}"
-            for measure in ("spearman", "pearson")
-            for kind in ("all", "mean", "wmean")
-        ]
-        rows.append(("mean of test splits", "", *means))
-    return rows
-
-
-def _transfer_rows(tasks: list[Any], results: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [("task", "protocol", "test examples", "dev accuracy", "test accuracy", "F1")]
-    for task in tasks:
-        result = results[task.name]
-        f1 = f"{result['f1']:.2f}" if "f1" in result else ""
-        accuracies = (f"{result['devacc']:.2f}", f"{result['acc']:.2f}", f1)
-        rows.append((task.name, task.protocol, f"{result['ntest']:,}", *accuracies))
-    return rows
-
-
-def _add_row_of_averages(
-    tables: list[list[tuple[str, ...]]], notes: list[str], names: dict[str, str], scores: dict[str, float]
-) -> None:
-    """The reference's table: a column for each task (title → name in ``scores``), and their average."""
-    there = {title: scores[name] for title, name in names.items() if name in scores}
-    if len(there) < 2:
-        return
-    average = sum(there.values()) / len(there)
-    tables.append([(*there, "Avg."), (*(f"{value:.2f}" for value in there.values()), f"{average:.2f}")])
-    absent = [title for title in names if title not in there]
-    if absent:
-        notes.append(f"Avg. is that of {', '.join(there)}; {', '.join(absent)} were not scored")
-
-
-def _write_json(name: str, values: dict[str, Any]) -> None:
-    write_text(Path(name).expanduser(), json.dumps(_numbers(values), indent=2) + "\n")
 
 
 def _check_outputs(args: EvaluationArguments, transfer_files: list[Path]) -> None:
@@ -342,15 +285,6 @@ def _trajectory(model: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is damaged ({error!r}); --plots reads the run's path from it") from None
     return {"points": points, "best": state.get("best_global_step")} if points else {}
-
-
-def _numbers(value: Any) -> Any:
-    """Floats with four decimals; null for NaN, which JSON lacks, where a correlation is undefined."""
-    if isinstance(value, dict):
-        return {key: _numbers(one) for key, one in value.items()}
-    if isinstance(value, float):
-        return None if math.isnan(value) else round(value, 4)
-    return value
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from fused_infonce import GSInfoNCELoss, contrastive_stats
 from simcse.arguments import AUTO, LossArguments
+from simcse.backbone import load_masked_lm
+from simcse.encoder import SentenceEncoder
 from simcse.mini_batches import MiniBatches, embed_in_mini_batches
-from simcse.model import SentenceEncoder, load_masked_lm
 from simcse.published import LOSSES, Columns, check_flags, published_loss
 
 STATS_OPTIONS = inspect.signature(contrastive_stats).parameters
@@ -43,7 +44,8 @@ class Objective(nn.Module):
         size = options.mini_batch_size
         self.mini_batches = MiniBatches(0 if size == AUTO else int(size))  # the trainer chooses in place of 'auto'
         self.queue_size = options.queue_size // (dist.get_world_size(group) if group is not None else 1)
-        self.register_buffer("queue", torch.empty(0, encoder.config.hidden_size))
+        # Not persistent: sharded weights are loaded by name and shape, and the queue grows.
+        self.register_buffer("queue", torch.empty(0, encoder.config.hidden_size), persistent=False)
         self.mlm = MLMHead(encoder) if options.do_mlm else None
 
     def forward(self, masked_ids: Tensor | None = None, labels: Tensor | None = None, **tokens: Tensor) -> Any:
@@ -77,10 +79,10 @@ class Objective(nn.Module):
             ids[2 * rows :] if ids is not None and views > 2 else None,
         )
 
-    def check_loss(self, device: torch.device, views: int) -> None:
+    def check_loss(self, device: torch.device, views: int, rows: int) -> None:
         """Raises the loss's error for options that it refuses together, or on this device, before any training."""
         if self.options.loss in LOSSES:
-            check_flags(self.options, views, alone=self.loss.group == "local")
+            check_flags(self.options, views, rows, alone=self.loss.group == "local")
         x = torch.eye(2, self.encoder.config.hidden_size, device=device).repeat(views, 1)
         ids = torch.arange(2, device=device).repeat(views) if self.options.mask_duplicates else None
         group, self.loss.group = self.loss.group, "local"
@@ -127,18 +129,31 @@ class Objective(nn.Module):
     def extra_state(self) -> dict[str, Tensor]:
         """Weights and memory beside the encoder's, which its own folder holds."""
         names = {name for name, _ in itertools.chain(self.named_parameters(), self.named_buffers())}
-        state = {name: value for name, value in self.state_dict().items() if not name.startswith("encoder.")}
+        state = {**self.state_dict(), "queue": self.queue}
+        state = {name: value for name, value in state.items() if not name.startswith("encoder.")}
         state = {name: value for name, value in state.items() if name in names}  # what two names share, once
         return {name: value.contiguous() for name, value in state.items() if value.numel()}
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
         self.queue = state.pop("queue", self.queue[:0]).to(self.queue.device)
-        self.load_state_dict({"queue": self.queue, **state}, strict=False)
+        self.load_state_dict(state, strict=False)
 
     # What flags of TrainingArguments ask of a model.
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         self.encoder.backbone.activation_checkpointing_enable(**options)
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Classes of layers, each of which ``--fsdp`` shards as one unit.
+
+        Not one that holds the input embeddings, as BertEmbeddings: accelerate shards these as a unit of their own,
+        and a weight can be in one only.
+        """
+        backbone = self.encoder.backbone
+        embeddings = backbone.get_input_embeddings()
+        around = {type(module).__name__ for module in backbone.modules() if embeddings in module.modules()}
+        return sorted(set(backbone._no_split_modules or ()) - around)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.backbone.get_input_embeddings()
@@ -154,7 +169,7 @@ class MLMHead(nn.Module):
 
     def __init__(self, encoder: SentenceEncoder):
         super().__init__()
-        self.model, self.missing = load_masked_lm(encoder)
+        self.model, self.missing = load_masked_lm(encoder.source, encoder.config)
         setattr(self.model, self.model.base_model_prefix, _HiddenStates())  # the encoder is the backbone
 
     def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:

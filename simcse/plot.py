@@ -38,7 +38,14 @@ def plot_path(points: list[dict[str, Any]], title: str, path: str | Path, best_s
     ends = ((0, "before", True), (-1, "end", False)) if len(points) > 1 else ()
     for i, label, below in ends:
         axes.annotate(
-            label, (x[i], y[i]), xytext=(0, -22 if below else 14), textcoords="offset points", ha="center"
+            label,
+            (x[i], y[i]),
+            xytext=(0, -24 if below else 16),  # clear of the ring, which has a radius of 8 points
+            textcoords="offset points",
+            ha="center",
+            fontweight="bold",
+            zorder=4,  # over the path and the ring
+            bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
         )
     axes.margins(0.16)
     axes.grid(color="0.92")

@@ -47,13 +47,17 @@ LOSSES = {
 PLACES = ("strategy", "backend", "workspace_bytes")  # flags of the loss that say where it is computed
 
 
-def check_flags(options: LossArguments, views: int, alone: bool) -> None:
-    """ValueError for data of so many columns, for several processes whose batches are one, and for flags of
-    gs_infonce that a published loss does not have; noise's are without effect.
+def check_flags(options: LossArguments, views: int, rows: int, alone: bool) -> None:
+    """ValueError for data of so many columns or batches of so many rows, for several processes whose batches are
+    one, and for flags of gs_infonce that a published loss does not have (the noise's are refused with the flags).
     """
     own = LOSSES[options.loss]
     if own.pairs_only and views > 2:
         raise ValueError(f"--loss {options.loss} takes pairs, not {views} columns; name two in --columns")
+    if own.pairs_only and rows < 2:
+        raise ValueError(
+            f"--loss {options.loss} needs at least 2 pairs per batch, not --per_device_train_batch_size {rows}"
+        )
     if own.pairs_only and not alone:
         raise ValueError(f"--loss {options.loss} takes one process's batch; use --negatives local")
     given = [

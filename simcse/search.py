@@ -8,11 +8,11 @@ from simcse.errors import UserError, exit_cleanly
 with exit_cleanly("simcse.search"):
     from transformers.utils import logging
 
-    from simcse.arguments import MODEL, STORED_POOLER, flag, parse, pooler_flag
+    from simcse.encoder import PoolerType
     from simcse.files import output_folder
-    from simcse.model import PoolerType
+    from simcse.flags import MODEL, STORED_POOLER, flag, parse, pooler_flag
+    from simcse.inference import SimCSE
     from simcse.report import table
-    from simcse.tool import SimCSE
 
 DESCRIPTION = "Print the sentences that are closest to a query, by cosine similarity."
 

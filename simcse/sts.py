@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from fused_infonce import alignment, anisotropy, uniformity
 from simcse.delimited import records
+from simcse.encoder import SentenceEncoder, default_length, max_tokens
 from simcse.errors import UserError
-from simcse.model import SentenceEncoder, default_length, max_tokens
 
 # The hub's STS sets, as mteb takes them → the task
 HUB_SETS = {

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from simcse.errors import UserError, exit_cleanly, is_first
+from simcse.errors import UserError, exit_cleanly, is_local_rank_zero
 
 with exit_cleanly("simcse.train"):  # these take seconds, and Ctrl-C has to be clean in them too
     from transformers import set_seed
@@ -21,30 +21,24 @@ with exit_cleanly("simcse.train"):  # these take seconds, and Ctrl-C has to be c
         LossArguments,
         ModelArguments,
         SimCSETrainingArguments,
-        column_names,
-        parse,
     )
-    from simcse.dataset import shipped
+    from simcse.backbone import dropouts
+    from simcse.collator import packaged_file
     from simcse.elastic import join_again, mark_end, restarts, run_of_this_launch
+    from simcse.encoder import max_tokens
+    from simcse.flags import asking, column_names, parse
     from simcse.legacy import translate
     from simcse.lora import add_adapter
-    from simcse.model import base_name, dropouts, load_encoder, max_tokens
+    from simcse.model import base_name, load_encoder
     from simcse.plot import plot_path
+    from simcse.readers import read_table
     from simcse.recipes import with_recipe
     from simcse.report import closing_table, evaluations, training_card
-    from simcse.runs import (
-        PLOT_FILE,
-        Run,
-        check_output_dir,
-        check_settings,
-        digest,
-        find_checkpoint,
-        inside,
-        saving,
-    )
+    from simcse.resuming import check_settings, find_checkpoint
+    from simcse.runs import PLOT_FILE, Run, check_output_dir, digest, inside
+    from simcse.storage import saving
     from simcse.sts import read_sts, watched_pairs
-    from simcse.table import read_table
-    from simcse.trainer import SimCSETrainer, asking
+    from simcse.trainer import SimCSETrainer
 
 DESCRIPTION = (
     "Train a sentence encoder with SimCSE and GS-InfoNCE. Without arguments it runs on what is at hand, "
@@ -70,7 +64,7 @@ KEPT = (
     *("train_sampling_strategy", "seed", "data_seed", "num_train_epochs", "max_steps"),
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
     *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
-    *("bf16", "fp16", "neftune_noise_alpha", "metric_for_best_model"),
+    *("bf16", "fp16", "fsdp", "neftune_noise_alpha", "metric_for_best_model"),
 )
 # Flags of the loss that a resumed run may change: they say where and in which parts it is computed.
 MAY_CHANGE = {"mini_batch_size", *(name for name, field in FIELDS.items() if not field.metadata["changes_loss"])}
@@ -85,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer.save_model()
         trainer.save_state()
         if trainer.is_world_process_zero():
-            conclude(trainer)
+            print_summary(trainer)
             mark_end(trainer.args.output_dir)
         trainer.accelerator.end_training()
 
@@ -106,12 +100,14 @@ def prepare(argv: list[str] | None = None) -> SimCSETrainer:
         argv,
     )
     table = read_table(
-        data_args.train_file or shipped("sentences.txt"), data_args.strict_data, column_names(data_args.columns)
+        data_args.train_file or packaged_file("sentences.txt"),
+        data_args.strict_data,
+        column_names(data_args.columns),
     )
     for warning in [table.report(), *table.warnings]:
         if warning:
             _warn(f"{table.name}: {warning}")
-    sts_file = data_args.sts_data or (None if data_args.train_file else shipped("sts.tsv"))
+    sts_file = data_args.sts_data or (None if data_args.train_file else packaged_file("sts.tsv"))
     pairs = watched_pairs(read_sts(sts_file)) if sts_file else None
     if sts_file and pairs is None:
         raise UserError(f"{sts_file} has no rows of the split 'dev' to watch; add some, or leave --sts_data out")
@@ -234,7 +230,7 @@ def prepare(argv: list[str] | None = None) -> SimCSETrainer:
 
 
 def _warn(message: str) -> None:
-    if is_first():
+    if is_local_rank_zero():
         print(f"simcse.train: warning: {message}", file=sys.stderr)
 
 
@@ -279,7 +275,7 @@ def _trainer(encoder: Any, tokenizer: Any, args: SimCSETrainingArguments, *input
         raise UserError(f"--report_to {name}: its package is not installed; install it, or take --report_to none")
     try:
         trainer = SimCSETrainer(encoder, tokenizer, args, *inputs)
-        trainer.model.check_loss(args.device, trainer.views)
+        trainer.model.check_loss(args.device, trainer.views, args.per_device_train_batch_size)
     except OSError as error:
         raise UserError(f"cannot write to --output_dir: {error.strerror or error}") from None
     except (ValueError, ImportError) as error:
@@ -294,6 +290,13 @@ def _trainer(encoder: Any, tokenizer: Any, args: SimCSETrainingArguments, *input
 
 
 def _loss_name(options: LossArguments) -> str:
+    prefixes = f", summed over prefixes of {', '.join(map(str, options.matryoshka_dims or []))} features"
+    return _loss_of_a_prefix(options) + (prefixes if options.matryoshka_dims else "")
+
+
+def _loss_of_a_prefix(options: LossArguments) -> str:
+    if options.loss != "gs_infonce":
+        return f"the loss {options.loss}"
     given = {name: value for name, value in options.loss_options.items() if value != FIELDS[name].default}
     variants = [f"--{name} {value}" for name, value in given.items() if name not in NOISE_OPTIONS]
     others = f", {' '.join(variants)}" if variants else ""
@@ -303,7 +306,7 @@ def _loss_name(options: LossArguments) -> str:
     return f"GS-InfoNCE with {noise}{options.num_noise} noise vectors (--num_noise 0 is SimCSE's InfoNCE){others}"
 
 
-def conclude(trainer: SimCSETrainer) -> None:
+def print_summary(trainer: SimCSETrainer) -> None:
     """Print the table before → after and where everything is; draw the plot."""
     output = Path(trainer.args.output_dir)
     points = evaluations(trainer.state.log_history)

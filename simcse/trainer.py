@@ -1,57 +1,36 @@
 """The trainer: ``transformers.Trainer`` with the SimCSE objective and the STS pairs for an evaluation."""
 
-import logging
 import math
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import (
     DataCollatorForLanguageModeling,
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
 )
 
 from simcse.arguments import AUTO, LossArguments, SimCSETrainingArguments
-from simcse.dataset import Row, Views, duplicate_ids
-from simcse.elastic import mark_start
-from simcse.errors import UserError
-from simcse.files import replaced
-from simcse.layout import save_encoder
-from simcse.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, has_adapter
-from simcse.mini_batches import UNMEASURED, MiniBatches, choose, keep_freed_memory
-from simcse.model import MLP_FILE, SentenceEncoder
+from simcse.auto_size import choose_mini_batches
+from simcse.callbacks import LogLines, PerRankDropout, ProgressBar
+from simcse.checkpoints import CheckpointedTrainer, OwnFolder
+from simcse.collator import Row, Views, duplicate_ids
+from simcse.encoder import SentenceEncoder
+from simcse.flags import asking
+from simcse.mini_batches import keep_freed_memory
 from simcse.objective import Objective
-from simcse.report import log_line
-from simcse.runs import (
-    STATE_FILE,
-    UNFINISHED,
-    Run,
-    check_best,
-    check_checkpoint,
-    reading,
-    rotate,
-    saving,
-    take_over,
-)
+from simcse.runs import Run
+from simcse.sharding import ShardedEncoder, check_sharding, enable_sharding
 from simcse.sts import Pairs, encode, geometry, spearman
 
-OBJECTIVE_FILE = "objective.safetensors"  # in checkpoints: a learned temperature, the queue, the MLM head
 
-
-class SimCSETrainer(Trainer):
+class SimCSETrainer(CheckpointedTrainer):
     """SimCSE (Gao et al. 2021) with Gaussian negatives (GS-InfoNCE, COLING 2022).
 
     ``rows`` are tuples of one sentence (encoded twice), two (a pair), or more (a pair and its hard negatives), all
@@ -79,6 +58,8 @@ class SimCSETrainer(Trainer):
         if options.do_mlm and tokenizer.mask_token is None:
             raise ValueError("--do_mlm: the model's tokenizer has no mask token; leave it out")
         everyone = options.negatives == "global" and args.world_size > 1
+        if args.fsdp:
+            check_sharding(args, options, encoder)
         super().__init__(
             model=Objective(encoder, options, dist.group.WORLD if everyone else None),
             args=args,
@@ -86,7 +67,7 @@ class SimCSETrainer(Trainer):
                 tokenizer,
                 max_seq_length,
                 options.mask_duplicates,
-                whole=not everyone,
+                is_full_batch=not everyone,
                 query_prompt=query_prompt,
                 document_prompt=document_prompt,
             ),
@@ -111,7 +92,7 @@ class SimCSETrainer(Trainer):
         if not args.disable_tqdm:
             self.add_callback(ProgressBar)
         self.add_callback(LogLines)
-        self.add_callback(OwnDropout)
+        self.add_callback(PerRankDropout)
         self.add_callback(OwnFolder(self))
 
     def compute_loss(
@@ -128,7 +109,10 @@ class SimCSETrainer(Trainer):
             ids = self._ids_of_everyone(ids)
         if self.options.do_mlm:
             inputs |= self._mask(inputs)
-        vectors, mlm = model(**inputs)  # (V·B, D), ()
+        # With whole weights accelerate has wrapped the forward in autocast.
+        with self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext():
+            vectors, mlm = model(**inputs)  # (V·B, D), ()
+        vectors = vectors.float()
         columns = self.model.columns(vectors, self.views, ids)
         generator = self._generator()
         before = generator.clone_state()
@@ -145,46 +129,19 @@ class SimCSETrainer(Trainer):
             self.model.enqueue(columns.positives)
         return (loss, vectors) if return_outputs else loss
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp:
+            enable_sharding(self.accelerator, self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if self.args.device.type == "cpu":
             keep_freed_memory()
         if self.options.mini_batch_size == AUTO:
-            self._choose_mini_batches()
+            choose_mini_batches(self)
         self.run.settings["mini_batch_size"] = self.model.mini_batches.size
         return super().train(*args, **kwargs)
-
-    def _choose_mini_batches(self) -> None:
-        """Takes the resumed run's size, else the fastest on rank 0, measured before the model is wrapped."""
-        before = Run.read(self.resumed) if self.resumed is not None else None
-        size = before.settings.get("mini_batch_size") if before else None
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            plan = MiniBatches(UNMEASURED if size is None else size)
-        elif self.args.torch_compile:
-            plan = MiniBatches(size or 0)  # of few shapes: each one is compiled
-        else:
-            plan = self._measure_mini_batches(size) if self.is_world_process_zero() else MiniBatches()
-            if self.args.world_size > 1:
-                plan = broadcast_object_list([plan])[0]
-        self.model.mini_batches = plan
-        if self.is_world_process_zero():
-            rows = self.views * self.args.train_batch_size
-            number = f"{plan.size} of {rows}" if plan.size else f"all {rows}"
-            tqdm.write(f"embeds   {number} sentences at once (--mini_batch_size {plan.size})")
-
-    def _measure_mini_batches(self, size: int | None) -> MiniBatches:
-        rows = self.train_dataset
-        spread = rows[:: len(rows) // self.args.train_batch_size][: self.args.train_batch_size]
-        inputs = self.data_collator(spread)
-        inputs.pop("ids", None)
-        inputs = {name: x.to(self.args.device) for name, x in inputs.items()}
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.model.train()
-        on_gpu = self.args.device.type == "cuda"
-        with torch.random.fork_rng([self.args.device] if on_gpu else []), self.accelerator.autocast():
-            if self.options.do_mlm:
-                inputs |= self._mask(inputs)
-                self._draws = None
-            return choose(self.model.embed, inputs, parameters, size)
 
     def _generator(self) -> torch.Generator:
         """Random numbers of the step, beside dropout's, by seed, step and process; of noise rank 0's count.
@@ -230,15 +187,6 @@ class SimCSETrainer(Trainer):
             self._stats = {}
         super().log({name: value for name, value in logs.items() if math.isfinite(value)}, start_time)
 
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """The best so far is always written, so that the run can end with it whatever --save_strategy is."""
-        is_best = super()._determine_best_metric(metrics, trial)
-        if is_best and self.args.load_best_model_at_end:
-            self.control.should_save = True
-        if self.state.best_metric is not None and not math.isfinite(self.state.best_metric):
-            self.state.best_metric = None  # nothing was measured yet
-        return is_best
-
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # resumed at its end: Trainer would train a step
             self.control.should_training_stop = True
@@ -261,7 +209,8 @@ class SimCSETrainer(Trainer):
     ) -> dict[str, float]:
         """Spearman × 100, alignment and uniformity on the pairs, in fp32 without dropout; rank 0 measures."""
         pairs = eval_dataset or self.eval_dataset
-        metrics = self._measure(pairs, metric_key_prefix) if self.is_world_process_zero() else {}
+        takes_part = self.is_world_process_zero() or self.is_fsdp_enabled  # which gathers weights in all processes
+        metrics = self._measure(pairs, metric_key_prefix) if takes_part else {}
         if self.args.world_size > 1:
             metrics = broadcast_object_list([metrics])[0]
         self.log(metrics)
@@ -270,7 +219,7 @@ class SimCSETrainer(Trainer):
 
     def _measure(self, pairs: Pairs, prefix: str) -> dict[str, float]:
         vectors = encode(
-            self.model.encoder,
+            ShardedEncoder(self.model) if self.is_fsdp_enabled else self.model.encoder,
             self.processing_class,
             pairs.sentences,
             self.args.per_device_eval_batch_size,
@@ -278,186 +227,3 @@ class SimCSETrainer(Trainer):
         )
         scores = {f"{pairs.task.lower()}_spearman": spearman(pairs, vectors), **geometry(pairs, vectors)}
         return {f"{prefix}_{name}": value for name, value in scores.items()}
-
-    # An encoder is more than one file of weights: these three are where Trainer writes and reads it.
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        with saving(folder):
-            merge = self.merge and folder == Path(self.args.output_dir)
-            save_encoder(self.model.encoder, self.processing_class, folder, self.card, merge)
-            extra = self.model.extra_state()
-            if self._queues is not None:
-                extra["queue"] = self._queues
-            if extra and folder != Path(self.args.output_dir):
-                save_file(extra, folder / OBJECTIVE_FILE)
-
-    def save_state(self) -> None:
-        if self.args.should_save:
-            file = Path(self.args.output_dir, STATE_FILE)
-            with saving(file), replaced(file) as beside:
-                self.state.save_to_json(str(beside))
-
-    def _model_files(self) -> list[str]:
-        """What a checkpoint holds of the encoder, as far as it is read."""
-        encoder = self.model.encoder
-        adapter = [ADAPTER_CONFIG, ADAPTER_WEIGHTS]
-        files = adapter if has_adapter(encoder.backbone) else ["config.json", "model.safetensors"]
-        return files + [MLP_FILE] * (encoder.mlp is not None)
-
-    def _extra_names(self) -> set[str]:
-        """Names of the tensors that a checkpoint holds beside the encoder's."""
-        return set(self.model.extra_state()) - {"queue"} | ({"queue"} if self.options.queue_size else set())
-
-    def check_resumable(self, checkpoint: Path) -> None:
-        """Refuse a checkpoint with a missing or damaged file: a part of the run would start from the beginning."""
-        one = self.args.world_size == 1
-        required = [*self._model_files(), "optimizer.pt", "scheduler.pt"]
-        required.append("rng_state.pth" if one else f"rng_state_{self.args.process_index}.pth")
-        required += [OBJECTIVE_FILE] * bool(self._extra_names())
-        required += ["scaler.pt"] * (getattr(self.accelerator, "scaler", None) is not None)
-        state = check_checkpoint(checkpoint, required)
-        if self.args.load_best_model_at_end:
-            self._best_step = check_best(checkpoint, state, self._model_files())
-        self.resumed = checkpoint
-
-    def take_over_folder(self) -> None:
-        """Make --output_dir this run's, when everything has been read and training is about to begin."""
-        output = Path(self.args.output_dir)
-        if self.args.should_save:
-            with saving(output):
-                overwrite = self.args.overwrite_output_dir
-                self.run = take_over(output, self.run, self.resumed, self._best_step, overwrite)
-                mark_start(output, self.run.id)
-        self.accelerator.wait_for_everyone()
-        if self.resumed is not None:  # the path that the state gives is that of another day
-            step = self._best_step
-            self.state.best_model_checkpoint = str(output / f"checkpoint-{step}") if step else None
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        with reading(folder / self._model_files()[1]):
-            self.model.encoder.load_weights(folder)
-        if not self._extra_names():
-            return
-        with reading(folder / OBJECTIVE_FILE):
-            state = load_file(folder / OBJECTIVE_FILE)
-            if absent := sorted(self._extra_names() - set(state)):
-                raise ValueError(f"it lacks {', '.join(absent)}")
-            if "queue" in state:
-                state["queue"] = state["queue"].tensor_split(self.args.world_size)[self.args.process_index].clone()
-            self.model.load_extra_state(state)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with reading(f"optimizer.pt or scheduler.pt in {checkpoint}"):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        with reading(f"scaler.pt in {checkpoint}"):
-            super()._load_scaler(checkpoint)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with reading(f"rng_state.pth in {checkpoint}"):
-            super()._load_rng_state(checkpoint)
-
-    def _load_best_model(self) -> None:
-        with reading(self.state.best_model_checkpoint):
-            self.model.encoder.load_weights(self.state.best_model_checkpoint)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """A checkpoint is written in a folder of its own and then moved: it is whole, or it is not there."""
-        output = Path(self.args.output_dir)
-        self._run_dir = output / UNFINISHED
-        name = f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            shutil.rmtree(self._run_dir, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        if self.args.world_size > 1 and len(self.model.queue):
-            self._queues = self.accelerator.gather(self.model.queue)
-        try:
-            with saving(output / name):
-                super()._save_checkpoint(model, trial)
-        except UserError:
-            shutil.rmtree(self._run_dir, ignore_errors=True)  # on a full disk it is in the way
-            raise
-        finally:
-            unfinished, self._run_dir, self._queues = self._run_dir, output, None
-        self.accelerator.wait_for_everyone()
-        is_best = self.state.best_global_step == self.state.global_step
-        if is_best:
-            self.state.best_model_checkpoint = str(output / name)
-        if self.args.should_save:
-            with saving(output / name):
-                if is_best:
-                    self.state.save_to_json(str(unfinished / name / STATE_FILE))
-                self.run.write(unfinished / name)
-                shutil.rmtree(output / name, ignore_errors=True)
-                (unfinished / name).rename(output / name)
-                unfinished.rmdir()
-            rotate(output, self.run, self.args.save_total_limit, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(getattr(self, "_run_dir", self.args.output_dir))
-
-
-class ProgressBar(ProgressCallback):
-    """Trainer's progress bar, without its log lines."""
-
-    def on_log(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-
-class LogLines(TrainerCallback):
-    """A line of plain text for each thing that Trainer logs."""
-
-    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            tqdm.write(log_line(logs, state.global_step, state.max_steps))
-
-
-class OwnFolder(TrainerCallback):
-    """The run takes its folder when training begins: what is refused before leaves an earlier run as it was."""
-
-    def __init__(self, trainer: SimCSETrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.trainer.take_over_folder()
-
-
-@contextmanager
-def asking(flag: str, value: Any) -> Iterator[None]:
-    """As one line that names the flag, what transformers says of a value it cannot use, or lacks a package for."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (ImportError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"{flag} {getattr(value, 'value', value)}: {error}") from None
-
-
-class OnlyOurs(logging.Filter):
-    """Without transformers' lines about a resume: shares of steps beside counts of them, and paths of another day.
-
-    What differs from the checkpoint is compared in ``simcse.runs``, which also finds the best checkpoint.
-    """
-
-    HIDDEN = ("arguments do not match the ones in the `trainer_state.json`", "The best checkpoint ")
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not any(text in record.getMessage() for text in self.HIDDEN)
-
-
-for _name in ("transformers.trainer", "transformers.trainer_utils"):
-    logging.getLogger(_name).addFilter(OnlyOurs())
-
-
-class OwnDropout(TrainerCallback):
-    """Every process draws its own dropout; the order of the data is drawn before, alike."""
-
-    def on_train_begin(self, args: Any, *_: Any, **__: Any) -> None:
-        if args.process_index:
-            torch.manual_seed(args.seed + 1_000_003 * args.process_index)

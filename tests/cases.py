@@ -27,6 +27,7 @@ class LossCase:
     queue: bool = False
     ids: bool | Literal["pair"] = False  # with hard negatives also negative_ids
     guide: bool = False
+    own: Literal[False, "equal", "uneven"] = False  # own hard negatives, K of each anchor, or with owners
 
     def given(self, **options: Any) -> LossCase:
         return replace(self, options={**self.options, **options})
@@ -48,6 +49,10 @@ def build(
     H = case.negatives * N
     inputs = [made(n, seed) for seed, n in enumerate((N, N, H), 1) if n]
     options = {"num_noise": 0, **case.options}
+    if case.own == "equal":
+        inputs[2] = inputs[2].view(N, case.negatives, D)
+    elif case.own == "uneven":
+        options["negative_owners"] = uneven_owners(H, N).to(device)
     if options.get("noise") == "given":
         options["noise"] = made(M, 5)
     if case.queue:
@@ -58,13 +63,22 @@ def build(
             options["ids"] = torch.arange(N, device=device) % 4, options["ids"]
         if H:
             options["negative_ids"] = torch.arange(H, device=device) % (N // 2 + 2)
+            if case.own == "equal":
+                options["negative_ids"] = options["negative_ids"].view(N, case.negatives)
     if case.guide:
         columns = [*inputs, *([options["queue"]] if case.queue else [])]
-        options["guide"] = [made(len(x), 20 + i, G) for i, x in enumerate(columns)]
+        options["guide"] = [
+            made(x[..., 0].numel(), 20 + i, G).view(*x.shape[:-1], G) for i, x in enumerate(columns)
+        ]
     if options.get("reduction") != "none":
         return inputs, options, None
     # Of both signs, but not with mean 0: dτ, a sum over rows, would be a small difference of large terms.
     return inputs, options, 1 + rows(N, seed=6, dtype=dtype).to(device)
+
+
+def uneven_owners(H: int, N: int) -> Tensor:
+    """An owner for each of H negatives; some of the N anchors own several, some none."""
+    return torch.arange(H).square() % N
 
 
 def both(
@@ -171,6 +185,36 @@ CASES = {
     "filter, decoupled": LossCase({"filter_margin": 0.05, "decoupled": True, **_both_ways}),
     "guide": LossCase(guide=True, **_more),
     "guide, symmetric": LossCase(_both_ways, guide=True),
+    "own negatives": LossCase(negatives=3, own="equal"),
+    "own negatives, uneven": LossCase(queue=True, negatives=2, own="uneven"),
+    "own negatives, weights, sum": LossCase(
+        {"hard_negative_weight": 1.3, "reduction": "sum"}, ids=True, negatives=3, own="equal"
+    ),
+    "own negatives, ids, none": LossCase({"reduction": "none"}, ids="pair", negatives=2, own="uneven"),
+    "own negatives, hardness": LossCase(
+        {"hardness": 4.0, "hardness_mode": "hard_negatives"}, negatives=2, own="uneven"
+    ),
+    "in-batch hardness, own negatives": LossCase(
+        {"hardness": 4.0, "hardness_mode": "in_batch_negatives"}, negatives=2, own="equal"
+    ),
+    "in-batch hardness": LossCase({"hardness": 4.0, "hardness_mode": "in_batch_negatives"}, **_more),
+    "own negatives, symmetric": LossCase({**_both_ways, "hardness": 2.0}, queue=True, negatives=2, own="equal"),
+    "own negatives, noise, symmetric": LossCase({**GIVEN, **_both_ways}, negatives=2, own="uneven"),
+    "own negatives, expected": LossCase(EXPECTED, negatives=2, own="equal"),
+    "own negatives, expected, symmetric, none": LossCase(
+        {**EXPECTED, **_both_ways, "reduction": "none"}, negatives=2, own="uneven"
+    ),
+    "own negatives, offset": LossCase(COLD, negatives=2, own="equal"),
+    "own negatives, two sweeps": LossCase(COLDER, negatives=2, own="equal"),
+    "own negatives, focal, margin": LossCase(
+        {"focal_gamma": 2.0, "angular_margin": 0.3}, negatives=2, own="uneven"
+    ),
+    "own negatives, decoupled": LossCase({"decoupled": True}, ids=True, negatives=2, own="equal"),
+    "own negatives, filter": LossCase(
+        {"filter_margin": 0.05, "filter_threshold": 0.3}, negatives=3, own="equal"
+    ),
+    "own negatives, guide": LossCase({"filter_threshold": 0.7}, guide=True, negatives=3, own="uneven"),
+    "own negatives of equal numbers, guide": LossCase(guide=True, queue=True, negatives=2, own="equal"),
     "smoothing, negatives": LossCase({"label_smoothing": 0.1}, **_more),
     "smoothing, none": LossCase({"label_smoothing": 0.1, "reduction": "none"}),
 }

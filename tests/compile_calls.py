@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import disassembly
 import torch
 import triton
 from cases import CASES, LossCase
@@ -36,6 +37,9 @@ from fused_infonce import gs_infonce
 # Bytes of the stack: four registers. To stay at 128 registers, ptxas stores a few values before the loop over
 # features and loads them after it, which costs next to nothing. Inside an inner loop nothing may spill.
 SPILL_LIMIT = 16
+# What a tile costs a warp beside its products, in the kernel that most tiles of large batches go through:
+# instructions, comparisons and selections among them, registers.
+EPILOGUE_LIMITS = {"exp_similarity": (600, 10, 200)}
 EVERYDAY_ROWS = (1, 63, 64, 512, 1000, 1024, 4096, 32768)
 EVERYDAY_DIM = 768
 RAGGED = ((1, 1), (2, 3), (63, 33), (1025, 200), (2500, 1023), (8192, 64), (300, 8192))
@@ -58,16 +62,6 @@ def nvidia_tool(name: str, binary: bytes, *options: str) -> str:
     return done.stdout + done.stderr
 
 
-def uses_stack_in_inner_loop(binary: bytes) -> bool:
-    """Whether an instruction of a loop without further loops inside stores to the stack or loads from it."""
-    lines = nvidia_tool("nvdisasm", binary, "-c").splitlines()
-    labels = {line.strip().rstrip(":"): at for at, line in enumerate(lines) if line.startswith(".L")}
-    jumps = [(at, re.search(r"\bBRA\S*.*\((\.L\w+)\)", line)) for at, line in enumerate(lines)]
-    loops = [(labels[jump[1]], at) for at, jump in jumps if jump and labels[jump[1]] < at]
-    inner = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
-    return any(re.search(r"\b(STL|LDL)\b", line) for a, b in inner for line in lines[a:b])
-
-
 def amd_resources(binary: bytes) -> tuple[int, int]:
     """Vector registers per thread, and bytes of those spilled; scalar registers spill into vector registers."""
 
@@ -77,6 +71,10 @@ def amd_resources(binary: bytes) -> tuple[int, int]:
         return int.from_bytes(binary[at + 1 : at + 1 + size], "big") if size else binary[at]
 
     return count(b"vgpr_count"), 4 * count(b"vgpr_spill_count")
+
+
+def disassembled(kernel: object) -> str:
+    return nvidia_tool("nvdisasm", kernel.kernel, "-c")
 
 
 @dataclass(frozen=True)
@@ -90,6 +88,11 @@ class Call:
 
     def __str__(self) -> str:
         return f"{self.options}, N = {self.rows}, D = {self.dim}, {self.dtype}"
+
+    @property
+    def has_plain_tiles(self) -> bool:
+        """Whether most of its tiles are large and have no mask."""
+        return self.options == "info_nce" and self.rows >= 4096 and self.dtype == "bf16"
 
     def run(self) -> None:
         case, frozen = OPTIONS[self.options]
@@ -171,6 +174,9 @@ class Compiled:
     registers: int = 0
     spilled_bytes: int = 0
     shared_memory: int = 0
+    epilogue: tuple[int, int] | None = (
+        None  # instructions after a tile's products, comparisons and selections of them
+    )
     problems: list[str] = field(default_factory=list)
 
 
@@ -241,8 +247,12 @@ def inspect(entry: Compiled, target: Target) -> None:
         entry.spilled_bytes = max(0, entry.spilled_bytes - sum(-(-int(size) // 8) * 8 for size in arrays))
     if entry.spilled_bytes > (0 if on_amd else SPILL_LIMIT):
         entry.problems.append(f"spills {entry.spilled_bytes} bytes")
-    elif entry.spilled_bytes > 0 and uses_stack_in_inner_loop(kernel.kernel):
+    elif entry.spilled_bytes > 0 and disassembly.uses_stack_in_inner_loop(
+        nvidia_tool("nvdisasm", kernel.kernel, "-c")
+    ):
         entry.problems.append(f"spills {entry.spilled_bytes} bytes inside a loop")
+    if target.name == "sm_90" and any(call.has_plain_tiles for call in entry.calls):
+        entry.problems += wide_epilogue(entry, disassembled(kernel))
     for product, pending, buffers in buffers_of_pending_products(kernel.asm.get("ttgir", "")):
         if len(set(buffers)) > 1 or min(buffers) <= pending:
             entry.problems.append(
@@ -251,6 +261,20 @@ def inspect(entry: Compiled, target: Target) -> None:
     pattern = matrix_instruction(kernel.src, target)
     if pattern is not None and not re.search(pattern, assembly):
         entry.problems.append(f"has no {pattern}")
+
+
+def wide_epilogue(entry: Compiled, assembly: str) -> Iterator[str]:
+    """Says where a kernel needs more than ``EPILOGUE_LIMITS``."""
+    if entry.name in EPILOGUE_LIMITS:
+        path = disassembly.epilogue(assembly)
+        found = len(path), sum(name.startswith(("ISETP", "FSEL")) for name in path), entry.registers
+        entry.epilogue = found[:2]
+        for what, number, most in zip(
+            ("instructions after its products", "comparisons and selections there", "registers"),
+            found, EPILOGUE_LIMITS[entry.name], strict=True,
+        ):  # fmt: skip
+            if number > most:
+                yield f"has {number} {what}, more than {most}"
 
 
 def buffers_of_pending_products(ttgir: str) -> Iterator[tuple[str, int, tuple[int, ...]]]:
@@ -291,7 +315,7 @@ def matrix_instruction(source: object, target: Target) -> str | None:
     names = source.fn.arg_names
     if "PRECISION" not in names:
         return None
-    constants = {names[path[0]]: value for path, value in source.constants.items()}
+    constants = {names[path[0]]: value for path, value in source.constants.items() if len(path) == 1}
     if constants["PRECISION"] == "ieee" and "fp32" in source.signature[names[0]]:
         return None
     rows = constants.get("BLOCK_N", constants.get("BLOCK_M"))
@@ -317,6 +341,8 @@ def compile_for(compiler: Compiler, target: Target, calls: list[Call]) -> tuple[
     for entry in found:
         problems += [f"{entry.name} ({entry.calls[0]}; {len(entry.calls)} launches): {x}" for x in entry.problems]
     lines = table(found, target)
+    for name, (count, masks) in {entry.name: entry.epilogue for entry in found if entry.epilogue}.items():
+        lines.append(f"{target.name:7} {name}: {count} instructions after a tile's products, {masks} of masks")
     lines.append(f"{target.name:7} {len(found)} kernels in {time.monotonic() - start:.0f} s")
     return lines, [f"{target.name} {problem}" for problem in problems]
 

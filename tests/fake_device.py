@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,15 @@ class FakeDriver:
         return lambda *arguments: None
 
 
+def passed_arguments(signature: Iterable[Any], values: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    """Yields type and value of what a compiled kernel takes: tuples are taken apart, constants left out."""
+    for kind, value in zip(signature, values, strict=True):
+        if isinstance(kind, tuple):
+            yield from passed_arguments(kind, value)
+        elif kind != "constexpr":
+            yield kind, value
+
+
 def install(fake: FakeDriver, library_product: Callable[[Tensor, Tensor, Tensor, bool], None]) -> None:
     """Lets tensors of the CPU pass for tensors of the device; to be called before a kernel is imported.
 
@@ -80,7 +89,7 @@ def install(fake: FakeDriver, library_product: Callable[[Tensor, Tensor, Tensor,
     """
     driver.set_active(fake)
     settings.target_of = lambda device: fake.target.name
-    settings.num_programs = lambda device: fake.target.multiprocessors
+    settings.multiprocessors = lambda device: fake.target.multiprocessors
     for module in pkgutil.iter_modules(fused_infonce.kernels.__path__, "fused_infonce.kernels."):
         importlib.import_module(module.name)
     fused_infonce.kernels.products._library_product = library_product

@@ -18,7 +18,7 @@ OTHER = {  # another value than the default, as a user may write it on a command
     "num_noise": 7, "noise_weight": 0.5, "noise": "expected", "hard_negative_weight": 1.5, "symmetric": True,
     "reduction": "sum", "strategy": "ring", "backend": "torch", "workspace_bytes": 10_000, "decoupled": True,
     "angular_margin": 0.2, "hardness": 2.0, "label_smoothing": 0.1, "filter_margin": 0.1, "filter_threshold": 0.9,
-    "min_temperature": 0.02, "focal_gamma": 2.0,
+    "min_temperature": 0.02, "focal_gamma": 2.0, "hardness_mode": "hard_negatives",
 }  # fmt: skip
 
 

@@ -24,11 +24,12 @@ from bench.worker import Worker
 from experiments import losses, scaling, study, theory
 from simcse import cli
 from simcse.app import AppArguments
-from simcse.arguments import DataArguments, LossArguments, ModelArguments, SimCSETrainingArguments, parse
+from simcse.arguments import DataArguments, LossArguments, ModelArguments, SimCSETrainingArguments
 from simcse.convert import ConvertArguments
 from simcse.encode import EncodeArguments
 from simcse.errors import UserError, exit_cleanly
 from simcse.evaluate import EvaluationArguments
+from simcse.flags import parse
 from simcse.legacy import translate
 from simcse.recipes import with_recipe
 from simcse.search import SearchArguments

@@ -11,7 +11,7 @@ from helpers import loss_and_grads, relative_error, rows
 
 from fused_infonce import backends, dense, gs_infonce, info_nce
 
-DECIDE = backends.multiplies_half_faster  # before conftest.py replaces it
+DECIDE = backends.multiplies_faster  # before conftest.py replaces it
 N, D, H, Q, M, G = 17, 12, 34, 5, 9, 7
 VARIANTS = {
     "plain": {},
@@ -125,7 +125,7 @@ def test_tensors_of_the_caller_may_change_between_forward_and_backward():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_where_half_precision_is_slower_products_are_fp32(n, symmetric, dtype, monkeypatch):
     """So the loss is that of fp32, and gradients differ by no more than the rounding to their own dtype."""
-    monkeypatch.setattr(backends, "multiplies_half_faster", lambda device_type: False)
+    monkeypatch.setattr(backends, "multiplies_faster", lambda dtype, device_type: False)
     q, k = (rows(n, 64, seed=s, dtype=dtype) for s in (1, 2))
     options = {"num_noise": 0, "symmetric": symmetric, "temperature": torch.tensor(0.1)}
     found = loss_and_grads([q, k], backend="torch", **options)
@@ -139,8 +139,17 @@ def test_where_half_precision_is_slower_products_are_fp32(n, symmetric, dtype, m
 
 def test_which_devices_multiply_half_precision_faster(monkeypatch):
     function = DECIDE.__wrapped__
-    for machine, amx, faster in (("x86_64", False, False), ("AMD64", True, True), ("aarch64", False, True)):
+    for machine, amx, avx512_bf16, vendor, bf16, fp16 in (
+        ("x86_64", False, False, "GenuineIntel", False, False),
+        ("x86_64", False, True, "GenuineIntel", False, False),
+        ("x86_64", False, True, "AuthenticAMD", True, False),
+        ("AMD64", True, True, "GenuineIntel", True, True),
+        ("aarch64", False, False, "", True, True),
+    ):
         monkeypatch.setattr(backends.platform, "machine", lambda machine=machine: machine)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
-        assert function("cpu") is faster
-        assert function("cuda")
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda found=avx512_bf16: found)
+        monkeypatch.setattr(backends, "_cpu_vendor", lambda vendor=vendor: vendor)
+        assert function(torch.bfloat16, "cpu") is bf16
+        assert function(torch.float16, "cpu") is fp16
+        assert function(torch.float16, "cuda")

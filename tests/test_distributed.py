@@ -14,7 +14,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from cases import CASES, VARIANTS
+from cases import CASES, VARIANTS, uneven_owners
 from helpers import loss_and_grads, relative_error, rows
 from ranks import Ranks
 from torch.autograd import forward_ad
@@ -28,7 +28,7 @@ from fused_infonce.distributed import GATHER_BYTES, choose_strategy
 D, M = 12, 9
 UNEVEN = {1: [5], 2: [7, 4], 4: [5, 2, 1, 6]}
 SMALL_PRODUCT = autograd.SMALL_PRODUCT  # as this process and every rank import it
-MULTIPLIES_HALF_FASTER = backends.multiplies_half_faster
+MULTIPLIES_FASTER = backends.multiplies_faster
 LIMIT = {torch.float64: 1e-12, torch.float32: 5e-6}
 
 
@@ -60,7 +60,7 @@ def one_rank(group, case, counts, views, queue, dtype, upstream):
     rank = dist.get_rank(group)
     parts = batch(counts, views, queue, dtype)[rank]
     options = dict(case)
-    for name in ("ids", "negative_ids"):
+    for name in ("ids", "negative_ids", "negative_owners"):
         if name in options:
             options[name] = options[name][rank]
     if queue:
@@ -69,6 +69,8 @@ def one_rank(group, case, counts, views, queue, dtype, upstream):
     torch.manual_seed(rank)  # noise has to be rank 0's all the same
     upstream = upstream[rank] if case.get("reduction") == "none" else None
     inputs = [x for x in parts[:3] if x is not None]
+    if options.pop("own", False) == "equal":
+        inputs[2] = inputs[2].view(counts[rank], views, -1)
     return loss_and_grads(inputs, upstream, group=group, backend="torch", workspace_bytes=20_000, **options)
 
 
@@ -78,10 +80,17 @@ def one_process(case, counts, views, queue, dtype, upstream):
     options.pop("strategy", None)
     if "ids" in options:
         options["ids"] = torch.cat(options["ids"])
+    own = options.pop("own", False)
+    together = torch.cat if own else functools.partial(in_views, counts=counts, views=views)
     if "negative_ids" in options:
-        options["negative_ids"] = in_views(options["negative_ids"], counts, views)
+        options["negative_ids"] = together(options["negative_ids"])
+    if "negative_owners" in options:
+        first = itertools.accumulate(counts, initial=0)
+        options["negative_owners"] = torch.cat([i + x for i, x in zip(first, options["negative_owners"], strict=False)])
     anchors, positives = (torch.cat([p[i] for p in parts]).to(dtype) for i in (0, 1))
-    inputs = [anchors, positives] + ([in_views([p[2] for p in parts], counts, views).to(dtype)] if views else [])
+    inputs = [anchors, positives] + ([together([p[2] for p in parts]).to(dtype)] if views else [])
+    if own == "equal":
+        inputs[2] = inputs[2].view(sum(counts), views, -1)
     if queue:
         options["queue"] = torch.cat([p[3] for p in parts]).to(dtype)
     options["temperature"] = torch.tensor(options.get("temperature", 0.05), dtype=torch.float64)
@@ -108,7 +117,8 @@ def assert_same(ranks, case, counts, views=0, queue=0, dtype=torch.float64, temp
     names = ["anchors", "positives"] + ["negatives"] * bool(views) + ["queue"] * bool(queue)
     for i, name in enumerate(names):
         parts = [g[1 + i] for g in got]
-        whole = in_views(parts, counts, views) if name == "negatives" else torch.cat(parts)
+        shared = name == "negatives" and not case.get("own")
+        whole = in_views(parts, counts, views) if shared else torch.cat(parts)
         assert relative_error(whole / W, grads[i]) < limit, name
     if temperature:
         mean = sum(g[-1] for g in got) / W
@@ -129,10 +139,16 @@ def test_every_case(ranks, name, strategy):
         options["ids"] = [torch.arange(n) % 4 for n in counts]
         if case.negatives:
             options["negative_ids"] = [torch.arange(case.negatives * n) % 5 for n in counts]
+            if case.own == "equal":
+                options["negative_ids"] = [x.view(-1, case.negatives) for x in options["negative_ids"]]
         if case.ids == "pair":
             options["ids"] = [
                 torch.stack([torch.arange(n) // 2, x], 1) for n, x in zip(counts, options["ids"], strict=True)
             ]
+    if case.own:
+        options["own"] = case.own
+    if case.own == "uneven":
+        options["negative_owners"] = [uneven_owners(case.negatives * n, n) for n in counts]
     assert_same(ranks, options, counts, views=case.negatives, queue=3 * case.queue)
 
 
@@ -210,12 +226,12 @@ def test_half_precision_rows_travel_and_stay_as_exact(ranks, dtype, monkeypatch)
 def without_small_products(group):
     """Few multiply-adds run in fp32, and all on CPUs without units for less; here they are not to."""
     autograd.SMALL_PRODUCT = 0
-    backends.multiplies_half_faster = lambda device_type: True
+    backends.multiplies_faster = lambda dtype, device_type: True
 
 
 def with_small_products(group):
     autograd.SMALL_PRODUCT = SMALL_PRODUCT
-    backends.multiplies_half_faster = MULTIPLIES_HALF_FASTER
+    backends.multiplies_faster = MULTIPLIES_FASTER
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from test_console import PROGRAMS
 from test_simcse_model import make_tiny_model
 
 from fused_infonce import __version__
-from simcse.dataset import shipped
+from simcse.collator import packaged_file
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -67,7 +67,7 @@ def test_the_python_of_a_page_runs(page, tmp_path):
     code = "\n".join(block.text for block in blocks("python") if block.page == page)
     if "SimCSE(" in code:
         make_tiny_model(tmp_path / "runs" / "first")
-        sentences = Path(shipped("sentences.txt")).read_text(encoding="utf-8").splitlines()[:20]
+        sentences = Path(packaged_file("sentences.txt")).read_text(encoding="utf-8").splitlines()[:20]
         (tmp_path / "sentences.txt").write_text("\n".join(sentences), encoding="utf-8")
     done = run(code, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -340,6 +340,41 @@ def test_matryoshka(cached, model):
         FusedMatryoshkaLoss(model, mnrl(cached)[1](model), [4])
 
 
+@pytest.mark.parametrize("name", ["gist", "cached gist", "matryoshka", "matryoshka of cached"])
+def test_gist_and_matryoshka_in_the_real_trainer(name, model, guide, tmp_path):
+    """Two steps: each step's loss is the library's to fp32 rounding, and so is what the step has learned."""
+    import copy
+
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+
+    from fused_infonce.integrations.sentence_transformers import FusedMatryoshkaLoss
+
+    cached = "cached" in name
+    more = {"mini_batch_size": 4} if cached else {}
+    if "gist" in name:
+        makers = [lambda m, kind=kind: kind(m, copy.deepcopy(guide), **more) for kind in gist_pair(cached)]
+    else:
+        pairs = zip((FusedMatryoshkaLoss, MatryoshkaLoss), mnrl(cached), strict=True)
+        makers = [lambda m, kind=kind, inner=inner: kind(m, inner(m, **more), [8, 4]) for kind, inner in pairs]
+    data = Dataset.from_dict(dict(zip(("anchor", "positive", "negative"), TEXTS, strict=True)))
+    found = []
+    for number, make in enumerate(makers):
+        copied = copy.deepcopy(model).float()
+        loss, seen = make(copied), []
+        loss.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output.item()))
+        args = SentenceTransformerTrainingArguments(
+            output_dir=str(tmp_path / str(number)), max_steps=2, per_device_train_batch_size=6,
+            learning_rate=1e-3, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, seed=1,
+        )  # fmt: skip
+        SentenceTransformerTrainer(model=copied, args=args, train_dataset=data, loss=loss).train()
+        found.append(seen)
+    assert len(found[0]) == 2
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[0][0] != found[0][1]
+
+
 # ---------------------------------------------------------------------- several ranks
 
 

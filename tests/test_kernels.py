@@ -18,12 +18,12 @@ pytest.importorskip("triton")
 
 from fused_infonce import autograd, gs_infonce
 from fused_infonce.kernels import common, noise, normalise, products, ratios, settings, similarity
-from fused_infonce.tiled import operands, triton_backend
+from fused_infonce.tiled import operands, triton_backend, triton_rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 N, D, H, M = 21, 20, 42, 9
 INTERPRETED = settings.default_settings("interpreter", torch.float32, "ieee", 0, 0)
-PLAIN = common.NOTHING_SPECIAL
+PLAIN = common.Terms(), common.Counts()
 
 
 def make(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -189,7 +189,9 @@ def test_normalise_pairs():
 def test_exp_similarity_and_its_partial_sums():
     q, k, shift = make(N, D, seed=1), make(H, D, seed=2), make(N, 1, seed=3)
     out = torch.empty(N, H, device=DEVICE)
-    partials = similarity.exp_similarity(q, k, out, shift, 0, PLAIN | {"bias": 0.5}, INTERPRETED.similarity)
+    partials = similarity.exp_similarity(
+        q, k, out, shift, 0, common.Terms(bias=0.5), common.Counts(), INTERPRETED.similarity
+    )
     want = torch.exp2(q.double() @ k.double().T + 0.5 - shift.double())
     assert relative_error(out, want) < 1e-6
     assert relative_error(partials.sum(1), want.sum(1)) < 1e-6
@@ -199,11 +201,11 @@ def test_exp_similarity_and_its_partial_sums():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_grad_products_of_both_ways(add, dtype):
     E = make(N, H, seed=1, dtype=dtype).abs()
-    keys, anchors = make(H, D, seed=2, dtype=dtype), make(N, D + similarity.PAD, seed=3, dtype=dtype)
-    before = [make(N, D, seed=4), make(H - 3, D + similarity.PAD, seed=5)]
+    keys, anchors = make(H, D, seed=2, dtype=dtype), make(N, D, seed=3, dtype=dtype)
+    before = [make(N, D, seed=4), make(H - 3, D, seed=5)]
     acc_rows, acc = (x.clone() for x in before)
     products.grad_products(
-        E, keys, acc_rows, add, E[:, 3:], anchors, acc[:, :D], add, INTERPRETED.products, library=False
+        E, keys, acc_rows, add, E[:, 3:], anchors, acc, add, INTERPRETED.products, library=False
     )
     e = E.double()
     want = [e @ keys.double(), e[:, 3:].T @ anchors.double()]
@@ -212,14 +214,12 @@ def test_grad_products_of_both_ways(add, dtype):
 
 
 def test_the_library_products_are_the_kernel_s():
-    E, keys, anchors = make(N, H, seed=1), make(H, D, seed=2), make(N, D + similarity.PAD, seed=3)
+    E, keys, anchors = make(N, H, seed=1), make(H, D, seed=2), make(N, D, seed=3)
     results = []
     for library in (False, True):
-        acc_rows, padded = torch.ones(N, D, device=DEVICE), torch.ones(H, D + similarity.PAD, device=DEVICE)
-        products.grad_products(
-            E, keys, acc_rows, True, E, anchors, padded[:, :D], False, INTERPRETED.products, library
-        )
-        results.append((acc_rows, padded))
+        acc_rows, acc = torch.ones(N, D, device=DEVICE), torch.ones(H, D, device=DEVICE)
+        products.grad_products(E, keys, acc_rows, True, E, anchors, acc, False, INTERPRETED.products, library)
+        results.append((acc_rows, acc))
     for a, b in zip(*results, strict=True):
         assert relative_error(a, b) < 1e-6
 
@@ -230,11 +230,11 @@ def test_memory_maps_load_what_pointers_load():
     for tma in (False, True):
         tile = settings.Tile(16, 16, 16, 4, 1, tma=tma)
         out = torch.empty(32, 48, device=DEVICE)
-        similarity.exp_similarity(q, k, out, make(32, 1, seed=3), 0, PLAIN, tile)
-        assert common.operands(q, k, tile)[2] == tma
+        similarity.exp_similarity(q, k, out, make(32, 1, seed=3), 0, *PLAIN, tile)
+        assert common.operands(q, k, out, tile)[3] == tma
         found.append(out)
     assert torch.equal(*found)
-    assert not common.operands(make(32, 33, seed=1)[:, :32], k, settings.Tile(16, 16, 16, 4, 1, tma=True))[2]
+    assert not common.operands(make(32, 33, seed=1)[:, :32], k, None, settings.Tile(16, 16, 16, 4, 1, tma=True))[3]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -242,11 +242,9 @@ def test_strides_of_what_kernels_load_are_aligned(dtype):
     """Multiples of 16 elements: Triton compiles for these alone loads of several elements."""
     library = replace(INTERPRETED, library_products=True)
     ops = triton_backend.TritonBackend(operands.Precision.of(dtype, DEVICE), DEVICE, None, 5000, 5000, library)
-    found = [ops._rows(5, 20, dtype), ops.tile(5, 21)]
-    if ops.precision.low_precision_products:
-        found.append(ops.column_accumulator(5, 20, single_chunk=True).grad)
+    found = [ops.rows(5, 20, dtype), ops.tile(5, 21), ops.column_accumulator(5, 20, single_chunk=True).grad]
     assert all(x.stride(0) % 16 == 0 for x in found)
-    assert similarity.PAD % 16 == 0
+    assert all(x.data_ptr() % 16 == 0 for x in ops.vectors(3, 21))
 
 
 # ---------------------------------------------------------------------- costs
@@ -338,15 +336,15 @@ def test_costs_are_what_is_launched_and_allocated(monkeypatch):
 
     cases = [
         (
-            lambda: similarity.exp_similarity(q, k, out, shift, 0, PLAIN, tile),
+            lambda: similarity.exp_similarity(q, k, out, shift, 0, *PLAIN, tile),
             similarity.exp_similarity_cost(C, T, d, 4, 4, tile),
         ),
         (
-            lambda: ratios.ratio_sums(q, k, 0, 0, shift, both_sides, PLAIN, tile),
+            lambda: ratios.ratio_sums(q, k, 0, 0, shift, both_sides, *PLAIN, tile),
             ratios.ratios_cost(C, T, d, 4, 0, True, tile),
         ),
         (
-            lambda: ratios.weighted_ratios(q, k, out, 0, 0, shift, None, None, PLAIN, tile),
+            lambda: ratios.weighted_ratios(q, k, out, 0, 0, shift, None, None, *PLAIN, tile),
             ratios.ratios_cost(C, T, d, 4, 4, False, tile),
         ),
         (
@@ -369,21 +367,31 @@ def test_costs_are_what_is_launched_and_allocated(monkeypatch):
 # ---------------------------------------------------------------------- faults are caught
 
 FAULTS = {  # what is wrong: the file, what stands there, what a mistake would write; None: the line is gone
-    "the positive counts as a negative": ("common.py", "z = tl.where(i[:, None] == j[None, :], float", None),
-    "the mask is one off": ("common.py", "where(i[:, None] == j", "where(i[:, None] + 1 == j"),
-    "ids one off": ("common.py", "tl.load(column_ids + j * HAS_IDS", "tl.load(column_ids + (j + 1) * HAS_IDS"),
-    "own negatives one off": ("common.py", "(negative % num_positives)[", "(negative % num_positives + 1)["),
+    "the positive counts as a negative": ("common.py", "(i[:, None] == j[None, :]) | (j", "(j"),
+    "the mask is one off": ("common.py", "(i[:, None] == j[None, :]) | (j", "(i[:, None] + 1 == j[None, :]) | (j"),
+    "tiles of positives are not found": (
+        "common.py",
+        "(num_positives > 0) & (last",
+        "(num_positives < 0) & (last",
+    ),
+    "ids one off": ("common.py", "tl.load(ids.columns + j * ids", "tl.load(ids.columns + (j + 1) * ids"),
+    "own negatives one off": (
+        "common.py",
+        "num_positives, 1))[None, :] == i[",
+        "num_positives, 1))[None, :] == 1 + i[",
+    ),
     "a dimension of the product lost": ("common.py", "[:, None] < D - d,", "[:, None] < D - d - 1,"),
     "a scale off by 0.1 %": ("normalise.py", "(q * factor).to(queries", "(q * factor * 1.001).to(queries"),
     "the centre is not taken out": ("normalise.py", "tl.where(mask, k - c, 0.0)", "tl.where(mask, k, 0.0)"),
     "shares off by 0.1 %": ("normalise.py", "other=0.0)[:, None] * other", "other=0.0)[:, None] * other * 1.001"),
-    "columns beyond the end": ("similarity.py", "e = tl.where(offs_t[None, :] < T, e, 0.0)", None),
+    "columns beyond the end": ("common.py", " | (j >= end)[None, :]", ""),
+    "tiles beyond the end are not found": ("similarity.py", "(start_t + BLOCK_T > T)", "(start_t > T)"),
     "a part of the sums lost": (
-        "similarity.py",
+        "rows.py",
         "tl.range(0, tiles, BLOCK_P)",
         "tl.range(0, tiles - 32, BLOCK_P)",
     ),
-    "weights of columns lost": ("similarity.py", "tl.where((offs_d == D)[", "tl.where((offs_d == D + 1)["),
+    "the reflection is not undone": ("normalise.py", "v = reflect(v, mirror_of(side.center, offs_d, D))", None),
 }
 
 
@@ -393,6 +401,7 @@ def _largest_error() -> float:
     special = CASES["ids, negatives"].given(hard_negative_weight=1.3)
     for dtype, unit, case in (
         (torch.float32, 1e-5, CASES["info_nce"]),
+        (torch.float32, 1e-5, LossCase(negatives=2)),
         (torch.float32, 1e-5, special),
         (torch.bfloat16, 1e-2, special),  # here the anchors are centred
     ):
@@ -417,8 +426,12 @@ def test_injected_faults_are_caught(fault, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     for name in [x for x in sys.modules if x.split(".")[0] == "mutant"]:
         del sys.modules[name]
-    for name in ("noise", "normalise", "products", "ratios", "similarity"):
+    for name in ("products", "ratios", "similarity"):
         monkeypatch.setattr(triton_backend, name, importlib.import_module(f"mutant.{name}"))
+    for name in ("noise", "normalise"):
+        monkeypatch.setattr(triton_rows, name, importlib.import_module(f"mutant.{name}"))
+    for module in (triton_backend, triton_rows):
+        monkeypatch.setattr(module, "row_kernels", importlib.import_module("mutant.rows"))
     assert _largest_error() > 1
 
 

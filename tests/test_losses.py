@@ -8,8 +8,12 @@ from functools import partial
 import pytest
 import torch
 from helpers import relative_error, rows
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from experiments import dense_losses as dense
+from experiments import matryoshka as prototype
 from experiments.losses import CASES as MEASURED
 from experiments.losses import errors
 from fused_infonce import autograd, cosine_logsumexp, info_nce, losses
@@ -191,6 +195,83 @@ def test_gradients_at_the_trained_stage_are_as_exact_as_info_nce_s(name, monkeyp
     assert not found["bf16"] > 1.25 * found["dense bf16"], found  # which is NaN for one
 
 
+ROWS = 2048  # N·M entries are 16 MiB in fp32, and a call is tiled
+PLACE = {"workspace_bytes": 1 << 21}
+# name → the loss of queries, documents (N, D) and own hard negatives (N, 2, D)
+BOUNDED = {
+    "gte": lambda q, d, n: losses.gte(q, d, n, **PLACE),
+    "gte per direction": lambda q, d, n: losses.gte(
+        q, d, n, directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction", **PLACE
+    ),
+    "qwen3_embedding": lambda q, d, n: losses.qwen3_embedding(q, d, n, ids=torch.arange(ROWS) // 2, **PLACE),
+    "gemini_embedding": lambda q, d, n: losses.gemini_embedding(
+        q, d, n, query_ids=torch.arange(ROWS) // 2, document_ids=torch.arange(ROWS) // 3, **PLACE
+    ),
+    "embedding_gemma": lambda q, d, n: losses.embedding_gemma(q, d, n, **PLACE),
+    "llave": lambda q, d, n: losses.llave(q, d, n, **PLACE),
+    "gistembed": lambda q, d, n: losses.gistembed(
+        q, d, n[:, 0], guide=[x.detach() for x in (d, q, n[:, 1])], **PLACE
+    ),
+    "focal": lambda q, d, n: losses.focal(q, d, n[:, 0], **PLACE),
+    "debiased": lambda q, d, n: losses.debiased(q, d, **PLACE),
+    "hcl": lambda q, d, n: losses.hcl(q, d, **PLACE),
+    "supcon": lambda q, d, n: losses.supcon(q, torch.arange(ROWS) // 4, **PLACE),
+    "cross_entropy": lambda q, d, n: losses.cross_entropy(q, torch.arange(ROWS), d, **PLACE),
+    "soft_labels": lambda q, d, n: losses.soft_labels(q, d, n[:, 0], n[:, 1], **PLACE),
+    "clip": lambda q, d, n: losses.clip(q, d, weights=torch.rand(ROWS), **PLACE),
+    "matryoshka": lambda q, d, n: losses.matryoshka(info_nce, (4, 8, 16))(q, d, n[:, 0], **PLACE),
+    "matryoshka of a loss": lambda q, d, n: losses.matryoshka(losses.embedding_gemma, (8, 16))(q, d, n, **PLACE),
+}
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest number of bytes behind a tensor that any operation returns, backward's too."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return out
+
+
+def largest(loss) -> int:
+    leaves = [
+        rows(*shape, seed=i, dtype=torch.float32) for i, shape in enumerate([(ROWS, 16)] * 2 + [(ROWS, 2, 16)])
+    ]
+    leaves = [x.requires_grad_() for x in leaves]
+    with LargestTensor() as seen:
+        loss(*leaves).backward()
+    return seen.bytes
+
+
+def test_every_loss_is_among_those_whose_memory_is_tested():
+    parts = {"contrast", "log_add", "own_negatives", "pair_cosines"}
+    assert {name.split()[0] for name in BOUNDED} == set(losses.__all__) - parts
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_no_tensor_of_rows_times_columns(name):
+    """The largest one is a tile, or soft labels' chunk of a teacher's distribution: 1/4 of the matrix."""
+    assert largest(BOUNDED[name]) <= ROWS * ROWS * 4 // 4
+
+
+def test_the_matrix_of_a_dense_loss_is_seen():
+    assert largest(lambda q, d, n: dense.focal(q, d, tau=TAU)) >= ROWS * ROWS * 4
+
+
+def test_matryoshka_in_one_sweep():
+    """The prototype that docs/losses.md reports: loss and gradients of one call per prefix."""
+    q, k = prototype.inputs(70, torch.float64)
+    for tile in (1 << 20, 70 * 32):
+        found = prototype.one_sweep(q, k, tile=tile)
+        assert prototype.difference(found, prototype.dense(q, k)) < 1e-10
+
+
 def test_own_negatives_of_uneven_numbers():
     owners, limit = torch.tensor([3, 0, 3, 3, 7, 0]), torch.full((N,), 0.3, dtype=torch.float64)
     flat = rows(6, D, seed=8).requires_grad_()
@@ -254,6 +335,7 @@ def test_compiled_without_a_break():
         (lambda: losses.gte(Q, P, hardness_strength=-1), "hardness_strength must be >= 0"),
         (lambda: losses.qwen3_embedding(Q, P, NEGATIVES[:3]), "own rows must have shape"),
         (lambda: losses.hcl(Q, P, beta=0.0), "beta must be > 0"),
+        (lambda: losses.debiased(Q[:1], P[:1]), "anchors must be at least 2 rows"),
         (lambda: losses.debiased(Q, P, tau_plus=1.0), "tau_plus must be a probability"),
         (lambda: losses.supcon(Q, LABELS, group="world"), "supcon supports a single process only"),
         (lambda: losses.matryoshka(info_nce, (4, 32))(Q, P), "dims must be at most the embeddings' 16 features"),

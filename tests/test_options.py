@@ -43,8 +43,10 @@ def test_every_case(name, dtype):
 
 
 def test_every_option_has_a_case():
-    used = {"negatives", "queue", "ids", "negative_ids", "guide"}
-    assert all(any(getattr(case, x) for case in CASES.values()) for x in used - {"negative_ids"})
+    used = {"negatives", "queue", "ids", "guide"}
+    assert all(any(getattr(case, x) for case in CASES.values()) for x in used)
+    assert {case.own for case in CASES.values()} == {False, "equal", "uneven"}
+    used |= {"negative_ids", "negative_owners"}
     assert any(case.ids and case.negatives for case in CASES.values())
     used |= {name for case in CASES.values() for name in case.options}
     assert used == set(inspect.signature(gs_infonce).parameters) - {"anchors", "positives"} - NO_OPTIONS

@@ -154,6 +154,12 @@ def test_a_source_distribution_makes_the_same_wheel(checkout, tmp_path):
 def test_tests_of_the_product_import_no_benchmark():
     # Tests of the benchmarks and the experiments, and of all command lines.
     own = {"test_bench.py", "losses_for_bench.py", "test_study.py", "test_console.py", "test_files.py"}
+    own |= {
+        "test_first_contact.py",
+        "test_first_contact_jobs.py",
+        "jobs_for_contact.py",
+        "contact_on_fake_driver.py",
+    }
     for file in (ROOT / "tests").glob("*.py"):
         assert file.name in own or not re.search(
             r"^\s*(?:from|import)\s+bench\b", file.read_text(), re.MULTILINE

@@ -12,8 +12,8 @@ from test_simcse_model import make_tiny_model
 
 from simcse import SimCSE, cli, train
 from simcse.errors import UserError
+from simcse.readers import read_sentences, read_table
 from simcse.sts import COLUMNS, read_sts
-from simcse.table import read_sentences, read_table
 
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 PAIRS = [(f"anchor number {i} here", f"positive {i}.") for i in range(300)]

@@ -25,18 +25,18 @@ from transformers import (
 )
 
 from simcse import SimCSE, encode, evaluate, search, train
-from simcse.dataset import Views, shipped
+from simcse.collator import Views, packaged_file
 from simcse.errors import UserError
-from simcse.layout import save_encoder
 from simcse.model import load_encoder
+from simcse.readers import read_table
+from simcse.saved_model import save_encoder
 from simcse.sts import encode_rows
-from simcse.table import read_table
 
 SENTENCES = ["A man is playing a guitar.", "Snow.", "The committee will meet again on Tuesday, it said."]
 
 
 def words() -> list[str]:
-    return [row for (row,) in read_table(shipped("sentences.txt")).rows]
+    return [row for (row,) in read_table(packaged_file("sentences.txt")).rows]
 
 
 def make_tokenizer(side: str = "right") -> PreTrainedTokenizerFast:
@@ -404,7 +404,7 @@ def test_damaged_gguf_is_named(tmp_path):
 def test_missing_package_is_named_with_the_way_to_get_it(tmp_path, monkeypatch, name, package):
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("simcse.model.find_spec", lambda wanted: None)
+    monkeypatch.setattr("simcse.sources.find_spec", lambda wanted: None)
     with pytest.raises(UserError, match=r"pip install -e '.\[gguf\]'") as caught:
         load_encoder(name, "last")
     assert package.replace("_", "-") in str(caught.value) or package in str(caught.value)

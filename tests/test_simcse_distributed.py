@@ -18,9 +18,9 @@ from test_simcse_sts import write_sts
 from test_simcse_train import flags
 
 from simcse import train
-from simcse.dataset import shipped
+from simcse.collator import packaged_file
 from simcse.elastic import START_FILE
-from simcse.table import read_table
+from simcse.readers import read_table
 
 STEPS = 20
 WAYS = {
@@ -38,7 +38,7 @@ WAYS = {
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     make_tiny_model(folder / "model")
-    sentences = [row[0] for row in read_table(shipped("sentences.txt")).rows]
+    sentences = [row[0] for row in read_table(packaged_file("sentences.txt")).rows]
     (folder / "train.txt").write_text("\n".join(sentences[:128]), encoding="utf-8")
     rows = [dict(zip("abcd", sentences[4 * i : 4 * i + 4], strict=True)) for i in range(60)]
     rows += [{**row, "b": "Another one.", "c": rows[i]["a"]} for i, row in enumerate(rows[:4])]

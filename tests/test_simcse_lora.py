@@ -11,8 +11,8 @@ from transformers import AutoModel
 
 from simcse import train
 from simcse.errors import UserError
-from simcse.layout import save_encoder
 from simcse.model import load_encoder
+from simcse.saved_model import save_encoder
 from simcse.sts import encode_rows
 
 peft = pytest.importorskip("peft", reason="the package peft (extra lora) is not installed")

@@ -13,7 +13,8 @@ from test_simcse_train import flags
 from fused_infonce import contrastive_stats, gs_infonce
 from fused_infonce.config import FIELDS
 from simcse import train
-from simcse.arguments import LOSS_FLAGS, LossArguments, parse
+from simcse.arguments import LOSS_FLAGS, LossArguments
+from simcse.flags import parse
 
 WITHOUT_RESULT = ("backend", "strategy", "workspace_bytes")
 

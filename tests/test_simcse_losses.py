@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from test_simcse_options import folder, prepared  # noqa: F401 (a fixture)
+from test_simcse_sts import write_sts
 from test_simcse_train import flags
 
 from fused_infonce import info_nce, losses
@@ -58,9 +61,19 @@ REFUSED = {
         "--loss gte cannot be combined with --",
     ),
     "a queue": ({"loss": "hcl", "queue_size": 8}, "--loss hcl cannot be combined with --queue_size"),
+    "noise": ({"loss": "gte", "num_noise": 64}, "--num_noise 64 cannot be combined with --loss gte"),
     "duplicates": ({"loss": "llave", "mask_duplicates": True}, "cannot be combined with --mask_duplicates"),
     "prefix": ({"matryoshka_dims": [4, 4096]}, "--matryoshka_dims must be at most the model's"),
     "no prefix": ({"matryoshka_dims": [0]}, "--matryoshka_dims must be numbers of at least 1"),
+    "weights alone": ({"matryoshka_weights": [1]}, "--matryoshka_weights belongs to --matryoshka_dims"),
+    "weight NaN": (
+        {"matryoshka_dims": [4], "matryoshka_weights": ["nan"]},
+        "--matryoshka_weights must be positive numbers, not [nan]",
+    ),
+    "one pair": (
+        {"loss": "hcl", "per_device_train_batch_size": 1},
+        "--loss hcl needs at least 2 pairs per batch, not --per_device_train_batch_size 1",
+    ),
     "weights": ({"matryoshka_dims": [4], "matryoshka_weights": [1, 2]}, "--matryoshka_weights must be one number"),
 }
 
@@ -84,6 +97,9 @@ def test_pairs_only(folder, tmp_path, capsys):  # noqa: F811
 def test_a_run_with_prefixes_and_its_score_by_one_of_them(folder, tmp_path, capsys):  # noqa: F811
     change = {"loss": "qwen3_embedding", "matryoshka_dims": [4, 16], "max_steps": 2}
     train.main(command(folder, tmp_path / "run", sts_data=None, **change))
+    first = capsys.readouterr().out.splitlines()[0]
+    assert "the loss qwen3_embedding, summed over prefixes of 4, 16 features" in first
+    assert "noise" not in first
     scores = []
     for extra in ([], ["--truncate_dim", "4"]):
         file = tmp_path / f"scores{len(extra)}.json"
@@ -94,3 +110,30 @@ def test_a_run_with_prefixes_and_its_score_by_one_of_them(folder, tmp_path, caps
     with pytest.raises(SystemExit):
         evaluate.main(["--model_name_or_path", str(tmp_path / "run"), "--truncate_dim", "4096"])
     assert "--truncate_dim 4096 is more than the" in capsys.readouterr().err
+
+
+def test_the_example_of_the_page_at_a_tiny_size(folder, tmp_path, capsys):  # noqa: F811
+    """The four commands of docs/losses.md, with other files and sizes in the place of theirs."""
+    page = (Path(__file__).parents[1] / "docs" / "losses.md").read_text(encoding="utf-8")
+    block = re.search(r"```sh\n(python -m simcse.train .*?)```", page, re.DOTALL).group(1)
+    write_sts(tmp_path / "sts.tsv", [("STSB", "x", "test", i, f"the {i} cats", f"{i} dogs") for i in range(6)])
+    own = {
+        "$SIMCSE_DATA/nli_triplets.csv": folder / "train.jsonl",
+        "$SIMCSE_DATA/sts_eval.tsv": tmp_path / "sts.tsv",
+        "runs/nli-qwen3": tmp_path / "qwen3",
+        "runs/nli-infonce": tmp_path / "infonce",
+        "64": 8,
+        "60": 2,
+    }
+    modules = []
+    for line in block.replace("\\\n", " ").splitlines():
+        _, _, module, *given = line.split()
+        given = [str(own.get(word, word)) for word in given]
+        model = ["--model_name_or_path", str(folder / "model")] if module == "simcse.train" else []
+        {"simcse.train": train, "simcse.evaluate": evaluate}[module].main([*given, *model])
+        modules.append(module)
+    assert modules == ["simcse.train"] * 2 + ["simcse.evaluate"] * 2
+    out = capsys.readouterr().out
+    assert "the loss qwen3_embedding; no pairs" in out
+    assert "; InfoNCE; no pairs" in out
+    assert out.count("STSB") >= 2

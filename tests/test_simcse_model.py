@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 from simcse import SimCSE
+from simcse.encoder import POOLER_TYPES, SentenceEncoder, max_tokens
 from simcse.errors import UserError
-from simcse.layout import save_encoder
-from simcse.model import POOLER_TYPES, SentenceEncoder, load_encoder, max_tokens
+from simcse.model import load_encoder
+from simcse.saved_model import save_encoder
 from simcse.sts import encode, read_sts, spearman
 
 SENTENCES = ["A man is playing a guitar.", "Snow.", "The committee will meet again on Tuesday, it said."]

@@ -14,11 +14,11 @@ from transformers import AutoTokenizer
 
 from fused_infonce import gs_infonce
 from simcse import train
-from simcse.dataset import Views, duplicate_ids, shipped, text_keys
+from simcse.collator import Views, duplicate_ids, packaged_file, text_keys
 from simcse.errors import UserError
 from simcse.legacy import translate
+from simcse.readers import read_table
 from simcse.recipes import RECIPES
-from simcse.table import read_table
 
 TRIPLETS = [("a", "b", "c"), ("d, e", 'f "g"', "h")]
 CSV = 'sent0,sent1,hard_neg\na,b,c\n"d, e","f ""g""",h\n'
@@ -28,7 +28,7 @@ CSV = 'sent0,sent1,hard_neg\na,b,c\n"d, e","f ""g""",h\n'
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     make_tiny_model(folder / "model")
-    sentences = [row[0] for row in read_table(shipped("sentences.txt")).rows]
+    sentences = [row[0] for row in read_table(packaged_file("sentences.txt")).rows]
     (folder / "train.txt").write_text("\n".join(sentences[:48]), encoding="utf-8")
     rows = [dict(zip("abcd", sentences[4 * i : 4 * i + 4], strict=True)) for i in range(48)]
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")

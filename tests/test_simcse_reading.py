@@ -20,8 +20,8 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, RobertaConf
 
 from simcse import SimCSE, cli, evaluate
 from simcse.errors import UserError
-from simcse.layout import save_encoder
 from simcse.model import load_encoder, published_pooler
+from simcse.saved_model import save_encoder
 
 LONG = " ".join(f"word{i} and a clause," for i in range(300))
 TEXTS = [*SENTENCES, "UPPER Case TEXT", LONG]

@@ -16,13 +16,13 @@ from test_simcse_sts import write_sts
 from test_simcse_train import flags
 from transformers.training_args import OptimizerNames
 
-from simcse import convert, runs, train
-from simcse.dataset import shipped
+from simcse import convert, storage, train
+from simcse.collator import packaged_file
 from simcse.errors import UserError
-from simcse.layout import save_encoder
 from simcse.model import load_encoder
+from simcse.readers import read_table
 from simcse.runs import RUN_FILE, STATE_FILE
-from simcse.table import read_table
+from simcse.saved_model import save_encoder
 
 STEPS = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 9, "max_steps": 4}
 
@@ -31,7 +31,7 @@ STEPS = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 9, "max_
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     make_tiny_model(folder / "model")
-    sentences = [row for (row,) in read_table(shipped("sentences.txt")).rows]
+    sentences = [row for (row,) in read_table(packaged_file("sentences.txt")).rows]
     (folder / "train.txt").write_text("\n".join(sentences[:96]), encoding="utf-8")
     (folder / "odd.txt").write_text("\n".join(sentences[:33]), encoding="utf-8")
     (folder / "other.txt").write_text("\n".join(sentences[96:192]), encoding="utf-8")
@@ -408,15 +408,19 @@ def test_full_disk_is_one_line(folder, full, tmp_path, capsys, part, missing):
 
 @pytest.mark.parametrize(
     "function",
-    ["layout.save_encoder", "trainer.save_file", "trainer.SimCSETrainer._save_rng_state", "train.plot_path"],
+    [
+        "checkpoints.save_encoder",
+        "checkpoints.save_file",
+        "trainer.SimCSETrainer._save_rng_state",
+        "train.plot_path",
+    ],
 )
 def test_full_disk_in_any_save_is_one_line(folder, tmp_path, capsys, monkeypatch, function):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    name = "trainer.save_encoder" if function == "layout.save_encoder" else function
-    monkeypatch.setattr(f"simcse.{name}", full)
-    change = {"sts_data": folder / "sts.tsv"} if "plot" in name else {"learn_temperature": True}
+    monkeypatch.setattr(f"simcse.{function}", full)
+    change = {"sts_data": folder / "sts.tsv"} if "plot" in function else {"learn_temperature": True}
     error = refused(unwatched(folder, tmp_path / "run", **change), capsys)
     assert "No space left on device" in error
     assert str(tmp_path / "run") in error
@@ -433,16 +437,16 @@ def test_full_disk_in_any_save_is_one_line(folder, tmp_path, capsys, monkeypatch
     ],
 )
 def test_saving_knows_a_failed_write_by_its_words_or_by_the_disk(tmp_path, monkeypatch, text, free):
-    monkeypatch.setattr(runs.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     with (
         pytest.raises(UserError, match=r"cannot write .*checkpoint-2: "),
-        runs.saving(tmp_path / "run/checkpoint-2"),
+        storage.saving(tmp_path / "run/checkpoint-2"),
     ):
         raise RuntimeError(text)
 
 
 def test_saving_hides_no_error_of_another_kind(tmp_path):
-    with pytest.raises(RuntimeError, match="shapes"), runs.saving(tmp_path):
+    with pytest.raises(RuntimeError, match="shapes"), storage.saving(tmp_path):
         raise RuntimeError("shapes do not match")
 
 

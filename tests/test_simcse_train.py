@@ -18,11 +18,11 @@ from test_simcse_sts import write_sts
 from fused_infonce import gs_infonce
 from fused_infonce.testing import has_bf16_instructions
 from simcse import train
-from simcse.dataset import shipped
+from simcse.collator import packaged_file
 from simcse.model import load_encoder
+from simcse.readers import read_table
 from simcse.report import evaluations
 from simcse.sts import encode, geometry, read_sts, spearman, watched_pairs
-from simcse.table import read_table
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
     """A tiny model, sentences and graded pairs."""
     folder = tmp_path_factory.mktemp("inputs")
     make_tiny_model(folder / "model")
-    sentences = [row for (row,) in read_table(shipped("sentences.txt")).rows]
+    sentences = [row for (row,) in read_table(packaged_file("sentences.txt")).rows]
     (folder / "train.txt").write_text("\n".join(sentences[:96]), encoding="utf-8")
     grades = [5.0, 4.2, 3.0, 2.5, 1.0, 0.0]
     rows = [("STSB", "x", "dev", grades[i % 6], sentences[i], sentences[i + 1]) for i in range(24)]

@@ -25,7 +25,7 @@ def debiased(
     temperature: float | Tensor = 0.5,
     **options: Any,
 ) -> Tensor:
-    r"""The debiased contrastive loss (Chuang et al., NeurIPS 2020, arXiv:2007.00224, equations 7 and 8).
+    r"""The debiased contrastive loss (Chuang et al., NeurIPS 2020, arXiv:2007.00224).
 
     loss_i = log(1 + n g_i), g_i = max((R_i/n − τ⁺)/(1 − τ⁺), e^{−(1 + s_ii)/τ})
 
@@ -34,6 +34,7 @@ def debiased(
     the other rows of both; here they are the other positives.
     """
     one_process_only("debiased", options)
+    _check_pairs(anchors)
     mean = cosine_logsumexp(anchors, positives, temperature=temperature, exclude_diagonal=True, **options)
     mean = mean - math.log(len(anchors) - 1)
     return _corrected(mean, pair_cosines(anchors, positives), len(anchors) - 1, tau_plus, temperature)
@@ -49,7 +50,7 @@ def hcl(
     temperature: float | Tensor = 0.5,
     **options: Any,
 ) -> Tensor:
-    r"""Hard negatives by importance weights (Robinson et al., ICLR 2021, arXiv:2010.04592, equations 4 to 6).
+    r"""Hard negatives by importance weights (Robinson et al., ICLR 2021, arXiv:2010.04592).
 
     As :func:`debiased`, R_i/n replaced by Σ_j w_ij e^{(s_ij − s_ii)/τ} / Σ_j w_ij, w_ij = e^{β s_ij/τ}. The
     weights have their gradient, as in the authors' code. Both sums are log-sum-exps, at τ/(1 + β) and at τ/β.
@@ -57,6 +58,7 @@ def hcl(
     anchors, positives: (N, D), N >= 2; beta: β > 0, the concentration. Cost: eight products.
     """
     one_process_only("hcl", options)
+    _check_pairs(anchors)
     if not beta > 0:
         raise ValueError(f"beta must be > 0, not {beta}; debiased is the loss with beta = 0")
     weighted, weights = (
@@ -65,6 +67,11 @@ def hcl(
     )
     positive = pair_cosines(anchors, positives)
     return _corrected(weighted - weights, positive, len(anchors) - 1, tau_plus, temperature)
+
+
+def _check_pairs(anchors: Tensor) -> None:
+    if len(anchors) < 2:
+        raise ValueError(f"anchors must be at least 2 rows, whose negatives are each other, not {len(anchors)}")
 
 
 def _corrected(log_mean: Tensor, positive: Tensor, n: int, tau_plus: float, temperature: float | Tensor) -> Tensor:

@@ -14,7 +14,7 @@ _EMBEDDINGS = ("negatives", "queue")  # keywords whose tensors are embeddings of
 def matryoshka(
     loss: Callable[..., Tensor], dims: Sequence[int], weights: Sequence[float] | None = None
 ) -> Callable[..., Tensor]:
-    r"""The weighted sum of a loss over prefixes of the embeddings (Kusupati et al., NeurIPS 2022, equation 1).
+    r"""The weighted sum of a loss over prefixes of the embeddings (Kusupati et al. 2022, arXiv:2205.13147).
 
     .. math:: \sum_m w_m\, \ell(q_{:, 1..d_m}, k_{:, 1..d_m}, \ldots)
 

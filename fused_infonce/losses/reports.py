@@ -36,7 +36,7 @@ def gte(
     hardness_strength: float = 0.0,
     **options: Any,
 ) -> Tensor:
-    r"""The improved contrastive loss of GTE (Li et al. 2023, arXiv:2308.03281, equation 3), by directions.
+    r"""The improved contrastive loss of GTE (Li et al. 2023, arXiv:2308.03281), by directions.
 
     .. math::
         Z_i = \sum_j e^{s(q_i, d_j)/\tau} + \sum_{j \ne i} e^{s(q_i, q_j)/\tau}
@@ -135,7 +135,7 @@ def qwen3_embedding(
     ids: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    r"""The contrastive loss of Qwen3-Embedding (Zhang et al. 2025, arXiv:2506.05176, equations 1 and 2).
+    r"""The contrastive loss of Qwen3-Embedding (Zhang et al. 2025, arXiv:2506.05176).
 
     .. math::
         Z_i = e^{s(q_i, d_i)/\tau} + \sum_k m\, e^{s(q_i, d^-_{ik})/\tau} + \sum_{j \ne i} m\, e^{s(q_i, q_j)/\tau}
@@ -174,7 +174,7 @@ def gemini_embedding(
     document_ids: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    r"""The contrastive loss of Gemini Embedding (Lee et al. 2025, arXiv:2503.07891, equations 1 and 2).
+    r"""The contrastive loss of Gemini Embedding (Lee et al. 2025, arXiv:2503.07891).
 
     .. math::
         Z_i = e^{s(q_i, d_i)/\tau} + \sum_k e^{s(q_i, d^-_{ik})/\tau}
@@ -203,7 +203,7 @@ def embedding_gemma(
     ids: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    r"""The contrastive loss of EmbeddingGemma (Vera et al. 2025, arXiv:2509.20354, section 2.3).
+    r"""The contrastive loss of EmbeddingGemma (Vera et al. 2025, arXiv:2509.20354).
 
     .. math::
         Z_i = e^{s(q_i, d_i)/\tau} + \sum_k e^{\alpha\, sg(s(q_i, d^-_{ik}))} e^{s(q_i, d^-_{ik})/\tau}
@@ -277,7 +277,7 @@ def gistembed(
     contrast_positives: bool = True,
     **options: Any,
 ) -> Tensor:
-    r"""GISTEmbed (Solatorio 2024, arXiv:2402.16829, equations 3 to 5), with sentence-transformers' margins.
+    r"""GISTEmbed (Solatorio 2024, arXiv:2402.16829), with sentence-transformers' margins.
 
     .. math::
         Z_i = e^{s(a_i, p_i)/\tau} + \sum_{j \ne i} m\, e^{s(a_i, p_j)/\tau} + \sum_j m\, e^{s(a_i, n_j)/\tau}
@@ -317,10 +317,10 @@ def focal(
     gamma: float = 0.5,
     **options: Any,
 ) -> Tensor:
-    r"""InfoNCE with the focal weight of KaLM-Embedding-V2 (Zhao et al. 2025, arXiv:2506.20923, section 3.2).
+    r"""InfoNCE with the focal weight of KaLM-Embedding-V2 (Zhao et al. 2025, arXiv:2506.20923).
 
     (1 − p_i)^γ (−log p_i), p_i = e^{s(q_i, d_i)/τ} / Σ_j e^{s(q_i, d_j)/τ}, with the weight's gradient (Lin et
-    al., ICCV 2017, equation 4). queries, documents: (N, D); negatives: (H, D); options: of
+    al., ICCV 2017, arXiv:1708.02002). queries, documents: (N, D); negatives: (H, D); options: of
     :func:`fused_infonce.info_nce`.
     """
     return info_nce(queries, documents, negatives, focal_gamma=gamma, **options)

@@ -49,7 +49,7 @@ def _dense_ranks(labels: Tensor) -> Tensor:
 def cross_entropy(
     rows: Tensor, targets: Tensor, classes: Tensor, *, temperature: float | Tensor = 0.05, **options: Any
 ) -> Tensor:
-    r"""Cross entropy over the cosines of rows and class vectors (NormFace, Wang et al. 2017, equation 6).
+    r"""Cross entropy over the cosines of rows and class vectors (NormFace, Wang et al. 2017, arXiv:1704.06369).
 
     −log(e^{s(x_i, c_{y_i})/τ} / Σ_t e^{s(x_i, c_t)/τ}); rows x: (N, D); targets y: (N,) integers in [0, T);
     classes c: (T, D). Of one process. Cost: four products of (N, T), which is never held.
@@ -79,7 +79,7 @@ def soft_labels(
         \ell_i = -\sum_j t_{ij} \log \frac{e^{s_{ij}/\tau}}{\sum_k e^{s_{ik}/\tau}}, \quad
         t_{ij} = \mathrm{softmax}_j(s^T_{ij}/\tau_T)
 
-    (Hinton et al. 2015, arXiv:1503.02531; for embeddings TAS-B, Hofstätter et al. 2021). The KL divergence is
+    (distillation, Hinton et al. 2015, arXiv:1503.02531). The KL divergence is
     less by the teacher's entropy, a constant: gradients are the same. queries (N, D); documents (T, D), the first
     N of them the queries' own; the teacher's (N, E) and (T, E), without gradient.
 

@@ -21,23 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..distributed import resolve_group
-from ..geometry import unit_rows
-
-
-def pair_cosines(rows: Tensor, others: Tensor) -> Tensor:
-    """Cosines of row i and its own rows, in fp32 (fp64 for fp64) from unrounded rows; differentiable.
-
-    rows: (N, D); others: (N, D) → (N,), or (N, K, D) → (N, K). A zero row has cosine 0 and gradient 0.
-    """
-    if others.ndim not in (2, 3) or others.shape[0] != rows.shape[0] or others.shape[-1] != rows.shape[-1]:
-        raise ValueError(
-            f"own rows must have shape {tuple(rows.shape)} or (N, K, D) with the same N and D, one block for each "
-            f"anchor, not {tuple(others.shape)}"
-        )
-    dtype = torch.promote_types(torch.promote_types(rows.dtype, others.dtype), torch.float32)
-    with torch.autocast(rows.device.type, enabled=False):
-        q, x = unit_rows(rows, dtype), unit_rows(others.flatten(0, -2), dtype).view(others.shape)
-        return (q * x).sum(-1) if others.ndim == 2 else (q[:, None] * x).sum(-1)
+from ..own_negatives import OwnNegatives, log_add, pair_cosines, scalar
 
 
 def own_negatives(
@@ -54,25 +38,7 @@ def own_negatives(
 
     negatives: K of each row; or, of uneven numbers, all below one another with the index of each one's row.
     """
-    flat = owners is not None
-    s = pair_cosines(rows[owners] if flat else rows, negatives)  # (N, K), or (H,)
-    z = s / scalar(temperature) + hardness * s.detach()
-    if limit is not None:
-        z = z.masked_fill(s > (limit[owners] if flat else limit[:, None]), -math.inf)
-    if owners is None:
-        return log_add(*z.unbind(1))
-    least = torch.full_like(rows[:, 0], -math.inf, dtype=z.dtype)
-    top = least.scatter_reduce(0, owners, z.detach(), "amax").clamp(min=torch.finfo(z.dtype).min)
-    sums = torch.zeros_like(top).index_add(0, owners, torch.exp(z - top[owners]))
-    empty = sums == 0
-    return top + sums.masked_fill(empty, 1).log().masked_fill(empty, -math.inf)
-
-
-def log_add(*terms: Tensor) -> Tensor:
-    """log Σ_t e^(L_i^(t)) of terms (N,); −∞, with gradient 0, where all of them are."""
-    stacked = torch.stack(terms)
-    empty = (stacked == -math.inf).all(0)
-    return stacked.masked_fill(empty, 0).logsumexp(0).masked_fill(empty, -math.inf)
+    return OwnNegatives(negatives, owners).log_sum(rows, temperature, hardness=hardness, limit=limit)
 
 
 def contrast(positive: Tensor, temperature: float | Tensor, *terms: Tensor, count: int = 1) -> Tensor:
@@ -82,11 +48,6 @@ def contrast(positive: Tensor, temperature: float | Tensor, *terms: Tensor, coun
     """
     excess = log_add(*terms) - positive / scalar(temperature) - math.log(count)
     return F.softplus(excess, threshold=40) + math.log(count)  # beyond 40, x is softplus(x) in float64, too
-
-
-def scalar(temperature: float | Tensor) -> float | Tensor:
-    """A tensor of one element without dimensions, so that it leaves shapes and dtypes as they are."""
-    return temperature.reshape(()) if isinstance(temperature, Tensor) else temperature
 
 
 def row_numbers(rows: Tensor, options: dict[str, Any]) -> Tensor:

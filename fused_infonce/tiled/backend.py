@@ -41,8 +41,8 @@ class OnePassRows(Protocol):
         """
 
     def weighted_anchors(self, rows: slice) -> Tensor:
-        """α_i q̃_i in the gradient dtype, of rows whose last block was computed last. → (C, D), or wider if
-        ``grad_products`` wants it so; overwritten by the next call
+        """α_i q̃_i in the gradient dtype, of rows whose last block was computed last. → (C, D), overwritten by the
+        next call. Or α_i H q̂_i with a reflection H that ``finish`` and ``finish_pairs`` undo (``RowGradArgs``).
         """
 
     def stats(self) -> RowStats:
@@ -60,6 +60,7 @@ class TileBackend(Protocol):
     workspace_elements: int  # of the gradient dtype, for a tile and the weighted anchors beside it
     max_chunk_rows: int
     chunk_multiple: int  # chunks of rows are multiples of it where the workspace holds as many
+    multiprocessors: int  # that chunks of rows are to fill
     column_block: int  # columns of a tile in two passes
     noise_block: int  # noise vectors that are generated at a time
 
@@ -109,9 +110,16 @@ class TileBackend(Protocol):
 
     # Tiles.
     def one_pass_rows(
-        self, denominator: RowDenominator, batch: NormalizedBatch, columns: slice, acc: Accumulator | None
+        self,
+        denominator: RowDenominator,
+        batch: NormalizedBatch,
+        columns: slice,
+        acc: Accumulator | None,
+        needs_tiles: bool,
     ) -> OnePassRows:
-        """Sums that are still empty. columns: those that ``acc`` accumulates gradients of."""
+        """Sums that are still empty. columns: those that ``acc`` accumulates gradients of. needs_tiles: whether
+        the tiles of ``exp_tile`` are read; if not, they may be empty.
+        """
 
     def add_ratios(
         self,

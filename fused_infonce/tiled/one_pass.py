@@ -43,6 +43,7 @@ class OnePassResiduals:
     center_k: Tensor
     stats: RowStats
     rho: float | Tensor  # of expected noise
+    own_fraction: Tensor | None  # (N, 1) of own hard negatives in ``stats.constant_share``
     positive: variants.Positive | None  # where a margin replaces s_ii
     acc_rows: Tensor | None  # (N, D) Σ_j E_ij k̃_j
     acc_columns: Accumulator | None  # of the columns whose gradients are requested
@@ -58,7 +59,8 @@ def one_pass(
 ) -> tuple[Tensor, OnePassResiduals]:
     """Losses in nats, (N, 1), and what ``gradients`` reads. kappa_bound: a known upper bound of κ."""
     backend, batch = problem.backend, problem.batch
-    denominator, rho = _row_denominator(problem, kappa_bound)
+    constants = problem.log_constants()
+    denominator = _row_denominator(problem, constants.rows, kappa_bound)
     every = all_columns(problem, needs)
     add, chunks = problem.options.has_noise_columns, problem.row_chunks(len(every.columns))
     single_chunk, grad_columns = len(chunks) == 1, every.grad_range
@@ -67,7 +69,8 @@ def one_pass(
     if grad_columns.stop:
         single = single_chunk and every.exchange is None
         acc = backend.column_accumulator(grad_columns.stop - grad_columns.start, problem.D, single)
-    rows_state = backend.one_pass_rows(denominator, batch, grad_columns, acc)
+    needs_tiles = acc_rows is not None or acc is not None
+    rows_state = backend.one_pass_rows(denominator, batch, grad_columns, acc, needs_tiles)
     if add:
         _add_noise(problem, rows_state, acc_rows)
         backend.release()  # a block of wide noise vectors is as large as a tile
@@ -86,8 +89,8 @@ def one_pass(
     stats = rows_state.stats()
     losses, hidden = stats.losses, problem.hidden_nan()
     return losses if hidden is None else losses + hidden, OnePassResiduals(
-        [rows.inv_norm for rows in (batch.anchors, *batch.columns)], batch.center_q, batch.center_k, stats, rho,
-        problem.positive if problem.options.angular_margin else None, acc_rows, acc,
+        [rows.inv_norm for rows in (batch.anchors, *batch.columns)], batch.center_q, batch.center_k, stats,
+        constants.rho, constants.own_fraction, problem.positive if problem.options.angular_margin else None, acc_rows, acc,
     )  # fmt: skip
 
 
@@ -102,14 +105,15 @@ def _add_noise(problem: TiledProblem, rows_state: OnePassRows, acc_rows: Tensor 
             del tile  # the next one may take other memory
 
 
-def _row_denominator(problem: TiledProblem, kappa_bound: float | None) -> tuple[RowDenominator, float | Tensor]:
-    """What a row's sum is added to, and ρ of expected noise."""
-    options, decoupled, constant = problem.options, problem.options.decoupled, problem.log_constant()
-    log_T, rho = (None, 0.0) if constant is None else constant
+def _row_denominator(
+    problem: TiledProblem, log_constant: Tensor | None, kappa_bound: float | None
+) -> RowDenominator:
+    """What a row's sum is added to. log_constant: (N, 1)"""
+    options, decoupled = problem.options, problem.options.decoupled
     on_diagonal = not options.angular_margin
     if kappa_bound is None or not options.fits_known_offset(kappa_bound):
         shift = problem.row_shift_log2
-        return RowDenominator(shift, None, True, log_T, 0.0, options, on_diagonal), rho
+        return RowDenominator(shift, None, True, log_constant, 0.0, options, on_diagonal)
     offset: Tensor | None = None
     positive_term: Tensor | float = 0.0 if decoupled else 1.0
     if decoupled or 2 * kappa_bound + options.hardness + options.offset_margin > 0:
@@ -119,9 +123,9 @@ def _row_denominator(problem: TiledProblem, kappa_bound: float | None) -> tuple[
             positive_term = (-offset.clamp_(min=0)).exp_()
     shift = problem.row_shift_log2 if offset is None else problem.row_shift_log2 + offset * LOG2_E
     t = None
-    if log_T is not None:
-        t = (log_T if offset is None else log_T - offset).exp()
-    return RowDenominator(shift, offset, False, t, positive_term, options, on_diagonal), rho
+    if log_constant is not None:
+        t = (log_constant if offset is None else log_constant - offset).exp()
+    return RowDenominator(shift, offset, False, t, positive_term, options, on_diagonal)
 
 
 def gradients(
@@ -151,9 +155,14 @@ def gradients(
         backend, options, batch, needs, kept.acc_columns, of_positive, anchors, scale.times(kappa),
         dtype=dtype,
     )  # fmt: skip
+    of_noise = constant_share
+    if constant_share is not None and kept.own_fraction is not None:
+        of_own = constant_share * kept.own_fraction
+        of_noise = constant_share - of_own
+        out.log_own = (of_own * scale.value)[:, 0] if needs.log_own else None
     if needs.temperature and dots is not None:
-        if constant_share is not None:
-            dots = dots + constant_share * kept.rho
+        if of_noise is not None:
+            dots = dots + of_noise * kept.rho
         if kept.positive is not None and kept.positive.kappa_correction is not None and share is not None:
             dots = dots + share * kept.positive.kappa_correction
         out.kappa = dots.sum() * scale.value

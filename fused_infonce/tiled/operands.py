@@ -34,6 +34,7 @@ class NeedsGrad:
     negatives: bool
     queue: bool
     temperature: bool
+    log_own: bool = False
 
     @staticmethod
     def none() -> NeedsGrad:
@@ -51,13 +52,14 @@ class NeedsGrad:
 
 @dataclass(slots=True, eq=False)
 class Gradients:
-    """Gradients of the requested inputs, in their shapes, and of κ, 0-dim."""
+    """Gradients of the requested inputs, in their shapes, of κ, 0-dim, and of log O_i, (N,)."""
 
     anchors: Tensor | None = None
     positives: Tensor | None = None
     negatives: Tensor | None = None
     queue: Tensor | None = None
     kappa: Tensor | None = None
+    log_own: Tensor | None = None
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
@@ -161,7 +163,7 @@ class RowDenominator:
     row_shift_log2: Tensor  # the known offset included
     offset: Tensor | None  # None: 0, or the row's maximum
     offset_is_maximum: bool
-    constant: Tensor | None  # T_i e^(−o_i) of expected noise; with offset_is_maximum log T_i
+    constant: Tensor | None  # times e^(−o_i), see variants.LogConstants; with offset_is_maximum its logarithm
     positive_term: Tensor | float  # e^(−o_i), decoupled 0; with offset_is_maximum the backend computes it
     options: Options
     positive_on_diagonal: bool  # dloss_i/ds_ii is −Σ_j dloss_i/ds_ij, so a tile's diagonal can hold it
@@ -172,7 +174,7 @@ class Accumulator:
     """Gradient products of the columns, summed over chunks of rows."""
 
     grad: Tensor  # (n, D) Σ_i α_i E_ij q̃_i
-    sums: Tensor | None  # (n,) Σ_i α_i E_ij; None where the anchors are not centred
+    sums: Tensor | None  # (n,) Σ_i α_i E_ij; None where the anchors are not centred, or reflected
 
     def part(self, columns: slice) -> Accumulator:
         return Accumulator(self.grad[columns], None if self.sums is None else self.sums[columns])
@@ -185,7 +187,7 @@ class RowStats:
     alpha: Tensor  # e^(−o_i)-scaled f'(loss_i)/(1 + R_i), f as in variants.transformed_loss; decoupled 1/R_i
     losses: Tensor  # nats, as variants.row_loss returns them
     share: Tensor | None  # f'(loss_i) R_i/(1 + R_i); None where the tiles' diagonal held it
-    constant_share: Tensor | None  # f'(loss_i) T_i/(1 + R_i) of expected noise
+    constant_share: Tensor | None  # f'(loss_i) T_i/(1 + R_i) of the constant T_i
     unit: float = 1.0  # the factor of every E_ij in the tiles and in the sums and products that they enter
 
 
@@ -210,7 +212,8 @@ class GradScale:
 class RowGradArgs:
     """One side's gradient of unit rows: alpha_i acc_i − positive_coeff_i p̂_i + center_weight_i center.
 
-    p̂_i is the unit row of the other side's pair.
+    p̂_i is the unit row of the other side's pair. A center without weights says that a backend which reflects the
+    anchors along it (``OnePassRows.weighted_anchors``) is to reflect acc_i back.
     """
 
     acc: Tensor  # (n, D)

@@ -22,6 +22,7 @@ from ..distributed import Counts
 from ..entry_terms import EntryTerms, Limits
 from ..options import Options
 from .backend import TileBackend
+from .chunks import rows_per_chunk
 from .operands import Columns
 
 LOG2_E = 1 / math.log(2)
@@ -72,7 +73,7 @@ class TiledProblem:
         )
         self.T = self.operands.keys.shape[0]
         self.positive_shift_log2: Tensor | None = None  # (κ p_i − (κ + β) s_ii) log2(e), (N, 1); None: 0
-        if options.paired and (options.angular_margin or options.hardness):
+        if options.paired and (options.angular_margin or options.column_hardness):
             self.positive_shift_log2 = self.kappa * LOG2_E * self.positive.value - self.scale_log2 * self.cosines
         self.row_shift_log2 = self._shifted(self.operands.positive_log2)  # (N, 1)
         self.ids = None if options.column_ids is None else self._ids_by_rank(options.column_ids)
@@ -98,12 +99,11 @@ class TiledProblem:
     def _shifted(self, positive_log2: Tensor) -> Tensor:
         return positive_log2 if self.positive_shift_log2 is None else positive_log2 + self.positive_shift_log2
 
-    def log_constant(self) -> tuple[Tensor, float | Tensor] | None:
-        """Expected noise: log T_i (N, 1) in nats, and ρ."""
-        if self.options.noise_kind != "expected":
-            return None
-        log_T, rho = variants.log_expected_noise(self.options, self.kappa_given, self.positive.value, self.D)
-        return log_T, rho
+    def log_constants(self) -> variants.LogConstants:
+        """What joins the denominators beside the columns' ratios, in nats."""
+        if self.options.noise_kind != "expected" and self.options.log_own is None:
+            return variants.LogConstants()
+        return variants.log_constants(self.options, self.kappa_given, self.positive.value, self.D)
 
     def hidden_nan(self) -> Tensor | None:
         """NaN where some column contains one, else 0; None where the losses show it themselves.
@@ -219,13 +219,11 @@ class TiledProblem:
     # ------------------------------------------------------------------ chunks
 
     def row_chunks(self, columns: int) -> list[slice]:
-        """Equal chunks of rows, as many rows each as the workspace holds with their weighted anchors."""
+        """Chunks of rows that the workspace holds with their weighted anchors; see ``chunks.rows_per_chunk``."""
         backend = self.backend
         most = min(backend.max_chunk_rows, max(1, backend.workspace_elements // (columns + self.D)))
-        if most >= self.N:
-            return [slice(0, self.N)]
-        even = math.ceil(self.N / math.ceil(self.N / most))
-        return row_slices(self.N, min(most, math.ceil(even / backend.chunk_multiple) * backend.chunk_multiple))
+        step = rows_per_chunk(self.N, self.D, most, backend.chunk_multiple, backend.multiprocessors)
+        return row_slices(self.N, step)
 
     def column_blocks(self, counts: Counts, split: bool) -> Iterator[slice]:
         """Blocks of a rank's columns; with ``split`` none extends beyond the end of the positives."""

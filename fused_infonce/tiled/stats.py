@@ -16,7 +16,8 @@ from .two_pass import add_noise, log_of, start
 
 def stats(problem: TiledProblem, tiles: TorchTiles, t: float = 2.0) -> dict[str, Tensor]:
     """tiles: the problem's backend, which must be torch's: only there the logits themselves can be read."""
-    row, shift, counts = start(problem), problem.row_shift_log2, problem.counts[0]
+    constants, shift, counts = problem.log_constants(), problem.row_shift_log2, problem.counts[0]
+    row = start(problem, constants.columns)
     positive_log2 = problem.operands.positive_log2  # the row shift, but for a margin and hardness
     add_noise(problem, row, None)
     log_noise = torch.where(row[1] > 0, row[0] / LOG2_E + row[1].log(), -torch.inf)
@@ -42,6 +43,9 @@ def stats(problem: TiledProblem, tiles: TorchTiles, t: float = 2.0) -> dict[str,
                 apply_to_rows_(tile, part.scores, columns.terms, i.start, block.start)
                 tiles.merge_ratios(tile, shift[i], 1, row[0][i], row[1][i])
         hits[rows] = hit.to(hits.dtype)
+    if problem.options.log_own is not None:  # one more column
+        own_log2 = LOG2_E * (problem.options.log_own - problem.kappa * problem.positive.value)
+        tiles.merge_ratios(own_log2, zero, 1, *row)
     losses = log_of(problem, row)
     return {
         "loss": variants.counted_loss(losses, problem.options).mean(),

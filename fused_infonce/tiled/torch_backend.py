@@ -24,11 +24,17 @@ class TorchBackend(TorchTiles):
     """See ``backend.TileBackend``; memory, rows and tiles are in the ``torch_…`` files."""
 
     chunk_multiple = 1
+    multiprocessors = 1
     noise_block = noise.NOISE_BLOCK
     supports_row_maximum = True
 
     def one_pass_rows(
-        self, denominator: RowDenominator, batch: NormalizedBatch, columns: slice, acc: Accumulator | None
+        self,
+        denominator: RowDenominator,
+        batch: NormalizedBatch,
+        columns: slice,
+        acc: Accumulator | None,
+        needs_tiles: bool,  # they are computed in place, needed or not
     ) -> OnePassRows:
         return TorchOnePassRows(self, denominator, batch, columns, None if acc is None else acc.sums)
 

@@ -28,7 +28,8 @@ def losses(problem: TiledProblem) -> tuple[Tensor, Tensor | None]:
     backend, options = problem.backend, problem.options
     symmetric, queries, shift = options.symmetric, problem.operands.queries, problem.row_shift_log2
     least = variants.least_maximum(options)
-    row = start(problem)
+    constants = problem.log_constants()
+    row = start(problem, constants.rows)
     columns: list[Running] = []
     row_bias: Tensor = problem.row_shift_log2
     column_shift: list[Tensor] = []
@@ -38,7 +39,7 @@ def losses(problem: TiledProblem) -> tuple[Tensor, Tensor | None]:
             (_zeros(problem, counts.positives, 1) + least, _zeros(problem, counts.positives, 1))
             for counts in problem.counts
         ]
-        columns[problem.rank] = start(problem)
+        columns[problem.rank] = start(problem, constants.columns)
     add_noise(problem, row, columns[problem.rank] if symmetric else None)
     for owner, owned, _ in iter_ranks(problem, None, [slice(0, 0)] * len(problem.counts)):
         counts = problem.counts[owner]
@@ -61,12 +62,12 @@ def losses(problem: TiledProblem) -> tuple[Tensor, Tensor | None]:
     return row_loss, column_loss if hidden is None else column_loss + hidden
 
 
-def start(problem: TiledProblem) -> Running:
-    """The rows' maxima and sums before any column; expected noise is one more column."""
-    least, constant = variants.least_maximum(problem.options), problem.log_constant()
-    if constant is None:
+def start(problem: TiledProblem, log_constant: Tensor | None) -> Running:
+    """The rows' maxima and sums before any column; a constant (N, 1) in nats is one more column."""
+    least = variants.least_maximum(problem.options)
+    if log_constant is None:
         return _zeros(problem, problem.N, 1) + least, _zeros(problem, problem.N, 1)
-    exponent = constant[0] * LOG2_E
+    exponent = log_constant * LOG2_E
     maximum = exponent.clamp(min=least)
     return maximum, torch.exp2(exponent - maximum)
 
@@ -120,10 +121,17 @@ def gradients(
         backend, problem.options, problem.batch, needs, acc, of_positive, anchors, scale.times(problem.kappa),
         disposable=True,
     )  # fmt: skip
+    constants = problem.log_constants()
     if needs.temperature and dots is not None:
         if margin is not None and margin.kappa_correction is not None:
             d_kappa += (share * margin.kappa_correction).sum()
-        out.kappa = (d_kappa + dots.sum() + _constant_part(problem, rows, columns)) * scale.value
+        if constants.columns is not None:
+            for direction in (rows,) if columns is None else (rows, columns):
+                d_kappa += (constants.rho * direction.share(constants.columns)).sum()
+        out.kappa = (d_kappa + dots.sum()) * scale.value
+    if needs.log_own and constants.rows is not None and constants.own_fraction is not None:
+        of_own = rows.share(constants.rows) * constants.own_fraction
+        out.log_own = (of_own * scale.value)[:, 0]
     return out
 
 
@@ -224,6 +232,11 @@ class _Direction:
     loss: Tensor  # as the first pass returned it, but finite
     weights: Tensor | None  # w_i f'(loss_i), f as in ``variants.transformed_loss``; None: 1
 
+    def share(self, log_constant: Tensor) -> Tensor:
+        """Of a constant T_i, given by its logarithm, in the denominators: w_i T_i/(1 + R_i), (N, 1)."""
+        share = (log_constant - self.loss).exp_()
+        return share if self.weights is None else share * self.weights
+
 
 def _direction(problem: TiledProblem, loss: Tensor, weights: Tensor | None) -> tuple[_Direction, Tensor]:
     """A direction, and h_i: the weighted share of all ratios in the denominator, R/(1 + R) or R/R, (N, 1)."""
@@ -238,19 +251,6 @@ def _direction(problem: TiledProblem, loss: Tensor, weights: Tensor | None) -> t
         slope = variants.transformed_loss(loss, problem.options)[1]
         weights = slope if weights is None else weights * slope
     return _Direction(loss, weights), share if weights is None else share * weights
-
-
-def _constant_part(problem: TiledProblem, *directions: _Direction | None) -> Tensor | float:
-    """Expected noise's part of dκ: Σ_i w_i ρ T_i/(1 + R_i), over both directions."""
-    constant = problem.log_constant()
-    if constant is None:
-        return 0.0
-    total: Tensor | float = 0.0
-    for direction in directions:
-        if direction is not None:
-            share = (constant[0] - direction.loss).exp_()
-            total = total + (share if direction.weights is None else share * direction.weights).sum()
-    return constant[1] * total
 
 
 def _zeros(problem: TiledProblem, *shape: int) -> Tensor:

@@ -1,8 +1,9 @@
-"""What several kernels share: the order of tiles, the tile of products, and what is special about its entries."""
+"""What several kernels share: the order of tiles, the tile of products, and the terms of its entries."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -10,7 +11,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .settings import Tile, fp32_products
+from .settings import Tile, cdiv, fp32_products
+
+ALIGN = 16  # elements; kernels load several at once where strides and widths are multiples of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +25,42 @@ class Cost:
     workspace: int  # bytes that the launcher allocates beside its results
 
 
-# What may be special about some entries, as the kernels take it; here nothing is.
-NOTHING_SPECIAL = {
-    "row_ids": None, "column_ids": None, "num_ids": 0, "bias": 0.0, "own_bias": 0.0, "num_positives": 0,
-    "num_negatives": 0, "limits": None, "guide_rows": None, "guide_columns": None, "guide_features": 0,
-    "stride_guide_n": 0, "stride_guide_t": 0, "HAS_POSITIVES": False, "HAS_OWN": False, "HAS_IDS": False,
-    "HAS_LIMITS": False, "HAS_GUIDE": False,
-}  # fmt: skip
+class Ids(NamedTuple):
+    """Entries whose ids are equal are masked."""
+
+    rows: Tensor  # (N,)
+    columns: Tensor  # (num_ids,) of the first columns
+    stride: int  # of both: how many ids each has
+
+
+class Guide(NamedTuple):
+    """Rows whose products, not the logits, are compared with the limits."""
+
+    rows: Tensor  # (N, G)
+    columns: Tensor  # (T, G)
+    features: int  # G
+    stride_n: int
+    stride_t: int
+
+
+class Terms(NamedTuple):
+    """The terms of a tile's entries, one argument of the kernels; what is absent is compiled away."""
+
+    bias: float = 0.0  # of all columns, bits
+    own_bias: float | None = None  # of column N + hN + i in row i, its own hard negative, bits
+    ids: Ids | None = None
+    second_ids: Ids | None = None  # where each has two ids, of which either masks
+    limits: Tensor | None = None  # (N, 1) scores above which a column does not count
+    column_limits: Tensor | None = None  # (N,) likewise of the columns' direction
+    guide: Guide | None = None
+
+
+class Counts(NamedTuple):
+    """Numbers of columns: arguments of their own, for inside a tuple Triton compiles anew for some numbers."""
+
+    num_positives: int = 0  # columns [0, N): column i is row i's positive; 0 where there are none
+    num_negatives: int = 0  # columns [N, N + num_negatives): hard negatives
+    num_ids: int = 0
 
 
 @triton.jit
@@ -87,66 +119,87 @@ def similarity_tile(
 
 
 @triton.jit
-def masked(
-    z,  # (BLOCK_N, BLOCK_T)
-    i,  # (BLOCK_N,) rows of the whole matrix
-    j,  # (BLOCK_T,) columns of it
-    row_ids,  # (N,), or (N, 2)
-    column_ids,  # (num_ids,), or (num_ids, 2)
-    num_ids,
-    bias,
-    HAS_POSITIVES: tl.constexpr,
-    HAS_IDS: tl.constexpr,  # how many ids a row has, of which an equal one masks: 0, 1 or 2
-):
-    """What both directions see: the bias of all columns, in bits; −∞ for equal ids and the positive."""
-    z += bias
-    known = j < num_ids
-    for which in tl.static_range(HAS_IDS):
-        of_rows = tl.load(row_ids + i * HAS_IDS + which)
-        of_columns = tl.load(column_ids + j * HAS_IDS + which, mask=known, other=0)
-        z = tl.where(known[None, :] & (of_rows[:, None] == of_columns[None, :]), float("-inf"), z)
-    if HAS_POSITIVES:
-        z = tl.where(i[:, None] == j[None, :], float("-inf"), z)
-    return z
+def guide_tile(
+    guide, start_n, start_t, end_n, end_t,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The guide's scores of a tile. → (BLOCK_N, BLOCK_T)"""
+    return similarity_tile(
+        guide.rows, guide.columns, start_n, start_t, end_n, end_t, guide.features, guide.stride_n, guide.stride_t,
+        BLOCK_N, BLOCK_T, BLOCK_D, False, False, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit
-def as_rows(
-    z,  # (BLOCK_N, BLOCK_T)
-    scores,  # (BLOCK_N, BLOCK_T), z where there is no guide
-    i,
-    j,
-    limits,  # (N, 1)
-    own_bias,
-    num_positives,
-    num_negatives,
-    HAS_LIMITS: tl.constexpr,
-    HAS_OWN: tl.constexpr,
-):
-    """What only the rows see: −∞ for columns too similar to them, and their own hard negatives' bias, in bits."""
-    if HAS_LIMITS:
-        z = tl.where(scores > tl.load(limits + i)[:, None], float("-inf"), z)
-    if HAS_OWN:
-        negative = j - num_positives
-        inside = (negative >= 0) & (negative < num_negatives)
-        own = inside[None, :] & ((negative % num_positives)[None, :] == i[:, None])
-        z = tl.where(own, z + own_bias, z)
-    return z
+def mask_equal_ids(z, i, j, ids, num_ids):
+    """−∞ where the row's id is the column's. z: (BLOCK_N, BLOCK_T); i, j: places in the whole matrix."""
+    of_rows = tl.load(ids.rows + i * ids.stride)
+    known = j < num_ids
+    of_columns = tl.load(ids.columns + j * ids.stride, mask=known, other=0)
+    return tl.where(known[None, :] & (of_rows[:, None] == of_columns[None, :]), float("-inf"), z)
 
 
-def operands(queries: Tensor, keys: Tensor, tile: Tile) -> tuple[object, object, bool]:
-    """The rows as a kernel takes them, and whether as descriptors, which want strides of multiples of 16 bytes."""
+@triton.jit
+def holds_pairs(start_n, start_t, own_bias, num_positives, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Whether a tile with this corner has entries of rows and their own positives, or own hard negatives.
+
+    There column − row is 0, or with hard negatives a multiple of N.
+    """
+    last = start_t + BLOCK_T - 1 - start_n  # the largest column − row of the tile
+    first = start_t - (start_n + BLOCK_N - 1)
+    nearest = 0
+    if own_bias is not None:
+        period = tl.maximum(num_positives, 1)
+        nearest = tl.maximum(last, 0) // period * period
+    return (num_positives > 0) & (last >= 0) & (nearest >= first)
+
+
+@triton.jit
+def mask_positives(z, i, j, end, num_positives):
+    """−∞ where a row meets its own positive, and in columns from ``end`` on."""
+    i = tl.where(num_positives > 0, i, -1)
+    return tl.where((i[:, None] == j[None, :]) | (j >= end)[None, :], float("-inf"), z)
+
+
+@triton.jit
+def add_own_bias(z, i, j, own_bias, num_positives, num_negatives):
+    """The bias of the rows' own hard negatives."""
+    negative = j - num_positives
+    inside = (negative >= 0) & (negative < num_negatives)
+    mine = inside[None, :] & ((negative % tl.maximum(num_positives, 1))[None, :] == i[:, None])
+    return tl.where(mine, z + own_bias, z)
+
+
+def operands(queries: Tensor, keys: Tensor, out: Tensor | None, tile: Tile) -> tuple[object, object, object, bool]:
+    """Rows and result as a kernel takes them, and whether as descriptors: those want strides in 16 bytes."""
     aligned = all(
         x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
-        for x in (queries, keys)
+        for x in (queries, keys, out)
+        if x is not None
     )
     if not (tile.tma and aligned):
-        return queries, keys, False
+        return queries, keys, out, False
+    stored = None
+    if out is not None:
+        shape = [out.shape[0], readable_columns(out)]
+        stored = TensorDescriptor(out, shape, list(out.stride()), [tile.block_m, tile.block_n])
     return (
         TensorDescriptor.from_tensor(queries, [tile.block_m, tile.block_k]),
         TensorDescriptor.from_tensor(keys, [tile.block_n, tile.block_k]),
+        stored,
         True,
     )
+
+
+def readable_columns(x: Tensor | None) -> int:
+    """Columns of x up to a multiple of ALIGN, where its rows' memory has as many; kernels write 0 beyond the last.
+
+    With it loads and stores of several elements need no other code for widths that are no multiples.
+    """
+    if x is None:
+        return 0
+    whole = cdiv(x.shape[1], ALIGN) * ALIGN
+    return whole if x.stride(0) >= x.storage_offset() % max(1, x.stride(0)) + whole else x.shape[1]
 
 
 def row_block(D: int, elements: int) -> tuple[int, int]:

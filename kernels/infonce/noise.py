@@ -28,20 +28,17 @@ def normals(seed, row, column):
 
 
 @triton.jit
-def store_noise(rows, grad_rows, g, r, center, at, offs_d, D, HAS_CENTER: tl.constexpr, HAS_GRAD: tl.constexpr):
+def store_noise(rows, grad_rows, g, r, center, at, offs_d, D):
     g = g * r
-    if HAS_CENTER:
+    if center is not None:
         g -= tl.load(center + offs_d, mask=offs_d < D, other=0.0)
     tl.store(rows + at + offs_d, g.to(rows.dtype.element_ty), mask=offs_d < D)
-    if HAS_GRAD:
+    if grad_rows is not None:
         tl.store(grad_rows + at + offs_d, g.to(grad_rows.dtype.element_ty), mask=offs_d < D)
 
 
 @triton.jit(do_not_specialize=["first"])
-def noise_kernel(
-    seed, center, rows, grad_rows, first, D, stride_rn,
-    QUARTER: tl.constexpr, HAS_CENTER: tl.constexpr, HAS_GRAD: tl.constexpr,
-):  # fmt: skip
+def noise_kernel(seed, center, rows, grad_rows, first, D, stride_rn, QUARTER: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, QUARTER)
     x0, x1, x2, x3 = normals(tl.load(seed), first + n, offs)
@@ -52,10 +49,10 @@ def noise_kernel(
     square = tl.sum(x0 * x0) + tl.sum(x1 * x1) + tl.sum(x2 * x2) + tl.sum(x3 * x3)
     r = 1.0 / tl.sqrt(tl.maximum(square, 1e-30))
     at = n * stride_rn
-    store_noise(rows, grad_rows, x0, r, center, at, offs, D, HAS_CENTER, HAS_GRAD)
-    store_noise(rows, grad_rows, x1, r, center, at, offs + QUARTER, D, HAS_CENTER, HAS_GRAD)
-    store_noise(rows, grad_rows, x2, r, center, at, offs + 2 * QUARTER, D, HAS_CENTER, HAS_GRAD)
-    store_noise(rows, grad_rows, x3, r, center, at, offs + 3 * QUARTER, D, HAS_CENTER, HAS_GRAD)
+    store_noise(rows, grad_rows, x0, r, center, at, offs, D)
+    store_noise(rows, grad_rows, x1, r, center, at, offs + QUARTER, D)
+    store_noise(rows, grad_rows, x2, r, center, at, offs + 2 * QUARTER, D)
+    store_noise(rows, grad_rows, x3, r, center, at, offs + 3 * QUARTER, D)
 
 
 def sample_noise(
@@ -68,10 +65,7 @@ def sample_noise(
     """Rows first, first + 1, … of the random directions that ``seed`` stands for."""
     n, D = rows.shape
     quarter = max(1, triton.next_power_of_2(D) // 4)
-    noise_kernel[(n,)](
-        seed, center, rows, grad_rows, first, D, rows.stride(0),
-        QUARTER=quarter, HAS_CENTER=center is not None, HAS_GRAD=grad_rows is not None, num_warps=4,
-    )  # fmt: skip
+    noise_kernel[(n,)](seed, center, rows, grad_rows, first, D, rows.stride(0), QUARTER=quarter, num_warps=4)
 
 
 def sample_noise_cost(n: int, D: int, operand: int, copies: int) -> Cost:

@@ -12,9 +12,13 @@ Bytes: 2·N·D inputs, 2·N·D operands (3 where the gradient products take anot
 Backward, of both sides in one pass, with acc the sums over tiles, p̂ the other side's unit rows:
 
     v_i = factor_i acc_i − share_i p̂_i + sums_i center,   dx_i = scale r_i (v_i − x̂_i ⟨x̂_i, v_i⟩)
+
+or, where a centre is given and no sums, H acc_i in the place of acc_i, with the reflection H of ``mirror_of``.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import Cost, row_block, row_warps
-from .settings import cdiv, num_programs
+from .settings import cdiv, multiprocessors
 
 CENTER_ROWS = 16
 
@@ -42,6 +46,25 @@ def reciprocal_norm(x):
     return tl.where(
         norm == 0.0, 0.0, tl.div_rn(tl.full(norm.shape, 1.0, tl.float32), tl.where(norm == 0.0, 1.0, norm))
     )
+
+
+@triton.jit
+def mirror_of(center, offs_d, D):
+    """The vector w of the reflection H = I − wwᵀ that takes the centre c to ±|c| e_0. → (1, BLOCK_D), |w|² = 2
+
+    Householder's: w ∝ c/|c| − σ e_0, with the sign σ = −sign(c_0) for which nothing cancels; any c is exact.
+    """
+    c = tl.load(center + offs_d, mask=offs_d < D, other=0.0)
+    norm = tl.sqrt(tl.sum(c * c, 0))
+    c = c / tl.where(norm == 0.0, 1.0, norm)
+    w = tl.where(offs_d == 0, c + tl.where(c >= 0.0, 1.0, -1.0), c)
+    return (w * tl.sqrt(2.0 / tl.sum(w * w, 0)))[None, :]
+
+
+@triton.jit
+def reflect(rows, w):
+    """H x_i. rows: (n, BLOCK_D); w: (1, BLOCK_D)"""
+    return rows - tl.sum(rows * w, 1)[:, None] * w
 
 
 @triton.jit
@@ -84,10 +107,6 @@ def normalise_pairs_kernel(
     BLOCK_D: tl.constexpr,
     CENTER_ROWS: tl.constexpr,
     MAKE_CENTERS: tl.constexpr,
-    HAS_CENTER_Q: tl.constexpr,
-    HAS_CENTER_K: tl.constexpr,
-    HAS_KEYS: tl.constexpr,
-    HAS_GRAD: tl.constexpr,
     BITS_ON_DEVICE: tl.constexpr,
 ):
     offs_d = tl.arange(0, BLOCK_D)
@@ -97,10 +116,10 @@ def normalise_pairs_kernel(
         c = mean_unit_row(y, N, D, stride_yn, stride_yd, BLOCK_D, CENTER_ROWS)
         if tl.program_id(0) == 0:
             tl.store(center_k + offs_d[None, :], c, mask=in_d[None, :])
-            if HAS_CENTER_Q:
+            if center_q is not None:
                 c_q = mean_unit_row(x, N, D, stride_xn, stride_xd, BLOCK_D, CENTER_ROWS)
                 tl.store(center_q + offs_d[None, :], c_q, mask=in_d[None, :])
-    elif HAS_CENTER_K:
+    elif center_k is not None:
         c = tl.load(center_k + offs_d[None, :], mask=in_d[None, :], other=0.0)
     factor = bits
     if BITS_ON_DEVICE:
@@ -123,9 +142,9 @@ def normalise_pairs_kernel(
         tl.store(shift + offs_n, factor * tl.sum(q * k, 1), mask=in_n)
         at = offs_n.to(tl.int64)[:, None]
         tl.store(queries + at * stride_qn + offs_d[None, :], (q * factor).to(queries.dtype.element_ty), mask=mask)
-        if HAS_KEYS:
+        if keys is not None:
             tl.store(keys + at * stride_kn + offs_d[None, :], k.to(keys.dtype.element_ty), mask=mask)
-        if HAS_GRAD:
+        if grad_keys is not None:
             tl.store(grad_keys + at * stride_kn + offs_d[None, :], k.to(grad_keys.dtype.element_ty), mask=mask)
 
 
@@ -145,13 +164,11 @@ def normalise_pairs(
     """Everything that is known of the pairs before a product, in the memory given."""
     N, D = x.shape
     block_n, block_d = row_block(D, row_elements)
-    normalise_pairs_kernel[(min(cdiv(N, block_n), 4 * num_programs(x.device)),)](
+    normalise_pairs_kernel[(min(cdiv(N, block_n), 4 * multiprocessors(x.device)),)](
         x, y, queries, keys, grad_keys, *vectors, center_q, center_k, bits, N, D,
         *x.stride(), *y.stride(), queries.stride(0), 0 if keys is None else keys.stride(0),
         BLOCK_N=block_n, BLOCK_D=block_d, CENTER_ROWS=CENTER_ROWS, MAKE_CENTERS=make_centers,
-        HAS_CENTER_Q=center_q is not None, HAS_CENTER_K=center_k is not None,
-        HAS_KEYS=keys is not None, HAS_GRAD=grad_keys is not None, BITS_ON_DEVICE=isinstance(bits, Tensor),
-        num_warps=row_warps(block_d),
+        BITS_ON_DEVICE=isinstance(bits, Tensor), num_warps=row_warps(block_d),
     )  # fmt: skip
 
 
@@ -163,7 +180,7 @@ def normalise_pairs_cost(N: int, D: int, element: int, operand: int, copies: int
 @triton.jit(do_not_specialize=["N"])
 def normalise_rows_kernel(
     x, center, rows, grad_rows, r_out, N, D, stride_xn, stride_xd, stride_rn,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_CENTER: tl.constexpr, HAS_GRAD: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     offs_d = tl.arange(0, BLOCK_D)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -172,11 +189,11 @@ def normalise_rows_kernel(
     r = reciprocal_norm(k)
     tl.store(r_out + offs_n, r, mask=offs_n < N)
     k = k * r[:, None]
-    if HAS_CENTER:
+    if center is not None:
         k -= tl.load(center + offs_d, mask=offs_d < D, other=0.0)[None, :]
     at = offs_n.to(tl.int64)[:, None] * stride_rn + offs_d[None, :]
     tl.store(rows + at, k.to(rows.dtype.element_ty), mask=mask)
-    if HAS_GRAD:
+    if grad_rows is not None:
         tl.store(grad_rows + at, k.to(grad_rows.dtype.element_ty), mask=mask)
 
 
@@ -193,40 +210,48 @@ def normalise_rows(
     block_n, block_d = row_block(D, row_elements)
     normalise_rows_kernel[(cdiv(N, block_n),)](
         x, center, rows, grad_rows, r, N, D, *x.stride(), rows.stride(0),
-        BLOCK_N=block_n, BLOCK_D=block_d, HAS_CENTER=center is not None, HAS_GRAD=grad_rows is not None,
-        num_warps=row_warps(block_d),
+        BLOCK_N=block_n, BLOCK_D=block_d, num_warps=row_warps(block_d),
     )  # fmt: skip
 
 
+class Side(NamedTuple):
+    """One side's gradient of unit rows, as the kernel takes it."""
+
+    acc: Tensor  # (n, D)
+    stride: int  # of acc's rows
+    grad: Tensor  # (n, D), written
+    share: Tensor | None  # (n, 1)
+    center: Tensor | None  # (D,)
+    sums: Tensor | None  # (n, 1), the centre's weight; None: acc is reflected along the centre
+    sums_stride: int
+    factor: Tensor | None  # (n, 1)
+
+
 @triton.jit
-def gradient_rows(
-    acc, unit, r, other, share, sums, center, factor, scale, offs_n, offs_d, in_n, mask, D, stride_an, stride_sn,
-    HAS_PAIR: tl.constexpr, HAS_CENTER: tl.constexpr, HAS_FACTOR: tl.constexpr,
-):  # fmt: skip
-    """The rows' gradient, (n, D), and ⟨x̂_i, v_i⟩, (n,)."""
+def gradient_rows(side, unit, r, other, scale, offs_n, offs_d, in_n, mask, D):
+    """Writes the rows' gradient, (n, D). → ⟨x̂_i, v_i⟩, (n,)"""
     at = offs_n.to(tl.int64)
-    v = tl.load(acc + at[:, None] * stride_an + offs_d[None, :], mask=mask, other=0.0)
-    if HAS_FACTOR:  # first, and not with r: the product of the two may leave fp32's range
-        v *= tl.load(factor + at, mask=in_n, other=0.0)[:, None]
-    if HAS_PAIR:
-        v -= tl.load(share + at, mask=in_n, other=0.0)[:, None] * other
-    if HAS_CENTER:
-        c = tl.load(center + offs_d, mask=offs_d < D, other=0.0)
-        v += tl.load(sums + at * stride_sn, mask=in_n, other=0.0)[:, None] * c[None, :]
+    v = tl.load(side.acc + at[:, None] * side.stride + offs_d[None, :], mask=mask, other=0.0)
+    if side.factor is not None:  # first, and not with r: the product of the two may leave fp32's range
+        v *= tl.load(side.factor + at, mask=in_n, other=0.0)[:, None]
+    if side.center is not None:
+        if side.sums is None:
+            v = reflect(v, mirror_of(side.center, offs_d, D))
+        else:
+            c = tl.load(side.center + offs_d, mask=offs_d < D, other=0.0)
+            v += tl.load(side.sums + at * side.sums_stride, mask=in_n, other=0.0)[:, None] * c[None, :]
+    if other is not None:
+        v -= tl.load(side.share + at, mask=in_n, other=0.0)[:, None] * other
     dots = tl.sum(unit * v, 1)
-    return (v - unit * dots[:, None]) * (r * scale)[:, None], dots
+    grad = (v - unit * dots[:, None]) * (r * scale)[:, None]
+    tl.store(side.grad + at[:, None] * D + offs_d[None, :], grad.to(side.grad.dtype.element_ty), mask=mask)
+    return dots
 
 
 @triton.jit(do_not_specialize=["N"])
 def normalise_backward_kernel(
-    x, y, r_x, r_y, dx, dy, dots,
-    acc_x, share_x, sums_x, center_x, factor_x,
-    acc_y, share_y, sums_y, center_y, factor_y,
-    scale, number, N, D,
-    stride_xn, stride_xd, stride_yn, stride_yd, stride_ax, stride_ay, stride_sx, stride_sy,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_X: tl.constexpr, HAS_Y: tl.constexpr,
-    HAS_PAIR: tl.constexpr, HAS_CENTER_X: tl.constexpr, HAS_CENTER_Y: tl.constexpr,
-    HAS_FACTOR_X: tl.constexpr, HAS_FACTOR_Y: tl.constexpr, HAS_SCALE: tl.constexpr,
+    x, y, r_x, r_y, side_x, side_y, dots, scale, number, N, D, stride_xn, stride_xd, stride_yn, stride_yd,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     offs_d = tl.arange(0, BLOCK_D)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -234,65 +259,41 @@ def normalise_backward_kernel(
     mask = in_n[:, None] & (offs_d < D)[None, :]
     r_1 = tl.load(r_x + offs_n, mask=in_n, other=0.0)
     unit_x = load_rows(x, offs_n, offs_d, mask, stride_xn, stride_xd) * r_1[:, None]
-    unit_y = unit_x
-    if HAS_PAIR:
+    unit_y = None
+    if y is not None:
         r_2 = tl.load(r_y + offs_n, mask=in_n, other=0.0)
         unit_y = load_rows(y, offs_n, offs_d, mask, stride_yn, stride_yd) * r_2[:, None]
     factor = number
-    if HAS_SCALE:
+    if scale is not None:
         factor *= tl.load(scale)
-    at = offs_n.to(tl.int64)[:, None] * D + offs_d[None, :]
-    if HAS_X:
-        grad, dot = gradient_rows(
-            acc_x, unit_x, r_1, unit_y, share_x, sums_x, center_x, factor_x, factor, offs_n, offs_d, in_n, mask, D,
-            stride_ax, stride_sx, HAS_PAIR, HAS_CENTER_X, HAS_FACTOR_X,
-        )  # fmt: skip
-        tl.store(dx + at, grad.to(dx.dtype.element_ty), mask=mask)
+    if side_x is not None:
+        dot = gradient_rows(side_x, unit_x, r_1, unit_y, factor, offs_n, offs_d, in_n, mask, D)
         tl.store(dots + offs_n, dot, mask=in_n)
-    if HAS_Y:
-        grad, dot = gradient_rows(
-            acc_y, unit_y, r_2, unit_x, share_y, sums_y, center_y, factor_y, factor, offs_n, offs_d, in_n, mask, D,
-            stride_ay, stride_sy, HAS_PAIR, HAS_CENTER_Y, HAS_FACTOR_Y,
-        )  # fmt: skip
-        tl.store(dy + at, grad.to(dy.dtype.element_ty), mask=mask)
+    if side_y is not None:
+        gradient_rows(side_y, unit_y, r_2, unit_x, factor, offs_n, offs_d, in_n, mask, D)
 
 
 def normalise_backward(
     x: Tensor,  # (n, D)
     r_x: Tensor,  # (n, 1)
-    side_x: dict[str, object] | None,  # acc, share, sums, center, factor, dtype; None: no gradient
+    side_x: Side | None,  # None: no gradient
     y: Tensor | None,  # (n, D) the pairs; None: there are none
     r_y: Tensor | None,
-    side_y: dict[str, object] | None,
+    side_y: Side | None,
     scale: Tensor | None,  # 0-dim; None: 1
     number: float,  # times this
     row_elements: int,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients, in the inputs' dtypes by default, and ⟨x̂_i, v_i⟩. → (n, D), (n, D), (n, 1)"""
+) -> Tensor | None:
+    """Writes the sides' gradients. → ⟨x̂_i, v_i⟩, (n, 1)"""
     N, D = x.shape
-    dx = dy = dots = None
-    if side_x is not None:
-        dx, dots = torch.empty(N, D, dtype=side_x.get("dtype") or x.dtype, device=x.device), torch.empty_like(r_x)
-    if side_y is not None and y is not None:
-        dy = torch.empty(N, D, dtype=side_y.get("dtype") or y.dtype, device=y.device)
-    one, two = side_x or {}, side_y or {}
+    dots = None if side_x is None else torch.empty_like(r_x)
     block_n, block_d = row_block(D, row_elements)
-    names = ("acc", "share", "sums", "center", "factor")
     normalise_backward_kernel[(cdiv(N, block_n),)](
-        x, y, r_x, r_y, dx, dy, dots,
-        *(one.get(name) for name in names), *(two.get(name) for name in names),
-        scale, number, N, D,
+        x, y, r_x, r_y, side_x, side_y, dots, scale, number, N, D,
         *x.stride(), *((0, 0) if y is None else y.stride()),
-        *(0 if side is None else side["acc"].stride(0) for side in (side_x, side_y)),
-        *(0 if side.get("sums") is None else side["sums"].stride(0) for side in (one, two)),
-        BLOCK_N=block_n, BLOCK_D=block_d, HAS_X=dx is not None, HAS_Y=dy is not None, HAS_PAIR=y is not None,
-        HAS_CENTER_X=one.get("center") is not None and one.get("sums") is not None,
-        HAS_CENTER_Y=two.get("center") is not None and two.get("sums") is not None,
-        HAS_FACTOR_X=one.get("factor") is not None, HAS_FACTOR_Y=two.get("factor") is not None,
-        HAS_SCALE=scale is not None,
-        num_warps=row_warps(block_d),
+        BLOCK_N=block_n, BLOCK_D=block_d, num_warps=row_warps(block_d),
     )  # fmt: skip
-    return dx, dy, dots
+    return dots
 
 
 def normalise_backward_cost(N: int, D: int, element: int, sides: int) -> Cost:

@@ -1,13 +1,13 @@
 """Gradient products, fp32 accumulation, by a kernel or by the library (cuBLAS).
 
-    rows:     acc_q  = E k̃            (C, T) · (T, D) → (C, D)
-    columns:  acc_k += Eᵀ [αq̃ | α]    (T, C) · (C, D + PAD) → (T, D + PAD), Σ_i α_i E_ij in column D
+    rows:     acc_q  = E k̃           (C, T) · (T, D) → (C, D)
+    columns:  acc_k += Eᵀ (α H q̂)    (T, C) · (C, D) → (T, D)
 
 One launch makes both: its first programs hold tiles of the rows' product, the others of the columns'.
 
 No operand of a product is used by anything else. Triton (3.6 to 3.9) gives a tile that a product and a reduction
 read one buffer less than the product's other operand; on Hopper, where products run asynchronously, the next copy
-then overwrites what a pending product still reads. So the weights' sums are a column of the product.
+then overwrites what a pending product still reads.
 
 FLOPs: 2·C·T·D each. Bytes: E and the operands once, the accumulators once (twice where they are added to).
 """
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Cost, precision_of, tile_of
+from .common import Cost, precision_of, readable_columns, tile_of
 from .settings import Tile, cdiv
 
 
@@ -32,6 +32,7 @@ def product_tile(
     M,
     K,
     D,
+    width,  # columns of E that may be read; those beyond its own are 0
     stride_en,
     stride_b,
     stride_o,
@@ -50,19 +51,17 @@ def product_tile(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for start in tl.range(0, K, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
-        inside = offs_k < K
         k = offs_k.to(tl.int64)
-        b = tl.load(
-            B + k[:, None] * stride_b + offs_d[None, :], mask=inside[:, None] & (offs_d < D)[None, :], other=0.0
-        )
+        here = (offs_k < K)[:, None] & (offs_d < D)[None, :]
+        b = tl.load(B + k[:, None] * stride_b + offs_d[None, :], mask=here, other=0.0)
         if TRANSPOSED:
             # A mask, for a clamped index along the contiguous axis would make each element a load of its own.
-            here = inside[:, None] & (offs_m < M)[None, :]
+            here = (offs_k < K)[:, None] & (offs_m < width)[None, :]
             e = tl.load(E + k[:, None] * stride_en + offs_m[None, :], mask=here, other=0.0)
             acc = tl.dot(tl.trans(e), b, acc, input_precision=PRECISION)
         else:
             rows = tl.minimum(offs_m, M - 1).to(tl.int64)
-            e = tl.load(E + rows[:, None] * stride_en + k[None, :], mask=inside[None, :], other=0.0)
+            e = tl.load(E + rows[:, None] * stride_en + k[None, :], mask=(offs_k < width)[None, :], other=0.0)
             acc = tl.dot(e, b, acc, input_precision=PRECISION)
     mask = (offs_m < M)[:, None] & (offs_d < D)[None, :]
     block = out + offs_m.to(tl.int64)[:, None] * stride_o + offs_d[None, :]
@@ -71,19 +70,20 @@ def product_tile(
     tl.store(block, acc, mask=mask)
 
 
-@triton.jit(do_not_specialize=["C", "row_tiles"])
+@triton.jit(do_not_specialize=["C", "T", "T_columns", "row_tiles"])
 def grad_products_kernel(
     E,  # (C, T)
     keys,  # (T, D)
     acc_rows,  # (C, D)
     E_columns,  # (C, T') the columns whose gradients are asked for
-    anchors,  # (C, D_columns)
-    acc_columns,  # (T', D_columns)
+    anchors,  # (C, D)
+    acc_columns,  # (T', D)
     C,
     T,
     T_columns,
     D,
-    D_columns,  # D, or D + PAD
+    width,
+    width_columns,
     row_tiles,
     stride_en,
     stride_kt,
@@ -92,8 +92,6 @@ def grad_products_kernel(
     stride_ct,
     ADD_ROWS: tl.constexpr,
     ADD_COLUMNS: tl.constexpr,
-    HAS_ROWS: tl.constexpr,
-    HAS_COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -102,16 +100,16 @@ def grad_products_kernel(
 ):
     pid = tl.program_id(0)
     if pid < row_tiles:
-        if HAS_ROWS:
+        if acc_rows is not None:
             product_tile(
-                pid, E, keys, acc_rows, C, T, D, stride_en, stride_kt, stride_rn,
+                pid, E, keys, acc_rows, C, T, D, width, stride_en, stride_kt, stride_rn,
                 ADD_ROWS, False, BLOCK_M, BLOCK_D, BLOCK_K, GROUP, PRECISION,
             )  # fmt: skip
     else:
-        if HAS_COLUMNS:
+        if acc_columns is not None:
             product_tile(
-                pid - row_tiles, E_columns, anchors, acc_columns, T_columns, C, D_columns, stride_en, stride_an,
-                stride_ct, ADD_COLUMNS, True, BLOCK_M, BLOCK_D, BLOCK_K, GROUP, PRECISION,
+                pid - row_tiles, E_columns, anchors, acc_columns, T_columns, C, D, width_columns, stride_en,
+                stride_an, stride_ct, ADD_COLUMNS, True, BLOCK_M, BLOCK_D, BLOCK_K, GROUP, PRECISION,
             )  # fmt: skip
 
 
@@ -121,15 +119,13 @@ def grad_products(
     acc_rows: Tensor | None,  # (C, D)
     add_rows: bool,
     tile_columns: Tensor | None,  # (C, T') a part of the tile
-    anchors: Tensor | None,  # (C, D), or with their weights behind them (C, D + PAD)
-    acc_columns: Tensor | None,  # (T', D); its memory has rows as long as the anchors'
+    anchors: Tensor | None,  # (C, D)
+    acc_columns: Tensor | None,  # (T', D)
     add_columns: bool,
     settings: Tile,
     library: bool,
 ) -> None:
     """Both products, or the one whose accumulator is there; what is not added to is overwritten."""
-    if acc_columns is not None:  # with what lies behind its rows
-        acc_columns = acc_columns.as_strided((acc_columns.shape[0], anchors.shape[1]), acc_columns.stride())
     if library:
         if acc_rows is not None:
             _library_product(tile, keys, acc_rows, add_rows)
@@ -137,20 +133,20 @@ def grad_products(
             _library_product(tile_columns.T, anchors, acc_columns, add_columns)
         return
     C, T = tile.shape
-    D = 0 if acc_rows is None else acc_rows.shape[1]
-    T_columns, D_columns = (0, 0) if acc_columns is None else acc_columns.shape
-    row_tiles = cdiv(C, settings.block_m) * cdiv(D, settings.block_n)
-    column_tiles = cdiv(T_columns, settings.block_m) * cdiv(D_columns, settings.block_n)
+    D = (acc_columns if acc_rows is None else acc_rows).shape[1]
+    T_columns = 0 if acc_columns is None else acc_columns.shape[0]
+    tiles_d = cdiv(D, settings.block_n)
+    row_tiles = 0 if acc_rows is None else cdiv(C, settings.block_m) * tiles_d
+    column_tiles = cdiv(T_columns, settings.block_m) * tiles_d
     grad_products_kernel[(row_tiles + column_tiles,)](
         tile, keys, acc_rows, tile_columns, anchors, acc_columns,
-        C, T, T_columns, D, D_columns, row_tiles,
+        C, T, T_columns, D, readable_columns(tile), readable_columns(tile_columns), row_tiles,
         tile.stride(0),
         0 if keys is None else keys.stride(0),
         0 if acc_rows is None else acc_rows.stride(0),
         0 if anchors is None else anchors.stride(0),
         0 if acc_columns is None else acc_columns.stride(0),
         ADD_ROWS=add_rows, ADD_COLUMNS=add_columns,
-        HAS_ROWS=acc_rows is not None, HAS_COLUMNS=acc_columns is not None,
         BLOCK_M=settings.block_m, BLOCK_D=settings.block_n, BLOCK_K=settings.block_k, GROUP=settings.group,
         PRECISION=precision_of(tile.dtype, tile.device),
         num_warps=settings.num_warps, num_stages=settings.num_stages,

@@ -18,60 +18,56 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Cost, as_rows, masked, operands, precision_of, similarity_tile, tile_of
-from .settings import Tile, cdiv, num_programs
+from .common import (
+    Cost,
+    Counts,
+    Terms,
+    add_own_bias,
+    guide_tile,
+    holds_pairs,
+    mask_equal_ids,
+    mask_positives,
+    operands,
+    precision_of,
+    readable_columns,
+    similarity_tile,
+    tile_of,
+)  # fmt: skip
+from .settings import Tile, cdiv, multiprocessors
 
 
-@triton.jit(do_not_specialize=["i0", "j0", "N", "num_ids", "num_positives", "num_negatives"])
+@triton.jit(do_not_specialize=["i0", "j0", "N", "T", "num_positives", "num_negatives", "num_ids"])
 def ratios_kernel(
     queries,
     keys,
     shift,
-    row_bias,
+    row_bias,  # with the next one of the columns' direction; None: that is not computed
     column_shift,
     row_weights,
     column_weights,
-    G,
+    G,  # the second kernel's; None: the first
     row_maxima,
     row_sums,
     column_maxima,
     column_sums,
-    row_ids,
-    column_ids,
+    terms,
+    num_positives,
+    num_negatives,
+    num_ids,
     N,
     T,
     D,
     i0,
     j0,
+    width,  # columns of G that are written: T, or up to the next multiple of 16
     stride_qn,
     stride_kt,
     stride_gn,
-    num_ids,
-    bias,
-    own_bias,
-    num_positives,
-    num_negatives,
-    limits,
-    guide_rows,
-    guide_columns,
-    guide_features,
-    stride_guide_n,
-    stride_guide_t,
-    column_limits,
     floor,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
-    STORE: tl.constexpr,  # the second kernel
-    HAS_COLUMNS: tl.constexpr,
-    HAS_ROW_WEIGHTS: tl.constexpr,
-    HAS_COLUMN_WEIGHTS: tl.constexpr,
-    HAS_POSITIVES: tl.constexpr,
-    HAS_OWN: tl.constexpr,
-    HAS_IDS: tl.constexpr,
-    HAS_LIMITS: tl.constexpr,
-    HAS_GUIDE: tl.constexpr,
     USE_TMA: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -80,58 +76,68 @@ def ratios_kernel(
     tiles_t = tl.cdiv(T, BLOCK_T)
     for tile in tl.range(tl.program_id(0), tiles_n * tiles_t, tl.num_programs(0)):
         pid_n, pid_t = tile_of(tile, tiles_n, tiles_t, GROUP)
+        start_n = pid_n * BLOCK_N
+        start_t = pid_t * BLOCK_T
         z = similarity_tile(
-            queries, keys, pid_n * BLOCK_N, pid_t * BLOCK_T, N, T, D, stride_qn, stride_kt,
+            queries, keys, start_n, start_t, N, T, D, stride_qn, stride_kt,
             BLOCK_N, BLOCK_T, BLOCK_D, USE_TMA, EVEN_D, PRECISION,
         )  # fmt: skip
-        offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        offs_t = start_t + tl.arange(0, BLOCK_T)
         rows = tl.minimum(offs_n, N - 1)
         columns = tl.minimum(offs_t, T - 1)
-        if HAS_GUIDE:
-            scores = similarity_tile(
-                guide_rows, guide_columns, i0 + pid_n * BLOCK_N, j0 + pid_t * BLOCK_T, i0 + N, j0 + T,
-                guide_features, stride_guide_n, stride_guide_t, BLOCK_N, BLOCK_T, BLOCK_D, False, False, PRECISION,
-            )  # fmt: skip
-        z = masked(z, i0 + rows, j0 + columns, row_ids, column_ids, num_ids, bias, HAS_POSITIVES, HAS_IDS)
-        inside = (offs_n < N)[:, None] & (offs_t < T)[None, :]
-        z = tl.where(inside, z, float("-inf"))
-        if not HAS_GUIDE:
-            scores = z
-        of_rows = as_rows(
-            z, scores, i0 + rows, j0 + columns, limits, own_bias, num_positives, num_negatives, HAS_LIMITS, HAS_OWN
-        )
-        of_rows -= tl.load(shift + rows)[:, None]
-        if HAS_COLUMNS:
-            of_columns = z + tl.load(row_bias + rows)[:, None]
-            if HAS_LIMITS:
-                if not HAS_GUIDE:
+        if terms.guide is not None:
+            scores = guide_tile(
+                terms.guide, i0 + start_n, j0 + start_t, i0 + N, j0 + T, BLOCK_N, BLOCK_T, BLOCK_D, PRECISION
+            )
+        if terms.ids is not None:
+            z = mask_equal_ids(z, i0 + rows, j0 + columns, terms.ids, num_ids)
+        if terms.second_ids is not None:
+            z = mask_equal_ids(z, i0 + rows, j0 + columns, terms.second_ids, num_ids)
+        holds = holds_pairs(i0 + start_n, j0 + start_t, terms.own_bias, num_positives, BLOCK_N, BLOCK_T)
+        if holds | (start_t + BLOCK_T > T):
+            z = mask_positives(z, i0 + offs_n, j0 + offs_t, j0 + T, num_positives)
+        of_rows = z
+        if terms.limits is not None:
+            if terms.guide is None:
+                scores = z
+            of_rows = tl.where(scores > tl.load(terms.limits + i0 + rows)[:, None], float("-inf"), z)
+        of_rows += tl.where(offs_n < N, terms.bias - tl.load(shift + rows), float("-inf"))[:, None]
+        if terms.own_bias is not None:
+            if holds:
+                of_rows = add_own_bias(
+                    of_rows, i0 + offs_n, j0 + offs_t, terms.own_bias, num_positives, num_negatives
+                )
+        if row_bias is not None:
+            of_columns = z + tl.where(offs_n < N, tl.load(row_bias + rows) + terms.bias, float("-inf"))[:, None]
+            if terms.column_limits is not None:
+                if terms.guide is None:
                     scores = of_columns
-                limit = tl.load(column_limits + j0 + columns)
+                limit = tl.load(terms.column_limits + j0 + columns)
                 of_columns = tl.where(scores > limit[None, :], float("-inf"), of_columns)
             of_columns -= tl.load(column_shift + columns)[None, :]
         row_out = offs_n.to(tl.int64) * tiles_t + pid_t
         column_out = pid_n.to(tl.int64) * T + offs_t
-        if STORE:
+        if G is not None:
             g = tl.exp2(of_rows)
-            if HAS_ROW_WEIGHTS:
+            if row_weights is not None:
                 g *= tl.load(row_weights + rows)[:, None]
-            if HAS_COLUMNS:
+            if row_bias is not None:
                 other = tl.exp2(of_columns)
-                if HAS_COLUMN_WEIGHTS:
+                if column_weights is not None:
                     other *= tl.load(column_weights + columns)[None, :]
                 g += other
-            g = tl.where(inside, g, 0.0)
             tl.store(row_sums + row_out, tl.sum(g, 1), mask=offs_n < N)
             tl.store(column_sums + column_out, tl.sum(g, 0), mask=offs_t < T)
             out = G + offs_n.to(tl.int64)[:, None] * stride_gn + offs_t[None, :]
-            tl.store(out, g.to(G.dtype.element_ty), mask=inside)
+            mask = (offs_n[:, None] < N) & (offs_t[None, :] < width)
+            tl.store(out, g.to(G.dtype.element_ty), mask=mask)
         else:
             # A maximum passes over NaN, the sum does not: NaN reaches the result there.
             maximum = tl.maximum(tl.max(of_rows, 1), floor)
             tl.store(row_maxima + row_out, maximum, mask=offs_n < N)
             tl.store(row_sums + row_out, tl.sum(tl.exp2(of_rows - maximum[:, None]), 1), mask=offs_n < N)
-            if HAS_COLUMNS:
+            if row_bias is not None:
                 maximum = tl.maximum(tl.max(of_columns, 0), floor)
                 tl.store(column_maxima + column_out, maximum, mask=offs_t < T)
                 total = tl.sum(tl.exp2(of_columns - maximum[None, :]), 0)
@@ -139,27 +145,16 @@ def ratios_kernel(
 
 
 def _launch(
-    queries: Tensor,
-    keys: Tensor,
-    i0: int,
-    j0: int,
-    shift: Tensor,
-    special: dict[str, object],
-    settings: Tile,
-    **more,
+    queries: Tensor, keys: Tensor, i0: int, j0: int, terms: Terms, counts: Counts, settings: Tile, **more
 ) -> None:
     (N, D), T = queries.shape, keys.shape[0]
     tiles = cdiv(N, settings.block_m) * cdiv(T, settings.block_n)
-    q, k, use_tma = operands(queries, keys, settings)
+    q, k, _, use_tma = operands(queries, keys, None, settings)
     G = more["G"]
-    ratios_kernel[(min(tiles, num_programs(queries.device) * settings.per_sm),)](
-        q, k, shift,
-        **more, **special,
-        N=N, T=T, D=D, i0=i0, j0=j0,
+    ratios_kernel[(min(tiles, multiprocessors(queries.device) * settings.per_sm),)](
+        q, k, **more, terms=terms, **counts._asdict(), N=N, T=T, D=D, i0=i0, j0=j0, width=readable_columns(G),
         stride_qn=queries.stride(0), stride_kt=keys.stride(0), stride_gn=0 if G is None else G.stride(0),
         BLOCK_N=settings.block_m, BLOCK_T=settings.block_n, BLOCK_D=settings.block_k, GROUP=settings.group,
-        STORE=G is not None, HAS_COLUMNS=more["column_shift"] is not None,
-        HAS_ROW_WEIGHTS=more["row_weights"] is not None, HAS_COLUMN_WEIGHTS=more["column_weights"] is not None,
         USE_TMA=use_tma, EVEN_D=D % settings.block_k == 0, PRECISION=precision_of(queries.dtype, queries.device),
         num_warps=settings.num_warps, num_stages=settings.num_stages,
     )  # fmt: skip
@@ -172,10 +167,10 @@ def ratio_sums(
     j0: int,
     shift: Tensor,  # (C, 1)
     cols: tuple[Tensor, Tensor] | None,  # row bias (C, 1), column shift (B,)
-    special: dict[str, object],
+    terms: Terms,
+    counts: Counts,
     settings: Tile,
     floor: float = 0.0,  # of the maxima: the positive's own exponent
-    column_limits: Tensor | None = None,  # (N,)
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
     """Maxima and sums in parts: (C, tiles of columns) and, of the other direction, (tiles of rows, B) each."""
     C, B = queries.shape[0], keys.shape[0]
@@ -185,9 +180,8 @@ def ratio_sums(
         of_columns = [shift.new_empty(cdiv(C, settings.block_m), B) for _ in range(2)]
     row_bias, column_shift = (None, None) if cols is None else cols
     _launch(
-        queries, keys, i0, j0, shift, special, settings,
-        row_bias=row_bias, column_shift=column_shift, row_weights=None, column_weights=None, G=None,
-        floor=floor, column_limits=column_limits,
+        queries, keys, i0, j0, terms, counts, settings, shift=shift, row_bias=row_bias, column_shift=column_shift,
+        row_weights=None, column_weights=None, G=None, floor=floor,
         row_maxima=of_rows[0], row_sums=of_rows[1], column_maxima=of_columns[0], column_sums=of_columns[1],
     )  # fmt: skip
     return tuple(of_rows), None if cols is None else tuple(of_columns)
@@ -202,9 +196,9 @@ def weighted_ratios(
     shift: Tensor,  # (C, 1)
     weights: Tensor | None,  # (C, 1)
     cols: tuple[Tensor, Tensor, Tensor | None] | None,  # row bias (C, 1), column shift (B,), column weights (B,)
-    special: dict[str, object],
+    terms: Terms,
+    counts: Counts,
     settings: Tile,
-    column_limits: Tensor | None = None,  # (N,)
 ) -> tuple[Tensor, Tensor]:
     """The tile G in ``out``; its sums in parts: of rows (C, tiles of columns), of columns (tiles of rows, B)."""
     C, B = out.shape
@@ -212,9 +206,8 @@ def weighted_ratios(
     column_sums = shift.new_empty(cdiv(C, settings.block_m), B)
     row_bias, column_shift, column_weights = (None, None, None) if cols is None else cols
     _launch(
-        queries, keys, i0, j0, shift, special, settings,
-        row_bias=row_bias, column_shift=column_shift, row_weights=weights, column_weights=column_weights, G=out,
-        floor=0.0, column_limits=column_limits,
+        queries, keys, i0, j0, terms, counts, settings, shift=shift, row_bias=row_bias, column_shift=column_shift,
+        row_weights=weights, column_weights=column_weights, G=out, floor=0.0,
         row_maxima=None, row_sums=row_sums, column_maxima=None, column_sums=column_sums,
     )  # fmt: skip
     return row_sums, column_sums

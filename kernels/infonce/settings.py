@@ -9,6 +9,7 @@ import torch
 
 _CPU_PRODUCTS = torch.backends.mkldnn.matmul  # found once: each look goes through modules that fake attributes
 _CUDA_PRODUCTS = torch.backends.cuda.matmul
+MIN_WORKSPACE = 256 << 20  # bytes
 MAX_D = 8192  # features that a program of the row kernels holds in registers
 
 
@@ -109,6 +110,16 @@ def target_of(device: torch.device) -> str:
 
 
 @functools.cache
-def num_programs(device: torch.device) -> int:
-    """Programs of a persistent kernel, where a multiprocessor holds one."""
+def multiprocessors(device: torch.device) -> int:
+    """As many programs a persistent kernel has, where a multiprocessor holds one."""
     return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def workspace_of(device: torch.device) -> int:
+    """Bytes of the default workspace: a fortieth of the device's memory, 2 GiB of 80.
+
+    Of all its memory and not of what is free, so that two runs have the same chunks, and the same bits.
+    """
+    memory = 0 if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory
+    return max(MIN_WORKSPACE, memory // 40)

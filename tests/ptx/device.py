@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fake_device import TARGETS, FakeDriver, install
+from fake_device import TARGETS, FakeDriver, install, passed_arguments
 from torch import Tensor
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -63,8 +63,7 @@ class PTXDriver(FakeDriver):
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         def launch(x: int, y: int, z: int, stream: int, program: Program, *rest: Any) -> None:
             values = rest[4:]  # after packed metadata, launch metadata and hooks
-            kinds = source.signature.values()
-            passed = [(kind, value) for kind, value in zip(kinds, values, strict=True) if kind != "constexpr"]
+            passed = list(passed_arguments(source.signature.values(), values))
             self._launch(program, (x, y, z), passed, metadata)
 
         return launch

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from simcse.dataset import Views, shipped
+from simcse.collator import Views, packaged_file
 from simcse.errors import UserError
-from simcse.table import read_table
+from simcse.readers import read_table
 
 TEXT = "Der Fluss ist 80 km lang.\n\n  Ein Satz mit Rand.\t\n   \nNaïve café, “quoted” and 日本.\n"
 SENTENCES = ["Der Fluss ist 80 km lang.", "Ein Satz mit Rand.", "Naïve café, “quoted” and 日本."]
@@ -78,5 +78,5 @@ def test_batch_holds_each_sentence_twice_and_cuts_to_length():
 def test_package_ships_sentences_and_graded_pairs():
     from simcse.sts import read_sts, watched_pairs
 
-    assert len(read_table(shipped("sentences.txt")).rows) >= 64  # a batch at least
-    assert watched_pairs(read_sts(shipped("sts.tsv"))) is not None
+    assert len(read_table(packaged_file("sentences.txt")).rows) >= 64  # a batch at least
+    assert watched_pairs(read_sts(packaged_file("sts.tsv"))) is not None

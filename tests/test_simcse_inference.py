@@ -9,11 +9,11 @@ from test_simcse_model import SENTENCES, make_tiny_model
 from transformers import AutoModel
 
 from simcse import SimCSE, cli
-from simcse.dataset import shipped
+from simcse.collator import packaged_file
 from simcse.errors import UserError
-from simcse.layout import save_encoder
 from simcse.model import load_encoder
-from simcse.table import read_table
+from simcse.readers import read_table
+from simcse.saved_model import save_encoder
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def model(tiny):
 
 @pytest.fixture(scope="module")
 def corpus():
-    return [row[0] for row in read_table(shipped("sentences.txt")).rows[:200]]
+    return [row[0] for row in read_table(packaged_file("sentences.txt")).rows[:200]]
 
 
 def test_encode_has_the_shapes_of_the_reference(model, tiny):

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 Row = tuple[str, ...]
 
 
-def shipped(name: str) -> Path:
+def packaged_file(name: str) -> Path:
     """The path of a file in ``simcse/data``, which is installed with the package."""
     return Path(str(resources.files("simcse") / "data" / name))
 
@@ -23,7 +23,7 @@ class Views:
     SimCSE's positive pair. A row of several gives anchor, positive, and then its hard negatives.
 
     With ``mask_duplicates`` the batch also has ``ids`` (V·B,): see :func:`duplicate_ids`. Where the batch is only
-    a part of a larger one, ``whole=False``, they are :func:`text_keys`, for the whole to be numbered by.
+    a part of a larger one, ``is_full_batch=False``, they are :func:`text_keys`, for the whole to be numbered by.
 
     ``query_prompt`` is put before the first view, ``document_prompt`` before the others.
     """
@@ -33,14 +33,14 @@ class Views:
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         mask_duplicates: bool = False,
-        whole: bool = True,
+        is_full_batch: bool = True,
         query_prompt: str = "",
         document_prompt: str = "",
     ):
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.mask_duplicates = mask_duplicates
-        self.whole = whole
+        self.is_full_batch = is_full_batch
         self.query_prompt = query_prompt
         self.document_prompt = document_prompt
 
@@ -59,7 +59,7 @@ class Views:
         batch = dict(tokens)
         if self.mask_duplicates:
             keys = text_keys(texts)
-            batch["ids"] = duplicate_ids(keys, len(rows)) if self.whole else torch.tensor(keys)
+            batch["ids"] = duplicate_ids(keys, len(rows)) if self.is_full_batch else torch.tensor(keys)
         return batch
 
 

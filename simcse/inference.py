@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simcse.encoder import PoolerType
 from simcse.errors import UserError
 from simcse.folder import ROLES
 from simcse.index import Cells, Index
-from simcse.model import PoolerType, load_encoder
+from simcse.model import load_encoder
 from simcse.sts import encode_rows
 from simcse.weights import first_line
 
@@ -226,7 +227,7 @@ def _device(given: str | torch.device) -> torch.device:
 
 def _sentences(given: str | Path | list[str]) -> list[str]:
     if isinstance(given, (str, Path)):
-        from simcse.table import read_sentences
+        from simcse.readers import read_sentences
 
         return read_sentences(given).sentences
     sentences = _texts(given)

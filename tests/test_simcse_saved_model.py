@@ -9,8 +9,8 @@ from sentence_transformers import SentenceTransformer
 from test_simcse_model import SENTENCES, make_tiny_model
 
 from simcse.errors import UserError
-from simcse.layout import save_encoder
 from simcse.model import load_encoder
+from simcse.saved_model import save_encoder
 from simcse.sts import encode
 
 

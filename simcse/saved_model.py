@@ -20,9 +20,11 @@ from typing import Any, NoReturn
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
+from simcse.backbone import with_weights
+from simcse.encoder import MLP_FILE, SentenceEncoder, default_length
 from simcse.folder import MODEL_FILE, MODULES_FILE, TRANSFORMER_FILES
 from simcse.lora import ADAPTER_CONFIG, has_adapter, merged_weights, save_adapter
-from simcse.model import CONFIG_FILE, MLP_FILE, SentenceEncoder, default_length, with_weights
+from simcse.model import CONFIG_FILE
 
 # pooler → sentence-transformers' name; the two that are missing take more than the last layer
 POOLING = {"cls": "cls", "cls_before_pooler": "cls", "last": "lasttoken", "avg": "mean"}
@@ -106,7 +108,7 @@ def _write_all(
                 weights[f"pooler.dense.{name}"] = value
         (folder / MLP_FILE).parent.mkdir(parents=True, exist_ok=True)
         save_file({f"linear.{name}": value.contiguous() for name, value in linear.items()}, folder / MLP_FILE)
-    with encoder.original_dropout():
+    with encoder.with_original_dropout():
         if adapted and not merge:
             save_adapter(backbone, folder)
         else:
@@ -136,7 +138,7 @@ def _save_modules(encoder: SentenceEncoder, folder: Path, length: int) -> None:
         {"similarity_fn_name": "cosine", **{name: value for name, value in further.items() if value}},
     )
     if encoder.pooler_type not in POOLING:
-        modules.append(("", f"{Inexpressible.__module__}.{Inexpressible.__name__}"))
+        modules.append(("", f"{UnsupportedPooling.__module__}.{UnsupportedPooling.__name__}"))
     else:
         modules.append(("1_Pooling", INSIDE + "Pooling"))
         way = POOLING[encoder.pooler_type]
@@ -170,7 +172,7 @@ def _save_modules(encoder: SentenceEncoder, folder: Path, length: int) -> None:
     )
 
 
-class Inexpressible:
+class UnsupportedPooling:
     """Stands in ``modules.json`` for a pooler that sentence-transformers lacks, where it would mean-pool."""
 
     @classmethod
