@@ -45,8 +45,7 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")  # show what is in
 EPILOG = """\
 examples:
   python -m bench --quick                      all of it on small sizes, within 5 minutes on 2 cores
-  python -m bench --out bench/results --budget 30
-                                               what README and docs show, in half an hour
+  python -m bench --out bench/results --budget 30   what README and docs show, in half an hour
   python -m bench loss --n 4096 --d 768 --dtype bf16 --candidates ours-torch naive st-mnrl
   python -m bench loss --also my_losses.py     your own loss beside the others (see docs/benchmarks.md)
   python -m bench first-contact --out DIR      what to run first on a GPU machine
