@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 # Options of ``gs_infonce`` that the library's arguments do not decide, with their defaults.
-_DECIDED = ("symmetric", "hardness", "reduction", "strategy", "min_temperature")
+_DECIDED = ("symmetric", "hardness", "hardness_mode", "reduction", "strategy", "min_temperature")
 _OPTIONS = {name: field.default for name, field in FIELDS.items() if name not in _DECIDED} | {"num_noise": 0}
 
 # The options that every combination of directions takes; the others ask for one call of gs_infonce.
