@@ -230,11 +230,11 @@ def _kappa_of(call: Call) -> float | Tensor:
 
 
 def _tensors_of(options: Options) -> tuple[Tensor | None, ...]:
-    """The tensors among the options: ids, negative_ids, both sides of a guide, limits of rows, and log O_i."""
+    """The tensors among the options: ids, negative_ids, a guide's two, row limits, log O_i, weights of columns."""
     similar = options.similar
     guide = None if similar is None else similar.guide
     limit = None if similar is None else similar.limit
-    return options.ids, options.negative_ids, *(guide or (None, None)), limit, options.log_own
+    return options.ids, options.negative_ids, *(guide or (None, None)), limit, options.log_own, options.log_weights
 
 
 def _with_tensors(
@@ -245,16 +245,19 @@ def _with_tensors(
     guide_columns: Tensor | None = None,
     limit: Tensor | None = None,
     log_own: Tensor | None = None,
+    log_weights: Tensor | None = None,
 ) -> Options:
     """The options with these in the place of their own; themselves where neither has any."""
-    given = (ids, negative_ids, guide_rows, guide_columns, limit, log_own)
+    given = (ids, negative_ids, guide_rows, guide_columns, limit, log_own, log_weights)
     if all(x is None for x in (*given, *_tensors_of(options))):
         return options
     similar = options.similar
     if similar is not None:
         guide = None if guide_rows is None or guide_columns is None else (guide_rows, guide_columns)
         similar = replace(similar, guide=guide, limit=limit)
-    return replace(options, ids=ids, negative_ids=negative_ids, similar=similar, log_own=log_own)
+    return replace(
+        options, ids=ids, negative_ids=negative_ids, similar=similar, log_own=log_own, log_weights=log_weights
+    )
 
 
 def _of_temperature(

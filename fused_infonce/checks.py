@@ -62,6 +62,18 @@ def check_row_limits(name: str, limits: Tensor, N: int, device: torch.device) ->
     return limits.detach()[:, None]
 
 
+def check_log_weights(log_weights: Any, T: int, device: torch.device) -> Tensor:
+    """One number per column, detached, contiguous. → (T,)"""
+    if not isinstance(log_weights, Tensor) or not log_weights.is_floating_point():
+        kind = log_weights.dtype if isinstance(log_weights, Tensor) else type(log_weights).__name__
+        raise TypeError(f"log_weights must be a floating-point tensor ({T},), not {kind}")
+    _check_dense("log_weights", log_weights)
+    if log_weights.shape != (T,):
+        raise ValueError(f"log_weights must have shape ({T},), one per column, not {_shape(log_weights)}")
+    check_device("log_weights", log_weights, device, "rows")
+    return log_weights.detach().contiguous()
+
+
 def check_row_and_column_ids(
     row_ids: Any, column_ids: Any, N: int, T: int, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:

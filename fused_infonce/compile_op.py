@@ -54,7 +54,7 @@ def _schema_type(annotation: Any) -> str:
 # The operator's arguments, in this order: tensors, numbers, and the options that are not numbers.
 _TENSORS = (
     "anchors", "positives", "negatives", "queue", "tau", "own_log_sums", "noise_rows", "ids", "negative_ids",
-    "seed", "limits", "guide_rows", "guide_columns",
+    "seed", "limits", "log_weights", "guide_rows", "guide_columns",
 )  # fmt: skip
 _DIFFERENTIABLE = 6  # the first of them
 _SCHEMA_TYPES = {name: _schema_type(annotation) for name, annotation in TYPES.items()}
@@ -86,13 +86,11 @@ def compiled_loss(
     ids, log_sums = _one_tensor(ids), None
     negatives, own = own_of(anchors, negatives, negative_owners)
     if own is not None:
-        log_sums, negative_ids = (
-            _own_log_sums(own, anchors, positives, temperature, ids, negative_ids, options),
-            None,
-        )
+        log_sums = _own_log_sums(own, anchors, positives, temperature, ids, negative_ids, options)
+        negative_ids = None
         options["num_own"] = own.most
     inputs = (anchors, positives, negatives, queue, tau, log_sums)
-    loss = _traced((*inputs, noise_rows, ids, negative_ids, seed, None, None, None), options)
+    loss = _traced((*inputs, noise_rows, ids, negative_ids, seed, None, None, None, None), options)
     if not options["label_smoothing"]:
         return loss
     return loss + smoothing_term(
@@ -131,6 +129,7 @@ def compiled_logsumexp(
     temperature: float | Tensor,
     row_ids: Ids,
     column_ids: Ids,
+    log_weights: Tensor | None,
     filter_threshold: float | Tensor | None,
     guide: Sequence[Tensor] | None,
     **options: Any,  # the other arguments of cosine_logsumexp
@@ -145,7 +144,8 @@ def compiled_logsumexp(
     }
     defaults = {name: field.default for name, field in FIELDS.items()}
     ids = _one_tensor(row_ids), _one_tensor(column_ids)
-    tensors = (rows, None, columns, None, tau, None, None, *ids, None, limits, *(guide or (None, None)))
+    inputs = (rows, None, columns, None, tau, None)
+    tensors = (*inputs, None, *ids, None, limits, log_weights, *(guide or (None, None)))
     return _traced(tensors, {**defaults, **options, **given})
 
 
@@ -258,6 +258,7 @@ def _call_without_positives(
         row_ids=given["ids"],
         column_ids=given["negative_ids"],
         exclude_diagonal=exclude_diagonal,
+        log_weights=given["log_weights"],
         guide=guide,
         traced=Traced(None, autocast),
         **options,

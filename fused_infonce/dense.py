@@ -167,6 +167,7 @@ def _masks_positives_only(options: Options) -> bool:
     """Whether the positives' entries are the only ones that differ from (κ + β) s_ij, in one direction."""
     return (
         options.ids is None
+        and options.log_weights is None
         and options.similar is None
         and not options.own_log_weight
         and not options.has_noise_columns
@@ -218,8 +219,9 @@ def _entry_terms(
             limit = scale * variants.similarity_limit(cosine, similar)
             limits = Limits(limit - to_cosine, limit[:, 0])
     return EntryTerms(
-        0.0, options.masked_diagonal, H, options.own_log_weight, options.ids, options.column_ids, limits
-    )
+        0.0, options.masked_diagonal, H, options.own_log_weight, options.ids, options.column_ids, limits,
+        None if options.log_weights is None else options.log_weights.to(dtype),
+    )  # fmt: skip
 
 
 def _softmax(

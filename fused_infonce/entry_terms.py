@@ -33,6 +33,7 @@ class EntryTerms:
     row_ids: Tensor | None = None  # (N,), or (N, 2) of which either masks
     column_ids: Tensor | None = None  # (n,) or (n, 2) of the first n columns; masked where equal to the row's id
     limits: Limits | None = None
+    column_bias: Tensor | None = None  # (T,) log-weight of each column, in the rows' direction; −∞: masked
 
 
 def _each(ids: Tensor, ndim: int) -> tuple[Tensor, ...]:
@@ -65,11 +66,14 @@ def guide_scores(tile: Tensor, terms: EntryTerms, i0: int, j0: int) -> Tensor | 
 
 
 def apply_to_rows_(tile: Tensor, scores: Tensor | None, terms: EntryTerms, i0: int, j0: int) -> None:
-    """Applies what only the rows' direction has, in place: limits, and the weight of own hard negatives."""
+    """Applies what only the rows' direction has, in place: limits, and weights of columns
+    and of own hard negatives."""
     if terms.limits is not None:
         limit = terms.limits.rows[i0 : i0 + tile.shape[0]]
         scores = tile if scores is None else scores
         tile[:, : scores.shape[1]].masked_fill_(scores > limit, -math.inf)
+    if terms.column_bias is not None:  # after the limits, which compare scores without weights
+        tile.add_(terms.column_bias[j0 : j0 + tile.shape[1]])
     N, H = terms.num_positives, terms.num_negatives
     if terms.own_bias:
         for start in range(N, N + H, N):

@@ -205,6 +205,7 @@ def cosine_logsumexp(
     row_ids: Tensor | tuple[Tensor, Tensor] | None = None,
     column_ids: Tensor | tuple[Tensor, Tensor] | None = None,
     exclude_diagonal: bool = False,
+    log_weights: Tensor | None = None,
     filter_threshold: float | Tensor | None = None,
     guide: Sequence[Tensor] | None = None,
     hardness: float = 0.0,
@@ -216,7 +217,7 @@ def cosine_logsumexp(
     r"""Log-sum-exp of every row over all columns of their cosines over τ, without the N×T matrix.
 
     .. math::
-        L_i = \log \sum_{j \in C_i} e^{s_{ij}/\tau + \beta s_{ij}}
+        L_i = \log \sum_{j \in C_i} e^{s_{ij}/\tau + \beta s_{ij} + b_j}
 
     s_ij is the cosine of row i and column j, C_i the columns that no mask takes from row i. It is the part that
     contrastive losses share: ``softplus(L_i − s_ii/τ)``, with the sum over the negatives alone, is InfoNCE, and
@@ -230,6 +231,9 @@ def cosine_logsumexp(
         row_ids, column_ids: (N,) and (T,) integers; a column whose id is the row's is left out of its sum. Or a
             pair of each: a column is left out where either of its two ids is the row's.
         exclude_diagonal: leave column i out of row i's sum (i < min(N, T); with a group: of this rank's columns).
+        log_weights: b_j, (T,): the natural logarithm of each column's weight, −∞ for a column that no row sees;
+            gets no gradient. Of any range, since every row is shifted by its largest exponent, and nothing is read on
+            the host. With a group, of this rank's columns, on every rank or on none.
         filter_threshold: columns whose cosine exceeds it are left out: a number, or a tensor (N,), one limit per
             row, which gets no gradient. A margin m over a positive is ``positive_cosine.detach() + m``.
         guide: two matrices (N, G) and (T, G), whose cosines are compared with ``filter_threshold`` instead. Not

@@ -54,6 +54,7 @@ class Options(LossConfig):
     seed: Tensor | None = None  # (1,) of sampled noise; on the device where the kernels draw it
     exchange: Exchange | None = None  # with the other ranks of a group
     log_own: Tensor | None = None  # (N, 1) log O_i of the rows' own hard negatives, see ``own_negatives``
+    log_weights: Tensor | None = None  # (T,) of the columns, without positives
     num_own: int = 0  # an upper bound of their number in a row
 
     def __post_init__(self) -> None:

@@ -71,6 +71,9 @@ def reference_logsumexp(call: Call) -> Tensor:
         left_out |= scores > limit
     hidden = 0 * columns.double().sum()  # NaN where a column is, also one that every row leaves out
     z = kappa * s + options.hardness * s.detach() + hidden
+    if options.log_weights is not None:
+        z = z + options.log_weights.double()
+        left_out = left_out | (options.log_weights == -math.inf)
     empty = left_out.all(1)
     sums = z.masked_fill(left_out & ~empty[:, None], -math.inf).logsumexp(1)
     return sums.masked_fill(empty, -math.inf).to(torch.promote_types(call.dtype, torch.float32))

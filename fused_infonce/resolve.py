@@ -185,6 +185,7 @@ def resolve_without_positives(
     row_ids: Tensor | tuple[Tensor, Tensor] | None,
     column_ids: Tensor | tuple[Tensor, Tensor] | None,
     exclude_diagonal: bool,
+    log_weights: Tensor | None,
     filter_threshold: float | Tensor | None,
     guide: Sequence[Tensor] | None,
     traced: Traced | None = None,
@@ -200,6 +201,8 @@ def resolve_without_positives(
         filter_threshold = None
     config = make_config({**options, "filter_threshold": filter_threshold, **WITHOUT_POSITIVES})
     row_ids, column_ids = checks.check_row_and_column_ids(row_ids, column_ids, N, T, device)
+    if log_weights is not None:
+        log_weights = checks.check_log_weights(log_weights, T, device)
     similar = None if limit is None and filter_threshold is None else Similar(None, filter_threshold, None, limit)
     if guide is not None:
         if similar is None:
@@ -207,12 +210,14 @@ def resolve_without_positives(
         similar.guide = checks.check_guide(guide, tensors)
     exclude_diagonal = switch("exclude_diagonal", exclude_diagonal)
     if traced is None and config.backend != "reference":
-        checks.check_transforms([*tensors, temperature, row_ids, column_ids, limit, *(guide or ())])
+        checks.check_transforms([*tensors, temperature, row_ids, column_ids, limit, log_weights, *(guide or ())])
 
     dtype = _promoted(tensors)
     backend = backends.choose_backend(config.backend, device, dtype, D)
     counts = Counts(0, T, 0, unpaired=N)
     resolved = Options.of(config, 0, counts, "none", row_ids, column_ids, similar, None, exclude_diagonal)
+    if log_weights is not None:
+        resolved = replace(resolved, log_weights=log_weights)
     bound = None if backend == "reference" else _kappa_bound(temperature, config.min_temperature)
     product_dtype = _product_dtype(dtype, device.type, backend, traced)
     return Call((rows, None, columns, None), None, temperature, bound, resolved, dtype, product_dtype, backend)
@@ -312,6 +317,7 @@ def resolve_among(group: ProcessGroup, resolver: Callable[..., Call], **argument
         "whether there are positives": options.paired,
         "the number of ids per row": 0 if options.ids is None else options.ids.ndim,
         "whether negative_ids are given": (None if call.inputs[2] is None else options.negative_ids is not None),
+        "whether log_weights are given": options.log_weights is not None,
         **{f"whether {name} need a gradient": need for name, need in needs.items()},
         "whether anything needs a gradient": any(needs.values()) or needs_own,
     }

@@ -104,7 +104,7 @@ def log_expected_noise(
 
 def exponents_fit(options: Options, kappa_bound: float | None, limit: float) -> bool:
     """Whether every sum of e^z_ij stays below e^limit; kappa_bound: an upper bound of κ, None if unknown."""
-    if kappa_bound is None:
+    if kappa_bound is None or options.log_weights is not None:  # which a device may hold
         return False
     return 2 * kappa_bound + options.hardness + options.exponent_range[1] + options.log_columns <= limit
 

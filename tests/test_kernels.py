@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from fused_infonce import autograd, gs_infonce
+from fused_infonce import autograd, cosine_logsumexp, gs_infonce
 from fused_infonce.kernels import common, noise, normalise, products, ratios, settings, similarity
 from fused_infonce.tiled import operands, triton_backend, triton_rows
 
@@ -384,6 +384,11 @@ FAULTS = {  # what is wrong: the file, what stands there, what a mistake would w
     "a scale off by 0.1 %": ("normalise.py", "(q * factor).to(queries", "(q * factor * 1.001).to(queries"),
     "the centre is not taken out": ("normalise.py", "tl.where(mask, k - c, 0.0)", "tl.where(mask, k, 0.0)"),
     "shares off by 0.1 %": ("normalise.py", "other=0.0)[:, None] * other", "other=0.0)[:, None] * other * 1.001"),
+    "weights of columns one off": (
+        "ratios.py",
+        "tl.load(terms.column_bias + j0 + columns)",
+        "tl.load(terms.column_bias + j0 + tl.maximum(columns - 1, 0))",
+    ),
     "columns beyond the end": ("common.py", " | (j >= end)[None, :]", ""),
     "tiles beyond the end are not found": ("similarity.py", "(start_t + BLOCK_T > T)", "(start_t > T)"),
     "a part of the sums lost": (
@@ -409,7 +414,10 @@ def _largest_error() -> float:
         ours, want = both(case, "triton", N, D, dtype, **options)
         errors = [relative_error(a, b) / unit for a, b in zip(ours[:5], want[:5], strict=True)]
         worst = max(worst, *(e if e == e else float("inf") for e in errors))
-    return worst
+    x, y = (rows(n, D, seed=n, dtype=torch.float32).to(DEVICE) for n in (N, N + 3))
+    weighted = {"log_weights": torch.arange(N + 3, device=DEVICE) % 5 * 1.0, "temperature": 0.2}
+    sums = [cosine_logsumexp(x, y, backend=backend, **weighted) for backend in ("triton", "reference")]
+    return max(worst, relative_error(*sums) / 1e-5)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

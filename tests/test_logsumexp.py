@@ -25,9 +25,16 @@ CASES = {
     "hardness": {"hardness": 5.0},
     "all": {"hardness": 3.0, "limits": True, "ids": True, "exclude_diagonal": True},
     "cold": {"temperature": 0.003},
+    "weights": {"weights": True},
+    "weights, all": {"weights": True, "hardness": 3.0, "limits": True, "ids": True, "exclude_diagonal": True},
     "nothing left": {"filter_threshold": -2.0},
 }
 LIMIT = {torch.float64: 1e-11, torch.float32: 2e-5}
+
+
+def weights_of(T: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Log-weights over 400 nats, some columns without a weight."""
+    return torch.linspace(-300, 100, T, dtype=dtype).masked_fill(torch.arange(T) % 5 == 1, -math.inf)
 
 
 def call(case: dict, N: int, T: int, dtype: torch.dtype, backend: str, **more) -> list[Tensor]:
@@ -44,6 +51,8 @@ def call(case: dict, N: int, T: int, dtype: torch.dtype, backend: str, **more) -
         options |= ids if kinds == 2 else {name: x[0] for name, x in ids.items()}
     if options.pop("limits", False):
         options["filter_threshold"] = torch.linspace(-0.1, 0.3, N)
+    if options.pop("weights", False):
+        options["log_weights"] = weights_of(T)
     if options.pop("guide", False):
         options["guide"] = rows(N, G, seed=5), rows(T, G, seed=6)
     out = cosine_logsumexp(x, y, temperature=tau, backend=backend, **options)
@@ -83,13 +92,15 @@ def test_bf16_rounds_the_operands_alone(backend, monkeypatch):
     assert relative_error(ours, cosine_logsumexp(x, y, temperature=0.2, backend="reference")) < 4e-3
 
 
-@pytest.mark.parametrize("name", ["plain", "guide", "all", "nothing left"])
+@pytest.mark.parametrize("name", ["plain", "guide", "all", "weights", "nothing left"])
 def test_compiled(name):
     x, y = rows(9, D, seed=1, dtype=torch.float32), rows(11, D, seed=2, dtype=torch.float32)
-    options = {k: v for k, v in CASES[name].items() if k not in ("ids", "limits", "guide")}
+    options = {k: v for k, v in CASES[name].items() if k not in ("ids", "limits", "guide", "weights")}
     more = {}
     if "limits" in CASES[name]:
         more["filter_threshold"] = torch.linspace(-0.1, 0.3, 9)
+    if "weights" in CASES[name]:
+        more["log_weights"] = torch.linspace(-3, 1, 11)
     if "guide" in CASES[name]:
         more["guide"] = rows(9, G, seed=5, dtype=torch.float32), rows(11, G, seed=6, dtype=torch.float32)
     if "ids" in CASES[name]:
@@ -110,8 +121,9 @@ def on_a_rank(group, strategy):
     rank = dist.get_rank(group)
     x, y = (rows(n + rank, D, seed=10 * n + rank).requires_grad_() for n in (4, 6))
     tau = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
-    ids = {"row_ids": torch.arange(len(x)), "column_ids": torch.arange(len(y)) % 3 + rank}
-    loss = cosine_logsumexp(x, y, temperature=tau, group=group, strategy=strategy, **ids).mean()
+    more = {"row_ids": torch.arange(len(x)), "column_ids": torch.arange(len(y)) % 3 + rank}
+    more["log_weights"] = torch.arange(len(y)) * 0.3 - rank
+    loss = cosine_logsumexp(x, y, temperature=tau, group=group, strategy=strategy, **more).mean()
     return [loss, *torch.autograd.grad(loss, (x, y, tau))]
 
 
@@ -126,9 +138,10 @@ def test_ranks_give_the_gradients_of_the_sum_of_their_losses(strategy):
     xs, ys = ([part[i].requires_grad_() for part in parts] for i in (0, 1))
     tau = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
     column_ids = torch.cat([torch.arange(len(y)) % 3 + rank for rank, y in enumerate(ys)])
+    weights = torch.cat([torch.arange(len(y)) * 0.3 - rank for rank, y in enumerate(ys)])
     losses = []
     for x in xs:
-        ids = {"row_ids": torch.arange(len(x)), "column_ids": column_ids}
+        ids = {"row_ids": torch.arange(len(x)), "column_ids": column_ids, "log_weights": weights}
         losses.append(cosine_logsumexp(x, torch.cat(ys), temperature=tau, backend="reference", **ids).mean())
     *grads, of_tau = torch.autograd.grad(sum(losses), (*xs, *ys, tau))
     for rank in (0, 1):
@@ -156,6 +169,8 @@ def test_info_nce_is_made_of_it():
         ({"row_ids": [torch.arange(5)] * 3}, "row_ids must be an integer tensor .* or a pair"),
         ({"filter_threshold": torch.zeros(6)}, r"filter_threshold must have shape \(5,\)"),
         ({"guide": [rows(5, 2), rows(6, 2)]}, "guide needs filter_threshold"),
+        ({"log_weights": torch.zeros(5)}, r"log_weights must have shape \(6,\), one per column"),
+        ({"log_weights": torch.arange(6)}, "log_weights must be a floating-point tensor"),
         ({"exclude_diagonal": 1}, "exclude_diagonal must be True or False"),
         ({"hardness": -1.0}, "hardness must be >= 0"),
         ({"temperature": 0}, "temperature must be > 0"),

@@ -77,6 +77,7 @@ class TiledProblem:
             self.positive_shift_log2 = self.kappa * LOG2_E * self.positive.value - self.scale_log2 * self.cosines
         self.row_shift_log2 = self._shifted(self.operands.positive_log2)  # (N, 1)
         self.ids = None if options.column_ids is None else self._ids_by_rank(options.column_ids)
+        self.column_bias = None if options.log_weights is None else self._weights_by_rank(options.log_weights)
         self.columns = Columns(self.operands.keys, self.operands.grad_keys, self._own_terms())
 
     # ------------------------------------------------------------------ positives
@@ -140,6 +141,7 @@ class TiledProblem:
             row_ids=self.columns.terms.row_ids,
             column_ids=None if ids is None else ids[owner],
             limits=self._limits_of(owner),
+            column_bias=None if self.column_bias is None else self.column_bias[owner],
         )
 
     def _own_terms(self) -> EntryTerms:
@@ -151,7 +153,13 @@ class TiledProblem:
             row_ids=options.ids,
             column_ids=None if ids is None else ids[self.rank],
             limits=self._limits_of(self.rank),
+            column_bias=None if self.column_bias is None else self.column_bias[self.rank],
         )
+
+    def _weights_by_rank(self, log_weights: Tensor) -> list[Tensor]:
+        """Log-weights of every rank's columns in base 2."""
+        bits = log_weights.to(self.backend.precision.sums) * LOG2_E
+        return [bits] if self.exchange is None else self.exchange.gather(bits, self.exchange.lengths("columns"))
 
     @functools.cached_property
     def _similarity_limits(self) -> tuple[Tensor, tuple[Tensor, Tensor] | None] | None:

@@ -179,6 +179,7 @@ def _terms(columns: Columns) -> tuple[Terms, Counts]:
         limits=None if terms.limits is None else terms.limits.rows,
         column_limits=None if terms.limits is None else terms.limits.columns,
         guide=guide,
+        column_bias=terms.column_bias,
     )
     return found, Counts(terms.num_positives, terms.num_negatives, len(ids[0].columns) if ids else 0)
 

@@ -53,6 +53,7 @@ class Terms(NamedTuple):
     limits: Tensor | None = None  # (N, 1) scores above which a column does not count
     column_limits: Tensor | None = None  # (N,) likewise of the columns' direction
     guide: Guide | None = None
+    column_bias: Tensor | None = None  # (T,) of each column, bits, in the rows' direction; read by ratios.py alone
 
 
 class Counts(NamedTuple):

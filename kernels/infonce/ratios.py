@@ -102,6 +102,8 @@ def ratios_kernel(
             if terms.guide is None:
                 scores = z
             of_rows = tl.where(scores > tl.load(terms.limits + i0 + rows)[:, None], float("-inf"), z)
+        if terms.column_bias is not None:  # after the limits, which compare scores without weights
+            of_rows += tl.load(terms.column_bias + j0 + columns)[None, :]
         of_rows += tl.where(offs_n < N, terms.bias - tl.load(shift + rows), float("-inf"))[:, None]
         if terms.own_bias is not None:
             if holds:
