@@ -282,7 +282,8 @@ def fill(page: Path, text: str) -> None:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m experiments.smollm2", description=__doc__.splitlines()[0])
+    usage = "%(prog)s --source DIR [options]"
+    parser = Parser(prog="python -m experiments.smollm2", usage=usage, description=__doc__.splitlines()[0])
     many: dict[str, Any] = {"nargs": "+"}
     parser.add_argument("--source", help="folder with wiki_sentences.txt.gz, nli_triplets.csv and sts_eval.tsv")
     parser.add_argument("--model", default="smollm2", help="decoder, as simcse.train takes it (default: smollm2)")

@@ -232,8 +232,8 @@ def cosine_logsumexp(
             pair of each: a column is left out where either of its two ids is the row's.
         exclude_diagonal: leave column i out of row i's sum (i < min(N, T); with a group: of this rank's columns).
         log_weights: b_j, (T,): the natural logarithm of each column's weight, −∞ for a column that no row sees;
-            gets no gradient. Of any range, since every row is shifted by its largest exponent, and nothing is read on
-            the host. With a group, of this rank's columns, on every rank or on none.
+            gets no gradient. Of any range, since every row is shifted by its largest exponent, and nothing is read
+            on the host. With a group, of this rank's columns, on every rank or on none.
         filter_threshold: columns whose cosine exceeds it are left out: a number, or a tensor (N,), one limit per
             row, which gets no gradient. A margin m over a positive is ``positive_cosine.detach() + m``.
         guide: two matrices (N, G) and (T, G), whose cosines are compared with ``filter_threshold`` instead. Not

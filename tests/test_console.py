@@ -21,7 +21,7 @@ from bench import cli as bench_cli
 from bench.cases import Case
 from bench.render import Table
 from bench.worker import Worker
-from experiments import losses, scaling, study, theory
+from experiments import losses, scaling, smollm2, study, theory
 from simcse import cli
 from simcse.app import AppArguments
 from simcse.arguments import DataArguments, LossArguments, ModelArguments, SimCSETrainingArguments
@@ -41,6 +41,7 @@ MAINS = {
     "bench": bench_cli.main,
     **{f"bench {job}": lambda argv, job=job: bench_cli.main([job, *argv]) for job in (*bench_cli.JOBS, "report")},
     "experiments.scaling": scaling.main,
+    "experiments.smollm2": smollm2.main,
     "experiments.study": study.main,
     "experiments.theory": theory.main,
 }
@@ -423,6 +424,8 @@ def check(command: str, folder: Path) -> None:
         bench_cli.make_parser().parse_args(words[words.index("bench") + 1 :])
     elif "experiments.study" in words:
         study._parser().parse_args(words[words.index("experiments.study") + 1 :])
+    elif "experiments.smollm2" in words:
+        smollm2._parser().parse_args(words[words.index("experiments.smollm2") + 1 :])
     elif "experiments.theory" in words:
         theory._parser().parse_args(words[words.index("experiments.theory") + 1 :])
     elif "experiments.losses" in words:
