@@ -337,7 +337,10 @@ def test_compiled_without_a_break():
         (lambda: losses.hcl(Q, P, beta=0.0), "beta must be > 0"),
         (lambda: losses.debiased(Q[:1], P[:1]), "anchors must be at least 2 rows"),
         (lambda: losses.debiased(Q, P, tau_plus=1.0), "tau_plus must be a probability"),
-        (lambda: losses.supcon(Q, LABELS, group="world"), "supcon supports a single process only"),
+        (
+            lambda: losses.gistembed(Q, P, guide=TEACHER, strategy="ring"),
+            "strategy must be 'auto' or 'gather' with a guide",
+        ),
         (lambda: losses.matryoshka(info_nce, (4, 32))(Q, P), "dims must be at most the embeddings' 16 features"),
         (lambda: losses.matryoshka(info_nce, ()), "dims must be positive integers"),
         (lambda: losses.matryoshka(info_nce, (4, 8), (1.0,)), "weights must have one number for each of the 2"),

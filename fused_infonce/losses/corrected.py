@@ -1,6 +1,6 @@
-"""Losses that correct the sum over negatives for those that are positives, or are too easy; of one process.
+"""Losses that correct the sum over negatives for those that are positives, or are too easy.
 
-n is the number of a row's negatives, R_i = Σ_{j≠i} e^{(s_ij − s_ii)/τ}.
+n is the number of a row's negatives, those of all ranks of a group, R_i = Σ_{j≠i} e^{(s_ij − s_ii)/τ}.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..functional import cosine_logsumexp
 from ..own_negatives import pair_cosines, scalar
-from .terms import one_process_only, reducible
+from .ranks import count, group_of
+from .terms import reducible
 
 
 @reducible
@@ -34,11 +35,10 @@ def debiased(
     [0, 1). Cost: four products of the similarity matrix. In the paper's own case of two views, its negatives are
     the other rows of both; here they are the other positives.
     """
-    one_process_only("debiased", options)
-    _check_pairs(anchors)
-    mean = cosine_logsumexp(anchors, positives, temperature=temperature, exclude_diagonal=True, **options)
-    mean = mean - math.log(len(anchors) - 1)
-    return _corrected(mean, pair_cosines(anchors, positives), len(anchors) - 1, tau_plus, temperature)
+    _check_pairs(anchors, options)
+    total = cosine_logsumexp(anchors, positives, temperature=temperature, exclude_diagonal=True, **options)
+    log_n = (count(positives, options) - 1).log()
+    return _corrected(total - log_n, pair_cosines(anchors, positives), log_n, tau_plus, temperature)
 
 
 @reducible
@@ -58,24 +58,25 @@ def hcl(
 
     anchors, positives: (N, D), N >= 2; beta: β > 0, the concentration. Cost: eight products.
     """
-    one_process_only("hcl", options)
-    _check_pairs(anchors)
+    _check_pairs(anchors, options)
     if not beta > 0:
         raise ValueError(f"beta must be > 0, not {beta}; debiased is the loss with beta = 0")
     weighted, weights = (
         cosine_logsumexp(anchors, positives, temperature=temperature / b, exclude_diagonal=True, **options)
         for b in (1 + beta, beta)
     )
-    positive = pair_cosines(anchors, positives)
-    return _corrected(weighted - weights, positive, len(anchors) - 1, tau_plus, temperature)
+    log_n = (count(positives, options) - 1).log()
+    return _corrected(weighted - weights, pair_cosines(anchors, positives), log_n, tau_plus, temperature)
 
 
-def _check_pairs(anchors: Tensor) -> None:
-    if len(anchors) < 2:
+def _check_pairs(anchors: Tensor, options: dict[str, Any]) -> None:
+    if group_of(options) is None and len(anchors) < 2:
         raise ValueError(f"anchors must be at least 2 rows, whose negatives are each other, not {len(anchors)}")
 
 
-def _corrected(log_mean: Tensor, positive: Tensor, n: int, tau_plus: float, temperature: float | Tensor) -> Tensor:
+def _corrected(
+    log_mean: Tensor, positive: Tensor, log_n: Tensor, tau_plus: float, temperature: float | Tensor
+) -> Tensor:
     """log_mean: the logarithm of the mean over negatives, (N,)."""
     if not 0 <= tau_plus < 1:
         raise ValueError(f"tau_plus must be a probability, 0 <= tau_plus < 1, not {tau_plus}")
@@ -85,4 +86,4 @@ def _corrected(log_mean: Tensor, positive: Tensor, n: int, tau_plus: float, temp
         excess = math.log(tau_plus) - ratio  # of τ⁺ over R/n; the difference is positive where this is negative
         inside = ratio + torch.log1p(-torch.exp(torch.where(excess < 0, excess, -1.0))) - math.log1p(-tau_plus)
         ratio = torch.where(excess < 0, inside, least)
-    return F.softplus(torch.maximum(ratio, least) + math.log(n), threshold=40)
+    return F.softplus(torch.maximum(ratio, least) + log_n, threshold=40)

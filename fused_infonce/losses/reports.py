@@ -15,9 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import Strategy
+from ..distributed import Group
 from ..functional import cosine_logsumexp, info_nce
 from ..own_negatives import log_add, pair_cosines
-from .terms import contrast, own_negatives, reducible, row_numbers
+from .ranks import Everyone, row_numbers
+from .terms import contrast, own_negatives, reducible
 
 Sums = Callable[..., Tensor]  # cosine_logsumexp with some of its options
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
@@ -293,21 +296,44 @@ def gistembed(
         guide: the guide's embeddings of these inputs, in their order, (n, G) each.
         contrast_anchors, contrast_positives: whether Z_i contains the last two sums.
 
-    Of one process. Cost: four products and the guide's two for each of the one to three sums.
+    With a group every rank holds the columns of all. Cost: four products and the guide's two for each of the one to
+    three sums.
     """
     if margin_strategy not in ("absolute", "relative"):
         raise ValueError(f"margin_strategy must be 'absolute' or 'relative', not {margin_strategy!r}")
     guide_anchors, guide_positives, *_ = guide
     own, score = slice(0, len(anchors)), pair_cosines(guide_anchors, guide_positives[: len(anchors)])
     limit = (score - margin * (1 if margin_strategy == "absolute" else score.abs())).detach()
-    sums: Sums = partial(cosine_logsumexp, temperature=temperature, filter_threshold=limit, **options)
+    sums: Sums = partial(_guided_sums, temperature=temperature, filter_threshold=limit, **options)
     columns = positives if negatives is None else torch.cat([positives, negatives])
-    terms = [sums(anchors, columns, exclude_diagonal=True, guide=(guide_anchors, torch.cat([*guide[1:]])))]
+    terms = [sums(anchors, columns, guide_anchors, torch.cat([*guide[1:]]), exclude_own=True)]
     if contrast_anchors:
-        terms.append(sums(anchors, anchors, guide=(guide_anchors, guide_anchors)))
+        terms.append(sums(anchors, anchors, guide_anchors, guide_anchors))
     if contrast_positives:
-        terms.append(sums(positives[own], positives, guide=(guide_positives[own], guide_positives)))
+        terms.append(sums(positives[own], positives, guide_positives[own], guide_positives))
     return contrast(pair_cosines(anchors, positives[own]), temperature, *terms)
+
+
+def _guided_sums(
+    rows: Tensor,
+    columns: Tensor,
+    guide_rows: Tensor,
+    guide_columns: Tensor,
+    *,
+    exclude_own: bool = False,  # column i of this rank in row i's sum
+    group: Group = "local",
+    strategy: Strategy = "auto",
+    **options: Any,
+) -> Tensor:
+    """Log-sum-exp over columns that a guide leaves; with a group the columns of all ranks are gathered."""
+    if strategy == "ring":
+        raise ValueError("strategy must be 'auto' or 'gather' with a guide, whose rows do not travel in a ring")
+    ranks, ids = Everyone(columns, {"group": group}), dict[str, Any]()
+    if exclude_own:
+        numbers = row_numbers(columns, {"group": group})
+        ids = {"row_ids": numbers[: len(rows)], "column_ids": ranks.gather(numbers)}
+    guide = guide_rows, ranks.gather(guide_columns.detach())
+    return cosine_logsumexp(rows, ranks.gather(columns), guide=guide, **ids, **options)
 
 
 def focal(

@@ -12,14 +12,15 @@ from torch.utils.checkpoint import checkpoint
 from ..functional import cosine_logsumexp, info_nce
 from ..geometry import unit_rows
 from ..own_negatives import pair_cosines, scalar
-from .terms import contrast, one_process_only, reducible
+from .ranks import Everyone, group_of, summed
+from .terms import contrast, reducible
 
 CHUNK = 1 << 20  # entries of a teacher's distribution that are held at once
 
 
 @reducible
 def supcon(rows: Tensor, labels: Tensor, *, temperature: float | Tensor = 0.1, **options: Any) -> Tensor:
-    r"""Supervised contrastive loss (Khosla et al., NeurIPS 2020, arXiv:2004.11362, equation 2); of one process.
+    r"""Supervised contrastive loss (Khosla et al., NeurIPS 2020, arXiv:2004.11362, equation 2).
 
     .. math::
         \ell_i = \frac{-1}{|P(i)|} \sum_{p \in P(i)} \log \frac{e^{s_{ip}/\tau}}{\sum_{a \ne i} e^{s_{ia}/\tau}}
@@ -28,14 +29,15 @@ def supcon(rows: Tensor, labels: Tensor, *, temperature: float | Tensor = 0.1, *
     labels: (N,) integers. Σ_p s_ip is q̂_i·Σ_p k̂_p, O(N·D) beside the sweep of four products. Of a single positive
     per row the loss is InfoNCE, which ``info_nce`` computes without the cancellation of this formula.
     """
-    one_process_only("supcon", options)
     dtype = torch.promote_types(rows.dtype, torch.float32)
     every = cosine_logsumexp(rows, rows, temperature=temperature, exclude_diagonal=True, **options)
     with torch.autocast(rows.device.type, enabled=False):
-        unit, group = unit_rows(rows, dtype), _dense_ranks(labels)
-        totals = torch.zeros_like(unit).index_add(0, group, unit)  # (N, D), of each label
-        others = torch.bincount(group, minlength=len(rows))[group] - 1
-        mean = (unit * (totals[group] - unit)).sum(1) / others.clamp(min=1)
+        unit = unit_rows(rows, dtype)
+        ranks = Everyone(rows, options)
+        columns, of_all = ranks.gather(unit), _dense_ranks(ranks.gather(labels))
+        totals, own = torch.zeros_like(columns).index_add(0, of_all, columns), of_all[ranks.own]  # of each label
+        others = torch.bincount(of_all, minlength=len(of_all))[own] - 1
+        mean = (unit * (totals[own] - unit)).sum(1) / others.clamp(min=1)
     return torch.where(others > 0, every - mean / scalar(temperature), 0.0)
 
 
@@ -53,9 +55,14 @@ def cross_entropy(
     r"""Cross entropy over the cosines of rows and class vectors (NormFace, Wang et al. 2017, arXiv:1704.06369).
 
     −log(e^{s(x_i, c_{y_i})/τ} / Σ_t e^{s(x_i, c_t)/τ}); rows x: (N, D); targets y: (N,) integers in [0, T);
-    classes c: (T, D). Of one process. Cost: four products of (N, T), which is never held.
+    classes c: (T, D). Not with a group: where every rank has the same classes, the mean over ranks of their own
+    losses is that of all rows. Cost: four products of (N, T), which is never held.
     """
-    one_process_only("cross_entropy", options)
+    if group_of(options) is not None:
+        raise ValueError(
+            "cross_entropy takes no group: give every rank the same classes, and average the ranks' losses, as "
+            "DistributedDataParallel does"
+        )
     numbers = torch.arange(len(classes), device=rows.device)
     others = cosine_logsumexp(
         rows, classes, temperature=temperature, row_ids=targets, column_ids=numbers, **options
@@ -74,7 +81,7 @@ def soft_labels(
     teacher_temperature: float = 0.05,
     **options: Any,
 ) -> Tensor:
-    r"""Cross entropy to a teacher's distribution over the batch, given by its embeddings; of one process.
+    r"""Cross entropy to a teacher's distribution over the batch, given by its embeddings.
 
     .. math::
         \ell_i = -\sum_j t_{ij} \log \frac{e^{s_{ij}/\tau}}{\sum_k e^{s_{ik}/\tau}}, \quad
@@ -88,7 +95,6 @@ def soft_labels(
     Σ_j t_ij s_ij is q̂_i·Σ_j t_ij d̂_j, formed a chunk of rows at a time and again in the backward: O(N·D) memory.
     Cost: four products and, of the teacher, two of (N, T, E) and three of (N, T, D).
     """
-    one_process_only("soft_labels", options)
     N = len(queries)
     if len(documents) < N:
         raise ValueError(
@@ -98,13 +104,15 @@ def soft_labels(
     loss = contrast(pair_cosines(queries, documents[:N]), temperature, others)
     dtype = torch.promote_types(queries.dtype, torch.float32)
     with torch.autocast(queries.device.type, enabled=False):
-        q, d = unit_rows(queries, dtype), unit_rows(documents, dtype)
-        t_q, t_d = (
+        q, own = unit_rows(queries, dtype), unit_rows(documents, dtype)
+        t_q, t_own = (
             unit_rows(x.detach(), dtype) / teacher_temperature**0.5 for x in (teacher_queries, teacher_documents)
         )
+        ranks = Everyone(documents, options)
+        d, t_d = ranks.gather(own), ranks.gather(t_own)
         parts = t_q.split(max(1, CHUNK // len(d)))
         means = torch.cat([checkpoint(_attend, part, t_d, d, use_reentrant=False) for part in parts])  # (N, D)
-        return loss + (q * (d[:N] - means)).sum(1) / scalar(temperature)
+        return loss + (q * (own[:N] - means)).sum(1) / scalar(temperature)
 
 
 def _attend(rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
@@ -122,10 +130,13 @@ def clip(
     r"""The loss of CLIP (Radford et al. 2021, arXiv:2103.00020, figure 3), with a weight per pair.
 
     Σ_i w_i (ℓ_i^{image→text} + ℓ_i^{text→image}) / (2 Σ_i w_i); images, texts: (N, D); weights: (N,) >= 0, None
-    for 1. options: of :func:`fused_infonce.info_nce`; with weights of one process.
+    for 1. options: of :func:`fused_infonce.info_nce`, whose value and gradients with a group are those of this
+    loss, too: every rank returns the mean over all ranks' pairs. The weights get no gradient then.
     """
     if weights is None:
         return info_nce(images, texts, temperature=temperature, symmetric=True, **options)
-    one_process_only("clip with weights", options)
     losses = info_nce(images, texts, temperature=temperature, symmetric=True, reduction="none", **options)
-    return (weights * losses).sum() / weights.sum()
+    if group_of(options) is None:
+        return (weights * losses).sum() / weights.sum()
+    own = (weights.detach() * losses).sum() / summed(weights.sum(), options)
+    return own + (summed(own, options) - own.detach())  # every rank's value, and the gradient of its own rows

@@ -15,12 +15,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..distributed import resolve_group
 from ..own_negatives import OwnNegatives, log_add, scalar
 
 
@@ -50,13 +47,6 @@ def contrast(positive: Tensor, temperature: float | Tensor, *terms: Tensor, coun
     return F.softplus(excess, threshold=40) + math.log(count)  # beyond 40, x is softplus(x) in float64, too
 
 
-def row_numbers(rows: Tensor, options: dict[str, Any]) -> Tensor:
-    """An id for each row, (N,), different on every rank of the options' group."""
-    group = resolve_group(options.get("group", "local"))
-    first = 0 if group is None else dist.get_rank(group) << 40
-    return torch.arange(first, first + len(rows), device=rows.device)
-
-
 def reducible(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Adds ``reduction`` ("mean", "sum" or "none") to a loss that returns one value per anchor, (N,)."""
 
@@ -73,8 +63,3 @@ def reducible(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     added = inspect.Parameter("reduction", kind, default="mean", annotation="Reduction")
     reduced.__signature__ = own.replace(parameters=[*first, added, last])  # type: ignore[attr-defined]
     return reduced
-
-
-def one_process_only(name: str, options: dict[str, Any]) -> None:
-    if options.get("group", "local") not in (None, "local"):
-        raise ValueError(f"{name} supports a single process only; leave group out")
