@@ -296,8 +296,8 @@ def gistembed(
         guide: the guide's embeddings of these inputs, in their order, (n, G) each.
         contrast_anchors, contrast_positives: whether Z_i contains the last two sums.
 
-    With a group every rank holds the columns of all. Cost: four products and the guide's two for each of the one to
-    three sums.
+    With a group every rank holds the columns of all. Cost: four products and the guide's two for each of the one
+    to three sums.
     """
     if margin_strategy not in ("absolute", "relative"):
         raise ValueError(f"margin_strategy must be 'absolute' or 'relative', not {margin_strategy!r}")
