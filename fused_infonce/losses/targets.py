@@ -91,9 +91,10 @@ def soft_labels(
     less by the teacher's entropy, a constant: gradients are the same. queries (N, D); documents (T, D), the first
     N of them the queries' own; the teacher's (N, E) and (T, E), without gradient.
 
-    Computed as InfoNCE plus (s_ii − Σ_j t_ij s_ij)/τ, so that nothing cancels where teacher and student agree.
-    Σ_j t_ij s_ij is q̂_i·Σ_j t_ij d̂_j, formed a chunk of rows at a time and again in the backward: O(N·D) memory.
-    Cost: four products and, of the teacher, two of (N, T, E) and three of (N, T, D).
+    Computed as InfoNCE plus Σ_{j≠i} t_ij (s_ii − s_ij)/τ, so that nothing cancels where teacher and student agree.
+    That sum is q̂_i·Σ_{j≠i} t_ij (d̂_i − d̂_j), formed a chunk of rows at a time and again in the backward: O(N·D)
+    memory. Cost: four products and, of the teacher, two of (N, T, E) and three of (N, T, D). With a group every
+    rank holds the documents of all.
     """
     N = len(queries)
     if len(documents) < N:
@@ -102,21 +103,34 @@ def soft_labels(
         )
     others = cosine_logsumexp(queries, documents, temperature=temperature, exclude_diagonal=True, **options)
     loss = contrast(pair_cosines(queries, documents[:N]), temperature, others)
+    teacher = [x.detach() for x in (teacher_queries, teacher_documents)]
+    ahead = _ahead_of_the_teacher_s(queries, documents, *teacher, teacher_temperature, Everyone(documents, options))
+    return loss + ahead / scalar(temperature)
+
+
+def _ahead_of_the_teacher_s(
+    queries: Tensor, documents: Tensor, t_queries: Tensor, t_documents: Tensor, t_temperature: float, ranks: Everyone
+) -> Tensor:
+    """Σ_{j≠i} t_ij (s_ii − s_ij), (N,)."""
     dtype = torch.promote_types(queries.dtype, torch.float32)
     with torch.autocast(queries.device.type, enabled=False):
         q, own = unit_rows(queries, dtype), unit_rows(documents, dtype)
-        t_q, t_own = (
-            unit_rows(x.detach(), dtype) / teacher_temperature**0.5 for x in (teacher_queries, teacher_documents)
-        )
-        ranks = Everyone(documents, options)
+        t_q, t_own = (unit_rows(x, dtype) / t_temperature**0.5 for x in (t_queries, t_documents))
         d, t_d = ranks.gather(own), ranks.gather(t_own)
-        parts = t_q.split(max(1, CHUNK // len(d)))
-        means = torch.cat([checkpoint(_attend, part, t_d, d, use_reentrant=False) for part in parts])  # (N, D)
-        return loss + (q * (own[:N] - means)).sum(1) / scalar(temperature)
+        place = torch.arange(ranks.own.start, ranks.own.start + len(q), device=q.device)
+        most = max(1, CHUNK // len(d))
+        parts = [
+            checkpoint(_attend, rows, t_d, d, places, use_reentrant=False)
+            for rows, places in zip(t_q.split(most), place.split(most), strict=True)
+        ]
+        means, shares = torch.cat(parts).split([d.shape[1], 1], 1)
+        return (q * (shares * own[: len(q)] - means)).sum(1)
 
 
-def _attend(rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
-    return torch.softmax(rows @ columns.T, 1) @ values
+def _attend(rows: Tensor, columns: Tensor, values: Tensor, own: Tensor) -> Tensor:
+    """Σ_j t_ij v_j over the columns but ``own`` (n,), and Σ_j t_ij over the same: (n, D + 1)."""
+    t = torch.softmax(rows @ columns.T, 1).scatter(1, own[:, None], 0.0)
+    return torch.cat([t @ values, t.sum(1, keepdim=True)], 1)
 
 
 def clip(
