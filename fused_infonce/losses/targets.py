@@ -103,15 +103,20 @@ def soft_labels(
         )
     others = cosine_logsumexp(queries, documents, temperature=temperature, exclude_diagonal=True, **options)
     loss = contrast(pair_cosines(queries, documents[:N]), temperature, others)
-    teacher = [x.detach() for x in (teacher_queries, teacher_documents)]
-    ahead = _ahead_of_the_teacher_s(queries, documents, *teacher, teacher_temperature, Everyone(documents, options))
-    return loss + ahead / scalar(temperature)
+    teacher = teacher_queries.detach(), teacher_documents.detach()
+    excess = _expected_excess(queries, documents, *teacher, teacher_temperature, Everyone(documents, options))
+    return loss + excess / scalar(temperature)
 
 
-def _ahead_of_the_teacher_s(
-    queries: Tensor, documents: Tensor, t_queries: Tensor, t_documents: Tensor, t_temperature: float, ranks: Everyone
+def _expected_excess(
+    queries: Tensor,
+    documents: Tensor,
+    t_queries: Tensor,
+    t_documents: Tensor,
+    t_temperature: float,
+    ranks: Everyone,
 ) -> Tensor:
-    """Σ_{j≠i} t_ij (s_ii − s_ij), (N,)."""
+    """Σ_{j≠i} t_ij (s_ii − s_ij), (N,), with the teacher's t."""
     dtype = torch.promote_types(queries.dtype, torch.float32)
     with torch.autocast(queries.device.type, enabled=False):
         q, own = unit_rows(queries, dtype), unit_rows(documents, dtype)
@@ -121,10 +126,11 @@ def _ahead_of_the_teacher_s(
         most = max(1, CHUNK // len(d))
         parts = [
             checkpoint(_attend, rows, t_d, d, places, use_reentrant=False)
-            for rows, places in zip(t_q.split(most), place.split(most), strict=True)
+            for rows, places in zip(torch.split(t_q, most), torch.split(place, most), strict=True)
         ]
-        means, shares = torch.cat(parts).split([d.shape[1], 1], 1)
-        return (q * (shares * own[: len(q)] - means)).sum(1)
+        means, shares = torch.split(torch.cat(parts), [d.shape[1], 1], 1)
+        excess: Tensor = (q * (shares * own[: len(q)] - means)).sum(1)
+        return excess
 
 
 def _attend(rows: Tensor, columns: Tensor, values: Tensor, own: Tensor) -> Tensor:
