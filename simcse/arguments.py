@@ -3,15 +3,17 @@
 import math
 import sys
 import warnings
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
 
-from fused_infonce.config import FIELDS, NOISE_OPTIONS, TYPES, LossConfig
+from fused_infonce.config import FIELDS, LossConfig
 from simcse.encoder import PoolerType
 from simcse.flags import MODEL, flag, pooler_flag
+from simcse.loss_flags import LOSS_FLAGS, fill_defaults, loss_flags, refuse_noise
+from simcse.published import LOSSES, check_name, options_of
 from simcse.recipes import RECIPES
 
 
@@ -112,17 +114,6 @@ class DataArguments:
             raise ValueError(f"--max_seq_length must be at least 3 (typically 32), not {self.max_seq_length}")
 
 
-# Trainer works with the mean, and ``--learn_temperature`` has a range in the place of ``min_temperature``.
-LOSS_FLAGS = [name for name in FIELDS if name not in ("reduction", "min_temperature")]
-
-
-def loss_flags() -> type:
-    """A dataclass with a flag for each option of the loss; a new field of ``LossConfig`` is a flag by itself."""
-    options = [FIELDS[name] for name in LOSS_FLAGS]
-    flags = [(field.name, TYPES[field.name], flag(field.default, field.metadata["meaning"])) for field in options]
-    return make_dataclass("LossFlags", flags)
-
-
 AUTO = "auto"
 
 
@@ -130,12 +121,11 @@ AUTO = "auto"
 class LossArguments(loss_flags()):
     _argument_group_name = "loss"
 
-    loss: Literal[  # those of simcse.published, beside gs_infonce
-        "gs_infonce", "gte", "qwen3_embedding", "gemini_embedding", "embedding_gemma", "llave", "debiased", "hcl"
-    ] = flag(
+    loss: str = flag(
         "gs_infonce",
-        "'gs_infonce': (GS-)InfoNCE with the options below; or one of fused_infonce.losses, without noise: 'gte', "
-        "'qwen3_embedding', 'gemini_embedding', 'embedding_gemma', 'llave', and of pairs 'debiased', 'hcl'.",
+        "'gs_infonce' is (GS-)InfoNCE; the others are those of fused_infonce.losses, without noise. A flag whose "
+        "help says 'Of --loss NAME' is an option of that loss.",
+        metavar="{" + ",".join(("gs_infonce", *LOSSES)) + "}",
     )
     matryoshka_dims: list[int] | None = flag(  # noqa: RUF009 (a field, as its neighbours)
         None,
@@ -180,25 +170,26 @@ class LossArguments(loss_flags()):
 
     @property
     def loss_options(self) -> dict[str, Any]:
-        """The options of the loss, as ``GSInfoNCELoss`` takes them."""
-        return {name: getattr(self, name) for name in LOSS_FLAGS}
+        """The options of ``GSInfoNCELoss``; at their defaults, where a published loss has taken them."""
+        own = options_of(self.loss)
+        return {name: FIELDS[name].default if name in own else getattr(self, name) for name in LOSS_FLAGS}
+
+    @property
+    def published_options(self) -> dict[str, Any]:
+        """The options of the published loss; none for gs_infonce."""
+        return {name: getattr(self, name) for name in options_of(self.loss)}
 
     def __post_init__(self) -> None:
         if not self.temp > 0:
             raise ValueError(f"--temp must be positive (typically 0.05), not {self.temp}")
+        check_name(self.loss)
+        fill_defaults(self)
         try:
             LossConfig(**self.loss_options)
         except (TypeError, ValueError) as error:  # whose message starts with the option's name
             raise ValueError(f"--{error}") from None
         if self.loss != "gs_infonce":
-            for name in NOISE_OPTIONS:
-                value = getattr(self, name)
-                if value != FIELDS[name].default and (name, value) != ("num_noise", 0):
-                    raise ValueError(
-                        f"--{name} {value} cannot be combined with --loss {self.loss}, which has no noise; leave "
-                        "one of them out"
-                    )
-            self.num_noise = 0
+            refuse_noise(self)
         dims = self.matryoshka_dims or []
         if any(dim < 1 for dim in dims):
             raise ValueError(f"--matryoshka_dims must be numbers of at least 1, not {min(dims)}")

@@ -15,8 +15,9 @@ from fused_infonce import GSInfoNCELoss, contrastive_stats
 from simcse.arguments import AUTO, LossArguments
 from simcse.backbone import load_masked_lm
 from simcse.encoder import SentenceEncoder
+from simcse.loss_flags import check_flags, named_as_flag
 from simcse.mini_batches import MiniBatches, embed_in_mini_batches
-from simcse.published import LOSSES, Columns, check_flags, published_loss
+from simcse.published import LOSSES, PLACES, Columns, published_loss
 
 STATS_OPTIONS = inspect.signature(contrastive_stats).parameters
 
@@ -87,7 +88,8 @@ class Objective(nn.Module):
         ids = torch.arange(2, device=device).repeat(views) if self.options.mask_duplicates else None
         group, self.loss.group = self.loss.group, "local"
         try:  # the generator draws nothing of the run's
-            self.contrastive_loss(self.columns(x, views, ids), torch.Generator())
+            with named_as_flag(self.options.published_options):
+                self.contrastive_loss(self.columns(x, views, ids), torch.Generator())
         finally:
             self.loss.group = group
 
@@ -106,7 +108,9 @@ class Objective(nn.Module):
         if self.options.loss not in LOSSES:
             return self.loss(**vars(columns), generator=generator)
         self.loss.project()
-        return published_loss(self.options, columns, self.loss.temperature, self.loss.group)
+        places = {name: getattr(self.options, name) for name in PLACES}
+        options = {**self.options.published_options, **places}
+        return published_loss(self.options.loss, columns, self.loss.temperature, self.loss.group, options)
 
     def enqueue(self, positives: Tensor) -> None:
         if self.queue_size:

@@ -1,14 +1,20 @@
-"""The losses of ``--loss``: those of ``fused_infonce.losses`` that pairs and hard negatives fit."""
+"""The losses of ``--loss`` and their options: those of ``fused_infonce.losses`` that pairs and hard negatives fit.
 
-from collections.abc import Callable
+An option is a keyword argument of the loss that is a plain value. Its name, type and default are those of the
+signature, and its meaning is the sentence of the docstring that begins with its name.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from types import NoneType
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
 from fused_infonce import losses
-from fused_infonce.config import FIELDS, NOISE_OPTIONS
-from simcse.arguments import LOSS_FLAGS, LossArguments
 
 
 @dataclass
@@ -28,59 +34,116 @@ class Columns:
         return replace(self, **{name: x[:, :dim] for name, x in rows.items() if x is not None})
 
 
+class Option(NamedTuple):
+    type: Any
+    default: Any
+    meaning: str
+
+
 @dataclass(frozen=True)
 class Published:
     loss: Callable[..., Tensor]
-    pairs_only: bool = False  # and of one process
-    ids: tuple[str, ...] = ()  # its arguments that are ids of the rows
+    ids: tuple[tuple[str, str], ...] = ()  # its arguments that are ids, and which of Columns they are
+    own_negatives: bool = True  # (N, K, D), each row's own; else (H, D), columns of all rows
+
+    @cached_property
+    def pairs_only(self) -> bool:
+        return "negatives" not in inspect.signature(self.loss).parameters
+
+    @cached_property
+    def options(self) -> dict[str, Option]:
+        signature, types = inspect.signature(self.loss).parameters, get_type_hints(self.loss)
+        names = [name for name in types if name in signature and _is_plain(types[name])]
+        return {name: Option(types[name], signature[name].default, meaning(self.loss, name)) for name in names}
+
+
+def _is_plain(hint: Any) -> bool:
+    if hint in (bool, int, float, str, NoneType) or get_origin(hint) is Literal:
+        return True
+    return bool(get_args(hint)) and all(map(_is_plain, get_args(hint)))
+
+
+def meaning(loss: Callable[..., Tensor], name: str) -> str:
+    """The sentence "name: …" of the loss's docstring; empty where it has none (or python -OO removed it)."""
+    text = " ".join((loss.__doc__ or "").replace("``", "").replace('"', "'").split())
+    found = re.search(rf"(?<![\w:]){name}: (.+?\.)(?= |$)", text)
+    return found[1] if found else ""
 
 
 LOSSES = {
     "gte": Published(losses.gte),
-    "qwen3_embedding": Published(losses.qwen3_embedding, ids=("ids",)),
-    "gemini_embedding": Published(losses.gemini_embedding, ids=("document_ids",)),
-    "embedding_gemma": Published(losses.embedding_gemma, ids=("ids",)),
+    "qwen3_embedding": Published(losses.qwen3_embedding, (("ids", "ids"),)),
+    "gemini_embedding": Published(losses.gemini_embedding, (("document_ids", "ids"),)),
+    "embedding_gemma": Published(losses.embedding_gemma, (("ids", "ids"),)),
     "llave": Published(losses.llave),
-    "debiased": Published(losses.debiased, pairs_only=True),
-    "hcl": Published(losses.hcl, pairs_only=True),
+    "focal": Published(losses.focal, (("ids", "ids"), ("negative_ids", "negative_ids")), own_negatives=False),
+    "clip": Published(losses.clip, (("ids", "ids"),)),
+    "debiased": Published(losses.debiased),
+    "hcl": Published(losses.hcl),
+}
+# What the others need beside rows of texts, or how the trainer has them.
+CALL = "which training data do not hold; call fused_infonce.losses"
+UNFIT = {
+    "supcon": f"needs a label for each row, {CALL}.supcon",
+    "cross_entropy": f"needs class vectors and a target for each row, {CALL}.cross_entropy",
+    "soft_labels": f"needs a teacher's embeddings of the batch, {CALL}.soft_labels",
+    "gistembed": f"needs a guide's embeddings of the batch, {CALL}.gistembed",
+    "matryoshka": "sums another loss over prefixes, which --matryoshka_dims does here",
 }
 PLACES = ("strategy", "backend", "workspace_bytes")  # flags of the loss that say where it is computed
 
 
-def check_flags(options: LossArguments, views: int, rows: int, alone: bool) -> None:
-    """ValueError for data of so many columns or batches of so many rows, for several processes whose batches are
-    one, and for flags of gs_infonce that a published loss does not have (the noise's are refused with the flags).
-    """
-    own = LOSSES[options.loss]
-    if own.pairs_only and views > 2:
-        raise ValueError(f"--loss {options.loss} takes pairs, not {views} columns; name two in --columns")
-    if own.pairs_only and rows < 2:
-        raise ValueError(
-            f"--loss {options.loss} needs at least 2 pairs per batch, not --per_device_train_batch_size {rows}"
-        )
-    if own.pairs_only and not alone:
-        raise ValueError(f"--loss {options.loss} takes one process's batch; use --negatives local")
-    given = [
-        name
-        for name in LOSS_FLAGS
-        if name not in (*PLACES, *NOISE_OPTIONS) and getattr(options, name) != FIELDS[name].default
-    ]
-    given += ["queue_size"] * bool(options.queue_size)
-    given += ["mask_duplicates"] * (options.mask_duplicates and not own.ids)
-    if given:
-        raise ValueError(
-            f"--loss {options.loss} cannot be combined with --{given[0]}, which belongs to the losses of "
-            "gs_infonce; leave one of them out"
-        )
+def check_name(name: str) -> None:
+    """ValueError for a loss that is not there, or that the training data cannot feed."""
+    if name in UNFIT:
+        raise ValueError(f"--loss {name} {UNFIT[name]}")
+    if name != "gs_infonce" and name not in LOSSES:
+        raise ValueError(f"--loss must be one of gs_infonce, {', '.join(LOSSES)}, not {name}")
 
 
-def published_loss(options: LossArguments, columns: Columns, temperature: float | Tensor, group: Any) -> Tensor:
-    """The mean over this process's anchors."""
-    own = LOSSES[options.loss]
+def options_of(name: str) -> dict[str, Option]:
+    return LOSSES[name].options if name in LOSSES else {}
+
+
+def users(option: str) -> list[str]:
+    """The losses that have an option of this name."""
+    return [name for name, own in LOSSES.items() if option in own.options]
+
+
+def published_flags() -> dict[str, tuple[Any, str]]:
+    """Type and help of a flag for each option of any loss; a list where the loss takes a sequence."""
+    flags: dict[str, tuple[Any, str]] = {}
+    for own in LOSSES.values():
+        for name, option in own.options.items():
+            is_list = get_origin(option.type) is Sequence
+            flags.setdefault(name, (list[str] if is_list else option.type, _help(name)))
+    return flags
+
+
+def _help(option: str) -> str:
+    """The option's meaning for each of its losses; those without a sentence of their own share the one before."""
+    parts: list[list[Any]] = []
+    for name in users(option):
+        own = LOSSES[name].options[option]
+        default = " ".join(own.default) if isinstance(own.default, tuple) else own.default
+        label = f"{name} (default: {default})" if default is not None else name
+        if own.meaning or not parts:
+            parts.append([[label], own.meaning])
+        else:
+            parts[-1][0].append(label)
+    return " ".join(f"Of --loss {', '.join(labels)}: {text}" for labels, text in parts)
+
+
+def published_loss(
+    name: str, columns: Columns, temperature: float | Tensor, group: Any, options: dict[str, Any]
+) -> Tensor:
+    """The mean over this process's anchors. options: the loss's own, and where it is computed."""
+    own = LOSSES[name]
     given = [columns.anchors, columns.positives]
     if columns.negatives is not None:
         N, D = columns.anchors.shape
-        given.append(columns.negatives.view(-1, N, D).transpose(0, 1))
-    more = {name: columns.ids for name in own.ids if columns.ids is not None}
-    more |= {} if group == "local" else {"group": group}
-    return own.loss(*given, temperature=temperature, **more, **{name: getattr(options, name) for name in PLACES})
+        in_rows = columns.negatives.view(-1, N, D).transpose(0, 1)  # (N, K, D)
+        given.append(in_rows if own.own_negatives else columns.negatives)
+    ids = {argument: getattr(columns, of) for argument, of in own.ids}
+    options = {**options, **{argument: x for argument, x in ids.items() if x is not None}, "group": group}
+    return own.loss(*given, temperature=temperature, **options)

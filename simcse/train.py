@@ -31,6 +31,7 @@ with exit_cleanly("simcse.train"):  # these take seconds, and Ctrl-C has to be c
     from simcse.lora import add_adapter
     from simcse.model import base_name, load_encoder
     from simcse.plot import plot_path
+    from simcse.published import options_of
     from simcse.readers import read_table
     from simcse.recipes import with_recipe
     from simcse.report import closing_table, evaluations, training_card
@@ -296,7 +297,9 @@ def _loss_name(options: LossArguments) -> str:
 
 def _loss_of_a_prefix(options: LossArguments) -> str:
     if options.loss != "gs_infonce":
-        return f"the loss {options.loss}"
+        own, shown = options_of(options.loss), options.published_options
+        changed = [f", --{name} {shown[name]}" for name in own if shown[name] != own[name].default]
+        return f"the loss {options.loss}{''.join(changed)}"
     given = {name: value for name, value in options.loss_options.items() if value != FIELDS[name].default}
     variants = [f"--{name} {value}" for name, value in given.items() if name not in NOISE_OPTIONS]
     others = f", {' '.join(variants)}" if variants else ""

@@ -56,7 +56,8 @@ def hcl(
     As :func:`debiased`, R_i/n replaced by Σ_j w_ij e^{(s_ij − s_ii)/τ} / Σ_j w_ij, w_ij = e^{β s_ij/τ}. The
     weights have their gradient, as in the authors' code. Both sums are log-sum-exps, at τ/(1 + β) and at τ/β.
 
-    anchors, positives: (N, D), N >= 2; beta: β > 0, the concentration. Cost: eight products.
+    anchors, positives: (N, D), N >= 2; beta: concentration β > 0 of the weights on negatives of high cosine. Cost:
+    eight products.
     """
     _check_pairs(anchors, options)
     if not beta > 0:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..config import Strategy
+from ..config import HardnessMode, Strategy
 from ..distributed import Group
 from ..functional import cosine_logsumexp, info_nce
 from ..own_negatives import log_add, pair_cosines
@@ -24,6 +24,7 @@ from .terms import contrast, own_negatives, reducible
 
 Sums = Callable[..., Tensor]  # cosine_logsumexp with some of its options
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+PartitionMode = Literal["joint", "per_direction"]
 HARDNESS_MODES = (None, "in_batch_negatives", "hard_negatives", "all_negatives")
 
 
@@ -35,8 +36,8 @@ def gte(
     *,
     temperature: float | Tensor = 0.01,
     directions: Sequence[str] = DIRECTIONS,
-    partition_mode: str = "joint",
-    hardness_mode: str | None = None,
+    partition_mode: PartitionMode = "joint",
+    hardness_mode: HardnessMode | None = None,
     hardness_strength: float = 0.0,
     **options: Any,
 ) -> Tensor:
@@ -53,11 +54,13 @@ def gte(
     Args:
         queries, documents: (N, D).
         negatives: (N, K, D) own hard negatives; documents of all queries in ``query_to_doc`` and ``doc_to_doc``.
-        directions: which sums Z_i contains; ``"query_to_doc"`` must be among them.
+        directions: which sums Z_i contains, of ``"query_to_doc"``, which must be among them, ``"query_to_query"``,
+            ``"doc_to_query"`` and ``"doc_to_doc"``.
         partition_mode: ``"joint"``, one denominator; ``"per_direction"``, the mean of one loss per direction, of
             ``"query_to_doc"`` and ``"doc_to_query"`` only.
-        hardness_mode: weights e^{β sg(s)} of documents in ``query_to_doc``: of ``"in_batch_negatives"``, own
-            ``"hard_negatives"`` or ``"all_negatives"``. hardness_strength: β.
+        hardness_mode: which documents in ``query_to_doc`` have weights e^{β sg(s)}: ``"in_batch_negatives"``, own
+            ``"hard_negatives"`` or ``"all_negatives"``; None: none.
+        hardness_strength: strength β >= 0 of the weights of ``hardness_mode``.
 
     Cost: four products of the similarity matrix for each direction.
     """
@@ -150,7 +153,9 @@ def qwen3_embedding(
 
     Args:
         queries, documents: (N, D). negatives: (N, K, D), own hard negatives, no columns of other queries.
-        margin: None: no mask by cosine. doc_to_doc: whether Z_i contains the fourth sum.
+        margin: how far a pair's cosine may exceed that of the positive; infinity, as None: no mask
+            by cosine.
+        doc_to_doc: whether Z_i contains the fourth sum, of documents among themselves.
         ids: (N,) of the documents: equal for equal texts.
 
     Cost: four products for each of the two or three sums over the batch.
@@ -217,7 +222,8 @@ def embedding_gemma(
 
     Args:
         queries, documents: (N, D). negatives: (N, K, D), own hard negatives, no columns of other queries.
-        hardness: α. ids: (N,) of the documents; one with the id of d_i is not a negative of query i.
+        hardness: strength α of the weights of own hard negatives.
+        ids: (N,) of the documents; one with the id of d_i is not a negative of query i.
     """
     return _in_batch_and_own(queries, documents, negatives, temperature, ids, hardness, options)
 
@@ -259,7 +265,7 @@ def llave(
 
     Args:
         queries, documents: (N, D). negatives: (N, K, D), weighted as columns of other queries, not of their own.
-        hardness: α.
+        hardness: strength α of the weights of documents of other queries.
     """
     return gte(
         queries, documents, negatives, temperature=temperature, directions=("query_to_doc",),
@@ -347,7 +353,9 @@ def focal(
     r"""InfoNCE with the focal weight of KaLM-Embedding-V2 (Zhao et al. 2025, arXiv:2506.20923).
 
     (1 − p_i)^γ (−log p_i), p_i = e^{s(q_i, d_i)/τ} / Σ_j e^{s(q_i, d_j)/τ}, with the weight's gradient (Lin et
-    al., ICCV 2017, arXiv:1708.02002). queries, documents: (N, D); negatives: (H, D); options: of
-    :func:`fused_infonce.info_nce`.
+    al., ICCV 2017, arXiv:1708.02002).
+
+    queries, documents: (N, D). negatives: (H, D), of all queries. gamma: exponent γ >= 0 of the weight. options:
+    of :func:`fused_infonce.info_nce`.
     """
     return info_nce(queries, documents, negatives, focal_gamma=gamma, **options)
