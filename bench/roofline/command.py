@@ -26,7 +26,7 @@ HELP = "predicted time of a call on a GPU that need not be here, by phases, besi
 DTYPES = ("bf16", "fp16")  # whose products take the matrix units
 BLOCK = re.compile(r"(<!-- roofline: begin \(.*?\) -->\n)(.*?)(<!-- roofline: end -->)", re.DOTALL)
 HEADER = (
-    "phase", "limit", "launches", "TFLOP", "GB", "a warp's instructions per tile", "10⁶ instructions of warps",
+    "phase", "limit", "launches", "TFLOP", "GB", "instructions per tile", "of all warps, 10⁶",
     "predicted, ms", "measured, ms",
 )  # fmt: skip
 Document = dict[str, Any]
