@@ -24,6 +24,7 @@ from bench.contact import command as first_contact
 from bench.contact import table as first_contact_table
 from bench.registry import Candidate
 from bench.results import ROOT, Results, Row, describe
+from bench.roofline import command as roofline
 from bench.runner import Runner
 from bench.summary import sentences
 from bench.train import TRAINERS
@@ -38,6 +39,7 @@ JOBS = {
     "train": "steps of simcse.train against those of sentence-transformers' trainer",
     "tune": "the fastest settings on this machine, and where to put them",
 }
+OWN_COMMANDS = {command.JOB: command for command in (first_contact, roofline)}  # that are no jobs of ``Runner``
 # What ``python -m bench`` measures without a subcommand → minutes on 2 cores, by which --budget is divided.
 MEASURED = {"loss": 10, "memory": 6, "accuracy": 2, "train": 12}
 RESULTS = ROOT / "bench" / "results"
@@ -49,6 +51,7 @@ examples:
   python -m bench loss --n 4096 --d 768 --dtype bf16 --candidates ours-torch naive st-mnrl
   python -m bench loss --also my_losses.py     your own loss beside the others (see docs/benchmarks.md)
   python -m bench first-contact --out DIR      what to run first on a GPU machine
+  python -m bench roofline --gpu h100          times that counting predicts, without a GPU
   python -m bench report                       tables and pictures of bench/results, README and docs anew
 """
 PAGE: dict[str, Any] = {
@@ -127,9 +130,9 @@ def main(argv: list[str] | None = None) -> None:
     with errors.exit_cleanly(parser.prog):
         args = parser.parse_args(argv)
     args.command_line = sys.argv[1:] if argv is None else argv
-    if args.job == first_contact.JOB:
+    if args.job in OWN_COMMANDS:
         with errors.exit_cleanly(parser.prog):
-            first_contact.run(parser, args)
+            OWN_COMMANDS[args.job].run(parser, args)
         return
     made = args.folder if args.job == "report" else args.out
     folder = Path(made or Path("runs/bench") / datetime.now().strftime("%Y%m%d-%H%M%S"))
@@ -192,8 +195,8 @@ def make_parser() -> Parser:
             made.add_argument("--model", help="encoder, as simcse.train takes it (default: minilm)")
             made.add_argument("--batch", type=int, nargs="+", help="sentences per batch, instead of the suite's")
             made.add_argument("--steps", type=int, help="timed steps, instead of the suite's")
-    made = jobs.add_parser(first_contact.JOB, help=first_contact.HELP, description=f"{first_contact.HELP}.")
-    first_contact.add_arguments(made)
+    for job, command in OWN_COMMANDS.items():
+        command.add_arguments(jobs.add_parser(job, help=command.HELP, description=f"{command.HELP}."))
     found = jobs.add_parser("report", help="tables and pictures of results", description="Tables and pictures.")
     found.add_argument("folder", nargs="?", default=str(RESULTS), help="default: bench/results of the checkout")
     found.add_argument("--readme", default=argparse.SUPPRESS, **PAGE)

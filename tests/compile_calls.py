@@ -14,20 +14,17 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import subprocess
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import disassembly
 import torch
 import triton
 from cases import CASES, LossCase
-from fake_device import TARGETS, FakeDriver, Target, install
+from fake_device import TARGETS, FakeDriver, Target, compile_only, install
 from torch import Tensor
 from triton import AsyncCompileMode
 from triton.runtime.jit import JITFunction
@@ -46,22 +43,6 @@ RAGGED = ((1, 1), (2, 3), (63, 33), (1025, 200), (2500, 1023), (8192, 64), (300,
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "ieee": torch.float32, "tf32": torch.float32}
 
 
-def nvidia_resources(binary: bytes) -> tuple[int, int]:
-    """Registers per thread, and bytes of the stack, where spilled registers lie."""
-    found = re.search(r"REG:(\d+) STACK:(\d+)", nvidia_tool("cuobjdump", binary, "-res-usage"))
-    return int(found[1]), int(found[2])
-
-
-def nvidia_tool(name: str, binary: bytes, *options: str) -> str:
-    """What a tool of CUDA that comes with Triton says of a kernel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
-        file.flush()
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-        done = subprocess.run([str(tool), *options, file.name], capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
-
-
 def amd_resources(binary: bytes) -> tuple[int, int]:
     """Vector registers per thread, and bytes of those spilled; scalar registers spill into vector registers."""
 
@@ -71,10 +52,6 @@ def amd_resources(binary: bytes) -> tuple[int, int]:
         return int.from_bytes(binary[at + 1 : at + 1 + size], "big") if size else binary[at]
 
     return count(b"vgpr_count"), 4 * count(b"vgpr_spill_count")
-
-
-def disassembled(kernel: object) -> str:
-    return nvidia_tool("nvdisasm", kernel.kernel, "-c")
 
 
 @dataclass(frozen=True)
@@ -192,7 +169,7 @@ class InspectingDriver(FakeDriver):
     """Says what a kernel needs when it is loaded."""
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
-        resources = amd_resources if TARGETS[device].gpu.backend == "hip" else nvidia_resources
+        resources = amd_resources if TARGETS[device].gpu.backend == "hip" else disassembly.nvidia_resources
         registers, spilled_bytes = resources(binary)
         return 1, 1, registers, spilled_bytes // 4, 1024
 
@@ -205,16 +182,13 @@ class Compiler:
         install(self.driver, check_shapes)
         self.current: Call | None = None
         self.found: dict[int, Compiled] = {}
-        launch = JITFunction.run
+        compile_only(self.note)
 
-        def compile_only(function: JITFunction, *args, grid: tuple[int, ...], warmup: bool, **kwargs) -> None:
-            if not 0 < grid[0] < 1 << 31:
-                raise ValueError(f"{function.__name__} is launched with {grid[0]} programs")
-            kernel = launch(function, *args, grid=grid, warmup=True, **kwargs)
-            entry = self.found.setdefault(id(kernel), Compiled(function.__name__.removesuffix("_kernel"), kernel))
-            entry.calls.append(self.current)
-
-        JITFunction.run = compile_only
+    def note(self, function: JITFunction, kernel: object, grid: tuple[int, ...], arguments: dict) -> None:
+        if not 0 < grid[0] < 1 << 31:
+            raise ValueError(f"{function.__name__} is launched with {grid[0]} programs")
+        entry = self.found.setdefault(id(kernel), Compiled(function.__name__.removesuffix("_kernel"), kernel))
+        entry.calls.append(self.current)
 
     def compile(self, target: Target, calls: list[Call]) -> tuple[list[Compiled], list[str]]:
         """The kernels of these calls, and what failed before there was a kernel."""
@@ -255,12 +229,10 @@ def inspect(entry: Compiled, target: Target) -> None:
         entry.spilled_bytes = max(0, entry.spilled_bytes - sum(-(-int(size) // 8) * 8 for size in arrays))
     if entry.spilled_bytes > (0 if on_amd else SPILL_LIMIT):
         entry.problems.append(f"spills {entry.spilled_bytes} bytes")
-    elif entry.spilled_bytes > 0 and disassembly.uses_stack_in_inner_loop(
-        nvidia_tool("nvdisasm", kernel.kernel, "-c")
-    ):
+    elif entry.spilled_bytes > 0 and disassembly.uses_stack_in_inner_loop(disassembly.disassembled(kernel.kernel)):
         entry.problems.append(f"spills {entry.spilled_bytes} bytes inside a loop")
     if target.name == "sm_90" and any(call.has_plain_tiles for call in entry.calls):
-        entry.problems += wide_epilogue(entry, disassembled(kernel))
+        entry.problems += wide_epilogue(entry, disassembly.disassembled(kernel.kernel))
     for product, pending, buffers in buffers_of_pending_products(kernel.asm.get("ttgir", "")):
         if len(set(buffers)) > 1 or min(buffers) <= pending:
             entry.problems.append(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
 import fused_infonce.kernels
 from fused_infonce.kernels import settings
@@ -95,3 +96,18 @@ def install(fake: FakeDriver, library_product: Callable[[Tensor, Tensor, Tensor,
     fused_infonce.kernels.products._library_product = library_product
     # Now that the kernels are made, this does no more than let the package take tensors of the CPU.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def compile_only(note: Callable[[JITFunction, Any, tuple[int, ...], dict[str, Any]], None]) -> None:
+    """Lets launches compile a kernel and not run it.
+
+    note: is called with the function, the kernel, the grid, and the arguments by name, constants among them.
+    Inside ``triton.AsyncCompileMode`` the kernel is a promise of one.
+    """
+    launch = JITFunction.run
+
+    def compiled(function: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:
+        kernel = launch(function, *args, grid=grid, warmup=True, **kwargs)
+        note(function, kernel, grid, dict(zip(function.arg_names, args, strict=False)) | kwargs)
+
+    JITFunction.run = compiled

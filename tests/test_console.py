@@ -39,7 +39,10 @@ MAINS = {
     "simcse": cli.main,
     **{f"simcse {name}": lambda argv, name=name: cli.main([name, *argv]) for name in cli.COMMANDS},
     "bench": bench_cli.main,
-    **{f"bench {job}": lambda argv, job=job: bench_cli.main([job, *argv]) for job in (*bench_cli.JOBS, "report")},
+    **{
+        f"bench {job}": lambda argv, job=job: bench_cli.main([job, *argv])
+        for job in (*bench_cli.JOBS, *bench_cli.OWN_COMMANDS, "report")
+    },
     "experiments.scaling": scaling.main,
     "experiments.smollm2": smollm2.main,
     "experiments.study": study.main,

@@ -146,13 +146,13 @@ def record(step: Callable[[], object]) -> list[Launch]:
 
         return launch
 
-    with _replaced(recorder):
+    with replaced(recorder):
         step()
     return list(found.values())
 
 
 @contextlib.contextmanager
-def _replaced(recorder: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+def replaced(recorder: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
     """Inside, every public function of the kernels' modules is what ``recorder`` makes of it."""
     import fused_infonce.kernels as package
 

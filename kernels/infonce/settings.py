@@ -121,5 +121,9 @@ def workspace_of(device: torch.device) -> int:
 
     Of all its memory and not of what is free, so that two runs have the same chunks, and the same bits.
     """
-    memory = 0 if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory
+    return workspace_for(0 if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory)
+
+
+def workspace_for(memory: int) -> int:
+    """Bytes of the default workspace on a device with ``memory`` bytes."""
     return max(MIN_WORKSPACE, memory // 40)

@@ -1,0 +1,1 @@
+"""``python -m bench roofline``: the time of a call that counting predicts for a GPU, by phases."""
