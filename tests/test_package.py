@@ -153,7 +153,14 @@ def test_a_source_distribution_makes_the_same_wheel(checkout, tmp_path):
 
 def test_tests_of_the_product_import_no_benchmark():
     # Tests of the benchmarks and the experiments, and of all command lines.
-    own = {"test_bench.py", "losses_for_bench.py", "test_study.py", "test_console.py", "test_files.py"}
+    own = {
+        "test_bench.py",
+        "losses_for_bench.py",
+        "test_study.py",
+        "test_console.py",
+        "test_files.py",
+        "test_roofline.py",
+    }
     own |= {
         "test_first_contact.py",
         "test_first_contact_jobs.py",
