@@ -57,6 +57,11 @@ def refused_on_a_rank(group):
     return losses.cross_entropy(*pairs(0), torch.arange(2), group=group)
 
 
+def without_negatives_on_a_rank(group, name):
+    own = [x[: 1 - dist.get_rank(group)] for x in pairs(0)]  # one row, and none
+    return CASES[name](*own, {}, group=group)
+
+
 @pytest.fixture(scope="module")
 def ranks():
     ranks = Ranks(2)
@@ -103,3 +108,9 @@ def test_weighted_clip_is_that_of_one_process(ranks, strategy):
 def test_cross_entropy_is_refused_with_the_remedy(ranks):
     for _, error in ranks.tried(refused_on_a_rank):
         assert "cross_entropy takes no group: give every rank the same classes" in error
+
+
+@pytest.mark.parametrize("name", ["debiased", "hcl"])
+def test_a_single_row_among_all_ranks_has_no_negatives_and_is_an_error_on_each(ranks, name):
+    for _, error in ranks.tried(without_negatives_on_a_rank, name):
+        assert "anchors must be at least 2 rows, on all ranks together, not 1" in error

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..functional import cosine_logsumexp
 from ..own_negatives import pair_cosines, scalar
-from .ranks import count, group_of
+from .ranks import count
 from .terms import reducible
 
 
@@ -35,9 +35,8 @@ def debiased(
     [0, 1). Cost: four products of the similarity matrix. In the paper's own case of two views, its negatives are
     the other rows of both; here they are the other positives.
     """
-    _check_pairs(anchors, options)
+    log_n = _log_num_negatives(anchors, options)
     total = cosine_logsumexp(anchors, positives, temperature=temperature, exclude_diagonal=True, **options)
-    log_n = (count(positives, options) - 1).log()
     return _corrected(total - log_n, pair_cosines(anchors, positives), log_n, tau_plus, temperature)
 
 
@@ -59,24 +58,28 @@ def hcl(
     anchors, positives: (N, D), N >= 2; beta: concentration β > 0 of the weights on negatives of high cosine. Cost:
     eight products.
     """
-    _check_pairs(anchors, options)
     if not beta > 0:
         raise ValueError(f"beta must be > 0, not {beta}; debiased is the loss with beta = 0")
+    log_n = _log_num_negatives(anchors, options)
     weighted, weights = (
         cosine_logsumexp(anchors, positives, temperature=temperature / b, exclude_diagonal=True, **options)
         for b in (1 + beta, beta)
     )
-    log_n = (count(positives, options) - 1).log()
     return _corrected(weighted - weights, pair_cosines(anchors, positives), log_n, tau_plus, temperature)
 
 
-def _check_pairs(anchors: Tensor, options: dict[str, Any]) -> None:
-    if group_of(options) is None and len(anchors) < 2:
-        raise ValueError(f"anchors must be at least 2 rows, whose negatives are each other, not {len(anchors)}")
+def _log_num_negatives(anchors: Tensor, options: dict[str, Any]) -> float:
+    """log n; ValueError, on every rank, where n = 0."""
+    rows = count(anchors, options)
+    if rows < 2:
+        raise ValueError(
+            f"anchors must be at least 2 rows, on all ranks together, not {rows}: their negatives are each other"
+        )
+    return math.log(rows - 1)
 
 
 def _corrected(
-    log_mean: Tensor, positive: Tensor, log_n: Tensor, tau_plus: float, temperature: float | Tensor
+    log_mean: Tensor, positive: Tensor, log_n: float, tau_plus: float, temperature: float | Tensor
 ) -> Tensor:
     """log_mean: the logarithm of the mean over negatives, (N,)."""
     if not 0 <= tau_plus < 1:

@@ -52,10 +52,10 @@ def summed(x: Tensor, options: dict[str, Any]) -> Tensor:
     return x
 
 
-def count(rows: Tensor, options: dict[str, Any]) -> Tensor:
-    """The number of rows on all ranks, 0-dim, which no host waits for."""
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    return summed(torch.full((), len(rows), dtype=dtype, device=rows.device), options)
+def count(rows: Tensor, options: dict[str, Any]) -> int:
+    """The number of rows on all ranks; every rank has to ask."""
+    exchange = Everyone(rows, options).exchange
+    return len(rows) if exchange is None else sum(counts.positives for counts in exchange.counts)
 
 
 def row_numbers(rows: Tensor, options: dict[str, Any]) -> Tensor:
