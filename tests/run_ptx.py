@@ -180,13 +180,12 @@ FAULTS = {
 
 
 def broken_versions(text: str, most: int) -> Iterator[tuple[str, str, str]]:
-    """Yields a kind of fault, the line, and the PTX with it: of waits every one, of other kinds ``most``."""
+    """Yields a kind of fault, the line, and the PTX with it: ``most`` of each kind."""
     lines = text.split("\n")
     choice = random.Random(0)
     for kind, (pattern, replacement) in FAULTS.items():
         found = [(n, m) for n, line in enumerate(lines) if (m := re.fullmatch(pattern, line.strip()))]
-        few = len(found) if "waited for" in kind else min(most, len(found))
-        for n, match in choice.sample(found, few):
+        for n, match in choice.sample(found, min(most, len(found))):
             parts = list(match.groups())
             if replacement is not None and parts[-1].isdigit():  # a number is the last part
                 parts[-1] = str(int(parts[-1]) ^ 16 if "shared address" in kind else int(parts[-1]) + 1)
@@ -211,7 +210,7 @@ FAULTY_CALLS = (Call("ragged", 77, 136), Call("aligned", 192, 192), Call("aligne
 
 
 def break_kernels(architecture: str, most: int) -> list[str]:
-    """Breaks each kernel at every wait, and in ``most`` places for each other kind; says if few are noticed.
+    """Breaks each kernel in ``most`` places for each kind of fault; says if few are noticed.
 
     Not every fault shows: the last wait of a loop may wait for nothing, a barrier may be one too many, and a mask
     may hide what is multiplied by 0. So each kind has to be noticed somewhere, and half of all faults.
