@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import dense, variants
+from .kernel_context import as_a_kernel
 from .options import Options
 from .resolve import Call
 from .tiled import one_pass, stats, two_pass
@@ -67,9 +68,17 @@ class _FusedInfoNCE(torch.autograd.Function):
                 ctx.backend.release()
             else:
                 ctx.backend = _backend(call)
-                row_loss, column_loss = two_pass.losses(problem_of(call, ctx.backend))
-                tensors = (row_loss, column_loss, call.noise_rows, *_tensors_of(call.options))
-                ctx.gradients = _two_pass_gradients
+                problem = problem_of(call, ctx.backend)
+                products = two_pass.kept_products(problem)
+                row_loss, column_loss = two_pass.losses(problem, products)
+                if products is None:
+                    tensors = (row_loss, column_loss, call.noise_rows, *_tensors_of(call.options))
+                    ctx.gradients = _two_pass_gradients
+                else:
+                    out = two_pass.reduced_gradients(problem, ctx.needs, row_loss, column_loss, products)
+                    tau_grad = _of_temperature(out.kappa, problem.kappa_given, call.temperature, row_loss.dtype)
+                    tensors = (*out.inputs, tau_grad, out.log_own)
+                    ctx.gradients = _scaled_gradients
                 ctx.backend.release()
             ctx.save_for_backward(*inputs, tau, own_log_sums, *tensors)
             return reduced(row_loss, column_loss, call.options)
@@ -119,6 +128,17 @@ def _one_pass_gradients(
     return [*out.inputs, _of_temperature(out.kappa, kappa, temperature), out.log_own]
 
 
+def _scaled_gradients(
+    ctx: Any, inputs: Inputs, temperature: float | Tensor, saved: tuple[Any, ...], upstream: Tensor
+) -> list[Tensor | None]:
+    """saved: gradients of the reduced loss, in the sums' dtype; the engine casts them to the inputs' dtypes."""
+    grads: list[Tensor | None] = [None if g is None else g * upstream for g in saved]
+    of_temperature = grads[4]
+    if of_temperature is not None and isinstance(temperature, Tensor):
+        grads[4] = of_temperature.to(temperature)  # its device, too
+    return grads
+
+
 def _two_pass_gradients(
     ctx: Any, inputs: Inputs, temperature: float | Tensor, saved: tuple[Any, ...], upstream: Tensor
 ) -> list[Tensor | None]:
@@ -131,15 +151,15 @@ def _two_pass_gradients(
 
 
 def _weighted_gradients(
-    problem: TiledProblem, needs: NeedsGrad, row_loss: Tensor, column_loss: Tensor | None, upstream: Tensor | None
+    problem: TiledProblem, needs: NeedsGrad, row_loss: Tensor, column_loss: Tensor | None, upstream: Tensor
 ) -> Gradients:
-    """upstream: of the rows' losses or of the reduced one; None: 1, of a mean or sum."""
+    """upstream: of the rows' losses or of the reduced one."""
     factor, weights = problem.options.gradient_factor, None
+    scale = GradScale(upstream, factor)
     if problem.options.reduction == "none":
-        assert upstream is not None
         weights = upstream.contiguous()[:, None]  # the backward of `loss.sum()` passes an expanded scalar
-        upstream = None
-    return two_pass.gradients(problem, needs, row_loss, column_loss, weights, GradScale(upstream, factor))
+        scale = GradScale(None, factor)
+    return two_pass.gradients(problem, needs, row_loss, column_loss, weights, scale)
 
 
 # ---------------------------------------------------------------------- for the compiler's operators
@@ -167,10 +187,10 @@ def loss_and_gradients_of(call: Call, needs: NeedsGrad) -> tuple[Tensor, list[Te
         present, scale = [x for x in call.inputs if x is not None], GradScale(None, options.gradient_factor)
         out = one_pass.gradients(problem.backend, options, residuals, present, needs, kappa, scale, sums)
     else:
-        inputs: Any = tuple(None if x is None else x.to(sums) for x in call.inputs)
-        problem = problem_of(replace(call, inputs=inputs), _backend(call))  # whose gradients are not rounded then
-        row_loss, column_loss = two_pass.losses(problem)
-        out = _weighted_gradients(problem, needs, row_loss, column_loss, None)
+        problem = problem_of(call)
+        products = two_pass.kept_products(problem)
+        row_loss, column_loss = two_pass.losses(problem, products)
+        out = two_pass.reduced_gradients(problem, needs, row_loss, column_loss, products)
     of_temperature = _of_temperature(out.kappa, kappa, call.temperature, sums)
     return reduced(row_loss, column_loss, options), [*out.inputs, of_temperature, out.log_own]
 
@@ -317,32 +337,3 @@ def reduced(row_loss: Tensor, column_loss: Tensor | None, options: Options) -> T
         return losses.mean() if options.reduction == "mean" else losses.sum()
     total = options.exchange.sum(losses.sum())
     return total / options.total("positives") if options.reduction == "mean" else total
-
-
-class as_a_kernel:  # noqa: N801 (a context manager; a class takes a third of a generator's time)
-    """Runs operations as a kernel of torch's own: on the tensors' device, without a graph, and with the products'
-    dtypes chosen here, not by autocast.
-    """
-
-    __slots__ = ("casts", "device", "no_grad", "there")
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.casts = torch.is_autocast_enabled(device.type)
-        here = device.type != "cuda" or device.index == torch.cuda.current_device()
-        self.there: Any = None if here else torch.cuda.device(device)
-        self.no_grad = torch.no_grad()
-
-    def __enter__(self) -> None:
-        if self.casts:  # torch.autocast(enabled=False) does the same in thirty times the time
-            torch.set_autocast_enabled(self.device.type, False)
-        if self.there is not None:
-            self.there.__enter__()
-        self.no_grad.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self.no_grad.__exit__(*error)
-        if self.there is not None:
-            self.there.__exit__(*error)
-        if self.casts:
-            torch.set_autocast_enabled(self.device.type, True)

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from .autograd import (
     NO_SECOND_DERIVATIVE,
-    as_a_kernel,
     gradients_of,
     loss_and_gradients_of,
     losses_of,
     reduced,
 )
 from .config import FIELDS, TYPES
+from .kernel_context import as_a_kernel
 from .options import Similar
 from .own_negatives import OwnNegatives
 from .resolve import (

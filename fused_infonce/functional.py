@@ -117,7 +117,8 @@ def gs_infonce(
             ``fused_infonce``, INFO). ``"triton"`` never falls back.
         workspace_bytes: memory for tiles of the matrix; default 64 MiB on CPUs, 256 MiB on other devices; the
             Triton kernels take a fortieth of the device's memory, at least 256 MiB and 1024 rows. At least one row
-            of columns is always held.
+            of columns is always held. Where a third of it holds all N·T cosines, ``symmetric`` takes three
+            products on the torch backend instead of four.
         decoupled: leave the positive out of the denominator (Yeh et al., ECCV 2022, equation 6). The loss may be
             negative; a row whose every negative is masked counts 0.
         angular_margin: m in radians, 0 <= m < π: the positive's cosine is cos(θ_ii + m) (ArcCon, Zhang et al.,

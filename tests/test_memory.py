@@ -59,6 +59,11 @@ def test_64_mib_by_default(mode, dtype):
     assert beyond(N, 64, mode, dtype) <= 64
 
 
+def test_the_kept_products_of_a_symmetric_loss_take_their_part_of_it():
+    """All N² of them lie in the workspace; its gradients exist twice at the end, as those of one direction do."""
+    assert beyond(2300, 64, "symmetric") <= 64
+
+
 @pytest.mark.parametrize("noise", [0, 4096])
 def test_wide_rows_take_their_part_of_it(noise):
     """The weighted anchors of a chunk, and blocks of noise, are as wide as the rows."""

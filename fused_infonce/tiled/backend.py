@@ -109,6 +109,11 @@ class TileBackend(Protocol):
         """q̃_i in the gradient dtype, of some rows, (n, D); may share memory with the next."""
 
     # Tiles.
+    def kept_products(self, rows: int, columns: int, beside: int) -> Tensor | None:
+        """Memory for all products q_i·k_j, (rows, columns), where the workspace has as much and ``beside`` more
+        columns for other tiles; None: it has not, or the backend always computes products anew.
+        """
+
     def one_pass_rows(
         self,
         denominator: RowDenominator,
@@ -132,8 +137,10 @@ class TileBackend(Protocol):
         cols: tuple[Tensor, Tensor, Tensor, Tensor] | None,
         # row bias (C, 1), column shift (B,), and the columns' running maximum and sum, (B,) each
         least_maximum_log2: float,
+        products: Tensor | None = None,  # (C, B) of ``kept_products``
     ) -> None:
-        """Adds the ratios of a tile with the corner (i0, j0) to running maxima and sums, in place.
+        """Adds the ratios of a tile with the corner (i0, j0) to running maxima and sums, in place, and
+        leaves q_i·k_j in ``products``.
 
         The rows' exponent is q_i·k_j + b_ij − row_shift_i, the columns' q_i·k_j + row_bias_i − column_shift_j.
         """
@@ -149,8 +156,11 @@ class TileBackend(Protocol):
         sums: tuple[Tensor, Tensor],  # of the tile's rows (C, 1) and columns (B,), added to
         cols: tuple[Tensor, Tensor, Tensor | None] | None,
         # row bias (C, 1), column shift (B,), column weights (B,)
+        products: Tensor | None = None,  # (C, B) as ``add_ratios`` left them
     ) -> Tensor:
-        """The tile G_ij = w_i 2^z_ij of the rows' exponents, plus w_j 2^z_ij of the columns', (C, B)."""
+        """The tile G_ij = w_i 2^z_ij of the rows' exponents, plus w_j 2^z_ij of the columns', (C, B); in the place
+        of ``products`` if they are given.
+        """
 
     def grad_products(
         self,

@@ -55,14 +55,23 @@ class TorchMemory:
 
     def tile(self, rows: int, columns: int) -> Tensor:
         """The workspace as a tile, overwritten by the next one; on a CPU its rows may lie apart."""
-        dtype, stride = self.precision.gradient, columns
-        if self.device.type == "cpu" and columns * dtype.itemsize % CACHE_ALIAS_BYTES == 0:
-            stride += GAP_BYTES // dtype.itemsize
+        stride = self._tile_stride(columns)
         size = rows * stride
         if self._tile is None or self._tile.numel() < size:
             self._tile = None  # freed before the larger one is allocated
-            self._tile = self.empty(size, dtype=dtype)
+            self._tile = self.empty(size, dtype=self.precision.gradient)
         return self._tile[:size].view(rows, stride)[:, :columns]
+
+    def kept_products(self, rows: int, columns: int, beside: int) -> Tensor | None:
+        stride = self._tile_stride(columns)
+        if rows * (stride + beside) > self.workspace_elements:
+            return None
+        return self.empty(rows, stride, dtype=self.precision.product)[:, :columns]
+
+    def _tile_stride(self, columns: int) -> int:
+        itemsize = self.precision.gradient.itemsize  # as wide as the product's
+        aliased = self.device.type == "cpu" and columns * itemsize % CACHE_ALIAS_BYTES == 0
+        return columns + GAP_BYTES // itemsize if aliased else columns
 
     def matrix(self, n: int, D: int, dtype: torch.dtype, column_major: bool, name: str | None = None) -> Tensor:
         """Uninitialised memory, scratch if it has a name. → (n, D)"""

@@ -35,19 +35,29 @@ class TorchTiles(TorchRows):
     column_block = 8192
 
     def logit_slices(
-        self, queries: Tensor, columns: Columns, i0: int, j0: int, out: Tensor | None = None
+        self,
+        queries: Tensor,
+        columns: Columns,
+        i0: int,
+        j0: int,
+        out: Tensor | None = None,
+        is_computed: bool = False,
+        keep: bool = False,
     ) -> Iterator[TileSlice]:
         """Slices of q_i·k_j in the sums' dtype, with the terms that both directions share.
 
-        The product fills ``out``, by default the workspace. The caller applies one direction's terms.
+        The product fills ``out``, by default the workspace; with ``is_computed`` it is there already. Where its
+        dtype is that of the sums the slices are parts of it, unless ``keep`` is set. The caller applies one
+        direction's terms.
         """
         product = self.tile(queries.shape[0], columns.rows.shape[0]) if out is None else out
         if product.dtype != self.precision.product:
             product = product.view(self.precision.product)
-        torch.addmm(product, queries, columns.rows.T, beta=0, alpha=self.product_scale, out=product)
+        if not is_computed:
+            torch.addmm(product, queries, columns.rows.T, beta=0, alpha=self.product_scale, out=product)
         for rows in row_slices(product.shape[0], self.tile_elements // product.shape[1]):
             tile = product[rows]
-            if tile.dtype != self.precision.sums:
+            if keep or tile.dtype != self.precision.sums:
                 tile = self.scratch("logits", tuple(tile.shape)).copy_(tile)
             i = rows.start + i0
             diagonal = mask_(tile, columns.terms, i, j0)
@@ -63,8 +73,9 @@ class TorchTiles(TorchRows):
         rows: tuple[Tensor, Tensor],
         cols: tuple[Tensor, Tensor, Tensor, Tensor] | None,
         least_maximum_log2: float,
+        products: Tensor | None = None,
     ) -> None:
-        for part in self.logit_slices(queries, columns, i0, j0):
+        for part in self.logit_slices(queries, columns, i0, j0, products, keep=products is not None):
             i = part.rows
             if cols is not None:
                 row_bias, column_shift, maximum, total = cols
@@ -83,9 +94,12 @@ class TorchTiles(TorchRows):
         weights: Tensor | None,
         sums: tuple[Tensor, Tensor],
         cols: tuple[Tensor, Tensor, Tensor | None] | None,
+        products: Tensor | None = None,
     ) -> Tensor:
-        out = self.tile(queries.shape[0], columns.rows.shape[0])
-        for part in self.logit_slices(queries, columns, i0, j0, out):
+        is_computed = products is not None
+        out = self.tile(queries.shape[0], columns.rows.shape[0]) if products is None else products
+        out = out.view(self.precision.gradient)
+        for part in self.logit_slices(queries, columns, i0, j0, out, is_computed):
             i, tile, other = part.rows, part.tile, None
             if cols is not None:
                 row_bias, column_shift, column_weights = cols

@@ -43,7 +43,9 @@ class TritonBackend(TritonRows):
         rows: tuple[Tensor, Tensor],  # running maximum and Σ 2^(z − maximum), (C, 1) each
         cols: tuple[Tensor, Tensor, Tensor, Tensor] | None,
         least_maximum_log2: float,
+        products: Tensor | None = None,
     ) -> None:
+        assert products is None
         terms, counts = _terms(columns)
         of_rows, of_columns = ratios.ratio_sums(
             queries, columns.rows, i0, j0, row_shift_log2, None if cols is None else cols[:2],
@@ -63,7 +65,9 @@ class TritonBackend(TritonRows):
         weights: Tensor | None,  # (C, 1)
         sums: tuple[Tensor, Tensor],  # of the tile's rows (C, 1) and columns (B,), added to
         cols: tuple[Tensor, Tensor, Tensor | None] | None,
+        products: Tensor | None = None,
     ) -> Tensor:
+        assert products is None
         out = self.tile(queries.shape[0], len(columns))
         terms, counts = _terms(columns)
         of_rows, of_columns = ratios.weighted_ratios(

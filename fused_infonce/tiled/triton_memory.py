@@ -53,6 +53,9 @@ class TritonMemory:
             self._tile = torch.empty(rows * width, dtype=self.precision.gradient, device=self.device)
         return self._tile[: rows * width].view(rows, width)[:, :columns]
 
+    def kept_products(self, rows: int, columns: int, beside: int) -> Tensor | None:
+        return None  # the kernels compute a tile's products in registers and store its exponentials
+
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 

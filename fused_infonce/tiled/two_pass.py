@@ -1,6 +1,7 @@
 """Two passes over the tiles: the losses first, from running maxima and sums; then the gradients from the losses.
 
-One product and three. This is right for every temperature, for both directions and for a weight per row:
+One product and three; or one and two, where the workspace holds all products and the second pass takes them over.
+This is right for every temperature, for both directions and for a weight per row:
 
     G_ij = w_i e^(z_ij − loss_i) of the rows' exponents, plus w_j e^(z_ij − loss_j) of the columns'
 
@@ -23,8 +24,24 @@ from .ranks import grad_ranges, iter_ranks
 Running = tuple[Tensor, Tensor]  # maximum in base 2, and Σ 2^(z − maximum)
 
 
-def losses(problem: TiledProblem) -> tuple[Tensor, Tensor | None]:
-    """log1p(R_i), or log R_i, of the rows and, where the loss is symmetric, of the columns; (N, 1) each, nats."""
+def kept_products(problem: TiledProblem) -> Tensor | None:
+    """Memory for all q_i·k_j, (N, T), if the second pass may follow the first at once and the workspace has it.
+
+    That pass follows at once where one upstream gradient, by which the gradients are multiplied later, serves all
+    rows.
+    """
+    options, backend = problem.options, problem.backend
+    if options.reduction == "none" or problem.exchange is not None:
+        return None
+    noise = min(options.num_noise, backend.noise_block) if options.has_noise_columns else 0
+    return backend.kept_products(problem.N, problem.T, problem.D + noise)
+
+
+def losses(problem: TiledProblem, products: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """log1p(R_i), or log R_i, of the rows and, where the loss is symmetric, of the columns; (N, 1) each, nats.
+
+    products: (N, T) memory for all q_i·k_j.
+    """
     backend, options = problem.backend, problem.options
     symmetric, queries, shift = options.symmetric, problem.operands.queries, problem.row_shift_log2
     least = variants.least_maximum(options)
@@ -51,8 +68,9 @@ def losses(problem: TiledProblem) -> tuple[Tensor, Tensor | None]:
                     maximum, total = columns[owner]
                     other = (row_bias[rows], column_shift[owner][block], maximum[block, 0], total[block, 0])
                 backend.add_ratios(
-                    queries[rows], owned.block(block), rows.start, block.start, shift[rows], part, other, least
-                )
+                    queries[rows], owned.block(block), rows.start, block.start, shift[rows], part, other, least,
+                    None if products is None else products[rows, block],
+                )  # fmt: skip
     hidden = problem.hidden_nan()
     row_loss = log_of(problem, row)
     row_loss = row_loss if hidden is None else row_loss + hidden
@@ -94,8 +112,10 @@ def gradients(
     column_loss: Tensor | None,
     weights: Tensor | None,  # (N, 1); None: 1
     scale: GradScale,
+    products: Tensor | None = None,  # (N, T), as ``losses`` left them; overwritten
+    dtype: torch.dtype | None = None,
 ) -> Gradients:
-    """Gradients of scale · Σ_i w_i loss_i."""
+    """Gradients of scale · Σ_i w_i loss_i, in the inputs' dtypes or in ``dtype``."""
     backend = problem.backend
     rows, share = _direction(problem, row_loss, weights)
     columns: _Direction | None = None
@@ -110,16 +130,17 @@ def gradients(
 
     sums = _GradientSums(problem, needs)
     d_kappa = _noise_gradients(problem, needs, sums, rows, columns)
-    _column_gradients(problem, sums, rows, columns)
+    _column_gradients(problem, sums, rows, columns, products)
     if problem.exchange is not None and problem.exchange.wants:
         sums.columns[problem.rank] = problem.exchange.home([[x] for x in sums.columns])
     anchors: RowGradArgs | None = None
     if sums.acc_rows is not None:
-        anchors = RowGradArgs(sums.acc_rows, of_positive, sums.rows, problem.batch.center_k, disposable=True)
+        center = problem.batch.center_k
+        anchors = RowGradArgs(sums.acc_rows, of_positive, sums.rows, center, disposable=True, dtype=dtype)
     acc = Accumulator(sums.acc, sums.columns[problem.rank][sums.ranges[problem.rank]])
     out, dots = finish_sides(
         backend, problem.options, problem.batch, needs, acc, of_positive, anchors, scale.times(problem.kappa),
-        disposable=True,
+        disposable=True, dtype=dtype,
     )  # fmt: skip
     constants = problem.log_constants()
     if needs.temperature and dots is not None:
@@ -133,6 +154,18 @@ def gradients(
         of_own = rows.share(constants.rows) * constants.own_fraction
         out.log_own = (of_own * scale.value)[:, 0]
     return out
+
+
+def reduced_gradients(
+    problem: TiledProblem,
+    needs: NeedsGrad,
+    row_loss: Tensor,
+    column_loss: Tensor | None,
+    products: Tensor | None,
+) -> Gradients:
+    """Gradients of the losses' mean or sum, in the sums' dtype."""
+    scale, sums = GradScale(None, problem.options.gradient_factor), problem.backend.precision.sums
+    return gradients(problem, needs, row_loss, column_loss, None, scale, products, sums)
 
 
 class _GradientSums:
@@ -191,6 +224,7 @@ def _column_gradients(
     sums: _GradientSums,
     of_rows: _Direction,
     of_columns: _Direction | None,
+    products: Tensor | None,
 ) -> None:
     """Adds the part of all ranks' columns to the accumulators."""
     backend, symmetric = problem.backend, of_columns is not None
@@ -215,6 +249,7 @@ def _column_gradients(
                 tile = backend.weighted_ratios(
                     problem.operands.queries[rows], columns, rows.start, block.start, shift[rows], w,
                     (sums.rows[rows], sums.columns[owner][block]), other,
+                    None if products is None else products[rows, block],
                 )  # fmt: skip
                 first, last = max(block.start, chosen.start), min(block.stop, chosen.stop)
                 acc = None
